@@ -1,0 +1,59 @@
+"""The benchmarks' losses: ``loss(prediction, target)`` -> float32 scalar; zero, with a graph, where no pixel is valid.
+
+Predictions are a head's raw output, (B, C, H, W); targets are the data set's, stacked (``scenes.Scenes``).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tasks import IGNORE
+
+
+def _mean(loss: Tensor, valid: Tensor) -> Tensor:
+    """Sum of ``loss`` over the pixels that are valid, over their number; never 0 / 0."""
+    return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    """semseg, parts: cross-entropy over valid pixels. Target (B, H, W) int64, 255 ignored."""
+    return _mean(F.cross_entropy(prediction.float(), target, ignore_index=IGNORE, reduction="none"), target != IGNORE)
+
+
+def balanced_cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    """saliency: 2-class cross-entropy, each class weighted by the other's share of the batch. Target as above."""
+    valid = target != IGNORE
+    positive = _mean((target == 1).float(), valid)
+    weight = torch.where(target == 1, 1 - positive, positive)
+    return _mean(weight * F.cross_entropy(prediction.float(), target, ignore_index=IGNORE, reduction="none"), valid)
+
+
+def edge_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """edge: binary cross-entropy weighted 0.95 (edge) / 0.05 (none). Target (B, 1, H, W) in {0, 1}, 255 ignored."""
+    valid = target != IGNORE
+    truth = torch.where(valid, target, 0.0)
+    weight = torch.where(truth > 0.5, 0.95, 0.05)
+    return _mean(F.binary_cross_entropy_with_logits(prediction.float(), truth, weight, reduction="none"), valid)
+
+
+def normals_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """normals: L1 on the normalised prediction, summed over channels, over valid pixels. Target 0 0 0 is invalid."""
+    valid = (target != 0).any(1)
+    return _mean((F.normalize(prediction.float(), dim=1) - target).abs().sum(1), valid)
+
+
+def depth_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """depth: L1 over valid pixels. Target (B, 1, H, W) in metres, valid where > 0."""
+    return _mean((prediction.float() - target).abs(), target > 0)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "semseg": cross_entropy,
+    "depth": depth_loss,
+    "normals": normals_loss,
+    "edges": edge_loss,
+    "saliency": balanced_cross_entropy,
+    "parts": cross_entropy,
+}

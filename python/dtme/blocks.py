@@ -1,0 +1,89 @@
+"""Find the transformer blocks of a backbone, their widths, and the tokens among a block's arguments."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | None = None) -> dict[str, nn.Module]:
+    """The blocks of ``backbone`` by name, in the order they are registered.
+
+    Args:
+        backbone: any transformer.
+        blocks: None finds them (transformers: the innermost checkpointing layers; timm and its like: modules with an
+            ``attn*`` and an ``mlp*`` child); else the attribute path of their container (``"encoder.layers"``), or a sequence
+            of names or modules.
+
+    Raises:
+        ValueError: nothing found, or a name or module that ``backbone`` does not have.
+    """
+    if blocks is None:
+        found = _detect(backbone)
+        if not found:
+            raise ValueError(
+                f"no transformer blocks were recognised in {type(backbone).__name__}: name them, for example blocks='encoder.layers'"
+            )
+        return found
+    modules = dict(backbone.named_modules())
+    if isinstance(blocks, str):
+        if blocks not in modules:
+            raise ValueError(f"blocks={blocks!r} is not a module of {type(backbone).__name__}")
+        return {f"{blocks}.{name}": child for name, child in modules[blocks].named_children()} or {blocks: modules[blocks]}
+    names = {id(module): name for name, module in modules.items()}
+    wanted = [block if isinstance(block, str) else names.get(id(block)) for block in blocks]
+    for block, name in zip(blocks, wanted, strict=True):
+        if name not in modules:
+            shown = repr(block) if isinstance(block, str) else type(block).__name__
+            raise ValueError(f"blocks names {shown}, which is not a module of {type(backbone).__name__}")
+    if not wanted:
+        raise ValueError("blocks must name at least one block")
+    return {name: modules[name] for name in wanted if name is not None}
+
+
+def _detect(backbone: nn.Module) -> dict[str, nn.Module]:
+    layers = {name: module for name, module in backbone.named_modules() if _is_checkpointing_layer(module)}
+    innermost = {
+        name: module
+        for name, module in layers.items()
+        if not any(_is_checkpointing_layer(child) for child in module.modules() if child is not module)
+    }
+    return innermost or {name: module for name, module in backbone.named_modules() if _has_attention_and_mlp(module)}
+
+
+def _is_checkpointing_layer(module: nn.Module) -> bool:
+    """transformers' base class of every layer, told by name: transformers itself is never imported here."""
+    return any(
+        base.__name__ == "GradientCheckpointingLayer" and base.__module__.startswith("transformers.") for base in type(module).__mro__
+    )
+
+
+def _has_attention_and_mlp(module: nn.Module) -> bool:
+    children = [name for name, _ in module.named_children()]
+    return all(any(name.startswith(stem) for name in children) for stem in ("attn", "mlp"))
+
+
+def block_width(block: nn.Module) -> int | None:
+    """Channels p of a block's tokens: those of its first norm or linear layer; None where it has neither."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+        if isinstance(module, nn.LayerNorm):
+            return module.normalized_shape[-1]
+    return None
+
+
+def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) -> tuple[int | str, Tensor]:
+    """Where the tokens are among a block's arguments, and the tokens: the first floating (B, ..., p)."""
+    for where, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
+            return where, value
+    raise ValueError(f"block {block!r} was called without tokens: none of its arguments is a floating tensor (B, ..., p)")
+
+
+def replace_argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: int | str, value: Any) -> Arguments:
+    if isinstance(where, int):
+        return (*args[:where], value, *args[where + 1 :]), kwargs
+    return args, {**kwargs, where: value}

@@ -1,0 +1,201 @@
+"""What the analysis found: conflict counts per block, shown as a table and a picture, turned into a plan."""
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import load_json, save_json, write_beside
+from .plan import NUM_TOKENS, ExpansionPlan, check_tasks
+
+KIND = "dtme.ConflictReport"
+# strategy: (space that ranks modulation, space that ranks expansion, highest rate first), Tables 2 and 13
+STRATEGIES = {
+    "conflict": ("range", "null", True),
+    "reverse": ("range", "null", False),
+    "swap": ("null", "range", True),
+    "random": ("range", "null", True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ConflictReport:
+    """Gradient conflicts of every block, in the range and in the null space of its tokens (method.md, section 2).
+
+    Attributes:
+        tasks: K names.
+        blocks: D block names, in forward order.
+        ranks: (D,) int64, dimension m of the range space.
+        range_counts, null_counts, valid_counts: (D, K, K) int64, symmetric, zero diagonal: (token, pair)s that conflict, and
+            those that could.
+        eigenvalues: (D, p) float64, descending, of the uncentred second moment; a list of (p_d,) where widths differ.
+        num_samples: images of the covariance pass.
+        ratio: the r that split range from null.
+    """
+
+    tasks: tuple[str, ...]
+    blocks: tuple[str, ...]
+    ranks: Tensor
+    range_counts: Tensor
+    null_counts: Tensor
+    valid_counts: Tensor
+    eigenvalues: Tensor | list[Tensor]
+    num_samples: int
+    ratio: float = field(default=100.0)
+
+    @property
+    def range_rates(self) -> Tensor:
+        """(D,) float64: Σ_{i<j} range counts / Σ_{i<j} valid; NaN where nothing is valid."""
+        return _rates(self.range_counts, self.valid_counts)
+
+    @property
+    def null_rates(self) -> Tensor:
+        """(D,) float64, as ``range_rates``."""
+        return _rates(self.null_counts, self.valid_counts)
+
+    @property
+    def num_features(self) -> dict[str, int]:
+        """Width p of every block."""
+        return {block: len(values) for block, values in zip(self.blocks, self.eigenvalues, strict=True)}
+
+    def plan(
+        self,
+        *,
+        modulation: float = 0.5,
+        expansion: float = 0.5,
+        strategy: str = "conflict",
+        num_tokens: int | str = 6,
+        pair_threshold: float | None = None,
+        seed: int = 0,
+    ) -> ExpansionPlan:
+        """Choose blocks by their conflict rates (Algorithm 1, Appendix B.3).
+
+        Args:
+            modulation: share of the blocks that get modulations, those with the highest range rate; 0 for none.
+            expansion: share of the blocks that get task tokens, those with the highest null rate; 0 for none.
+            strategy: ``"conflict"``, or its controls ``"reverse"`` (lowest rates), ``"random"`` and ``"swap"`` (modulation by
+                null, expansion by range).
+            num_tokens: task tokens per task and block, or ``"text"`` (6) or ``"params"`` (1), the paper's two figures.
+            pair_threshold: give a module only to tasks in some pair whose rate in that block and space reaches this;
+                None gives one to every task.
+            seed: of ``"random"``.
+        """
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
+        if isinstance(num_tokens, str):
+            if num_tokens not in NUM_TOKENS:
+                raise ValueError(f"num_tokens must be an integer or one of {list(NUM_TOKENS)}, got {num_tokens!r}")
+            num_tokens = NUM_TOKENS[num_tokens]
+        spaces = STRATEGIES[strategy]
+        generator = random.Random(seed)
+        chosen = []
+        for name, share, space in (("modulation", modulation, spaces[0]), ("expansion", expansion, spaces[1])):
+            order = self._order(space, descending=spaces[2])
+            if strategy == "random":
+                generator.shuffle(order)
+            picked = sorted(order[: _quota(name, share, len(self.blocks))])
+            members = {self.blocks[d]: self._members(d, space, pair_threshold) for d in picked}
+            chosen.append({block: tasks for block, tasks in members.items() if tasks})
+        return ExpansionPlan(self.tasks, num_tokens, chosen[0], chosen[1], self.num_features)
+
+    def _order(self, space: str, descending: bool) -> list[int]:
+        """Blocks by rate, ties to the earlier one; a block without a rate comes last either way."""
+        rates = (self.range_rates if space == "range" else self.null_rates).tolist()
+        sign = -1 if descending else 1
+        return sorted(range(len(rates)), key=lambda d: (rates[d] != rates[d], sign * rates[d] if rates[d] == rates[d] else 0, d))
+
+    def _members(self, d: int, space: str, threshold: float | None) -> tuple[str, ...]:
+        if threshold is None:
+            return self.tasks
+        counts = self.range_counts if space == "range" else self.null_counts
+        # 0 / 0 on the diagonal and for pairs that never met is NaN, and NaN reaches no threshold
+        reached = (counts[d].double() / self.valid_counts[d].double() >= threshold).any(1).tolist()
+        return tuple(task for task, hit in zip(self.tasks, reached, strict=True) if hit)
+
+    def table(self, plan: ExpansionPlan | None = None) -> str:
+        """One row a block: width, rank, both rates and, given a plan, what it puts there."""
+        rows = [["block", "p", "rank", "range rate", "null rate", "plan"]]
+        columns = (self.blocks, self.eigenvalues, self.ranks.tolist(), self.range_rates.tolist(), self.null_rates.tolist())
+        for block, values, rank, in_range, in_null in zip(*columns, strict=True):
+            marks = [] if plan is None else [_mark("modulate", plan.modulation.get(block, ()), plan.tasks)]
+            marks += [] if plan is None else [_mark("expand", plan.expansion.get(block, ()), plan.tasks)]
+            rates = [f"{in_range:.1%}", f"{in_null:.1%}"]
+            rows.append([block, str(len(values)), str(rank), *rates, " + ".join(filter(None, marks))])
+        if plan is None:
+            rows = [row[:-1] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        align = ["<", ">", ">", ">", ">", "<"]
+        lines = ["  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=False)).rstrip() for row in rows]
+        return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+    def __str__(self) -> str:
+        plan = self.plan()
+        head = f"Token-space gradient conflicts of {', '.join(self.tasks)} over {self.num_samples:,} samples (ratio {self.ratio:g})"
+        foot = (
+            f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {len(self.blocks)} blocks: "
+            f"{plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"
+        )
+        return "\n".join([head, "", self.table(plan), "", foot])
+
+    def plot(self, path: str | os.PathLike[str], plan: ExpansionPlan | None = None) -> None:
+        """Draw both rates per block, and mark where ``plan`` (by default ``self.plan()``) modulates and expands."""
+        from .plots import plot_report
+
+        figure = plot_report(self, plan or self.plan())
+        write_beside(Path(path), lambda beside: figure.savefig(beside, dpi=150))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON; floats survive exactly."""
+        content: dict[str, Any] = {"tasks": list(self.tasks), "blocks": list(self.blocks), "num_samples": self.num_samples}
+        content |= {"ratio": self.ratio, "ranks": self.ranks.tolist()}
+        content |= {name: getattr(self, name).tolist() for name in ("range_counts", "null_counts", "valid_counts")}
+        content["eigenvalues"] = [values.tolist() for values in self.eigenvalues]
+        save_json(path, KIND, content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ConflictReport":
+        """Read what ``save`` wrote; ValueError names the file and what is wrong with it."""
+        names = set(cls.__dataclass_fields__)
+        content = load_json(path, KIND, names)
+        try:
+            for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
+                content[name] = torch.tensor(content[name], dtype=torch.int64)
+            values = [torch.tensor(row, dtype=torch.float64) for row in content["eigenvalues"]]
+            content |= {"tasks": check_tasks(content["tasks"]), "blocks": tuple(content["blocks"])}
+            content["eigenvalues"] = stack_if_equal(values)
+            num_blocks, num_tasks = len(content["blocks"]), len(content["tasks"])
+            for name in ("range_counts", "null_counts", "valid_counts"):
+                if content[name].shape != (num_blocks, num_tasks, num_tasks):
+                    raise ValueError(f"{name} must be ({num_blocks}, {num_tasks}, {num_tasks})")
+            if content["ranks"].shape != (num_blocks,) or len(values) != num_blocks:
+                raise ValueError(f"ranks and eigenvalues must have one entry for each of {num_blocks} blocks")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return cls(**content)
+
+
+def stack_if_equal(values: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """(D, p) where all blocks are p wide, else the list."""
+    return torch.stack(list(values)) if len({len(v) for v in values}) == 1 else list(values)
+
+
+def _rates(counts: Tensor, valid: Tensor) -> Tensor:
+    # both sums count every pair twice
+    return counts.sum((1, 2)).double() / valid.sum((1, 2)).double()
+
+
+def _quota(name: str, share: float, num_blocks: int) -> int:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"{name} must be a share of the blocks in [0, 1], got {share!r}")
+    return max(1, round(share * num_blocks)) if share else 0
+
+
+def _mark(word: str, tasks: Sequence[str], all_tasks: Sequence[str]) -> str:
+    if not tasks:
+        return ""
+    return word if len(tasks) == len(all_tasks) else f"{word} ({', '.join(tasks)})"
