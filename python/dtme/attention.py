@@ -27,6 +27,9 @@ KeysValues = tuple[Tensor, Tensor]
 Attend = Callable[..., Tensor]
 """query, key, value (rows, H, N, d), attn_mask, is_causal, dropout_p, scale → (rows, H, N, d)."""
 
+Site = tuple[nn.Module, nn.Module | None, str]
+"""A block's attention, the norm that feeds it (None: it reads the block's tokens), and its seam."""
+
 
 class NotExpandable(ValueError):
     """A block that task tokens cannot be added to correctly; says why."""
@@ -45,12 +48,17 @@ def seam_of(module: nn.Module) -> str | None:
     return "generic" if "scaled_dot_product_attention" in names else None
 
 
+def four_dimensional(mask: Tensor) -> Tensor:
+    """An attention mask broadcast from the right, (..., N, S), as (1 or rows, 1 or H, N, S)."""
+    return mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
+
+
 class _Reached(Exception):
     """Stops a probing call once the attention's input is known."""
 
 
-def find_attention(name: str, block: nn.Module, num_features: int) -> tuple[nn.Module, nn.Module | None, str]:
-    """The one attention of ``block``, the norm that feeds it (None: it reads the block's tokens) and its seam.
+def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
+    """The one attention of ``block`` and what feeds it.
 
     The block is called on zeros up to its attention. Whatever tensor arrives there must be the very tokens that went in, or
     the very output of one of the block's modules: anything in between could not be repeated for the task tokens.
@@ -147,7 +155,7 @@ def _transformers_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _without_position(value: Any, num_tokens: int) -> Any:
+def without_position(value: Any, num_tokens: int) -> Any:
     """The rotation (cos, sin) of every token → that of tokens without a position: none."""
     cos, sin = value
     shape = (*([1] * (cos.ndim - 2)), num_tokens, cos.shape[-1])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .plan import ExpansionPlan
 from .trees import map_tensors
 
 Layout = tuple[tuple[str, ...], ...]
@@ -40,11 +41,12 @@ def repeat_rows(tensor: Tensor, index: Sequence[int], num_streams: int) -> Tenso
 
 
 class Streams:
-    """The tasks of one expanded backbone and those that run now; its adapters share one such object."""
+    """The tasks of one expanded backbone, those that run now, and how it was expanded; its adapters share one such object."""
 
-    def __init__(self, tasks: Iterable[str]) -> None:
+    def __init__(self, tasks: Iterable[str], plan: ExpansionPlan, modulator: str, frozen: list[nn.Parameter]) -> None:
         self.tasks = tuple(tasks)
         self.selected = self.tasks
+        self.plan, self.modulator, self.frozen = plan, modulator, frozen
 
     def choose(self, tasks: str | Sequence[str] | None) -> tuple[str, ...]:
         """Validate a user's choice of tasks; None means all."""

@@ -1,0 +1,10 @@
+"""Token-space gradient conflicts of multi-task transformers (DTME-MTL, ICCV 2025): analyze, plan, expand."""
+
+from .analysis import analyze
+from .expansion import collapse, expand
+from .model import MultiTaskModel
+from .plan import ExpansionPlan
+from .report import ConflictReport
+from .streams import split, tasks
+
+__all__ = ["ConflictReport", "ExpansionPlan", "MultiTaskModel", "analyze", "collapse", "expand", "split", "tasks"]

@@ -1,0 +1,305 @@
+"""Where do the tasks fight? Two passes over the data: the token space of every block, then the conflicts in it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtme_kernels import ConflictCounts, StreamingCovariance, TokenSpace, count_conflicts, split_token_space
+
+from .blocks import find_blocks
+from .capture import BlockInputs, unchanged
+from .model import MultiTaskModel
+from .plan import check_tasks
+from .report import ConflictReport, stack_if_equal
+from .streams import layout, sources
+from .trees import batch_size, tensors, to_device
+
+Step = Callable[[nn.Module, Any], Mapping[str, Tensor]]
+"""``step(model, batch) -> {task: scalar loss}``, for models that own their loop."""
+
+
+def analyze(
+    model: nn.Module,
+    loader: Iterable[Any],
+    losses: Mapping[str, Callable[[Any, Any], Tensor]] | Step,
+    *,
+    ratio: float = 100.0,
+    blocks: str | Sequence[str | nn.Module] | None = None,
+    max_batches: int | None = None,
+    covariance_batches: int | None = None,
+    count_zero_gradients: bool = False,
+    train_mode: bool = False,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    process_group: Any = None,
+) -> ConflictReport:
+    """Count the tasks' token-gradient conflicts in the range and null space of every block (Eq. 1-4, Algorithm 1).
+
+    The first pass streams the second moment of every block's input tokens; the second takes each task's gradient at them,
+    rotates it into their eigenbasis and counts the pairs of tasks that pull apart, per token and space.
+
+    Args:
+        model: a ``MultiTaskModel``; with a ``step`` function, any transformer.
+        loader: yields ``(x, {task: target})`` (with ``step``: whatever it takes), and can be iterated twice.
+        losses: ``{task: loss(prediction, target)}`` for at least two tasks, or ``step``.
+        ratio: r, range energy over null energy (method.md, section 1).
+        blocks: None finds them; else the attribute path of their container, names, or modules.
+        max_batches: stop each pass after so many; None for all.
+        covariance_batches: the same for the first pass alone; by default ``max_batches``.
+        count_zero_gradients: Algorithm 1's letter: a zero gradient conflicts with everything.
+        train_mode: run in training mode (dropout, batch statistics) instead of evaluation mode.
+        progress: show two progress bars.
+        device: where batches are moved; by default the model's.
+        process_group: under ``torch.distributed``, whose sums and counts are reduced; every rank brings its own shard
+            (``dataset[rank::world]``) and returns the same report.
+
+    Returns:
+        The report. The model, its buffers, modes, hooks and the random state are as before, also after an error or Ctrl-C.
+
+    Raises:
+        TypeError, ValueError: bad arguments; a loss that is not a finite scalar or not connected to the blocks, naming the
+            task; tokens or gradients that are not finite, naming the block; a task without a gradient anywhere.
+    """
+    _check_arguments(model, loader, losses, max_batches, covariance_batches)
+    backbone = model.backbone if isinstance(model, MultiTaskModel) else model
+    found = find_blocks(backbone, blocks)
+    if device is None:
+        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    analysis = _Analysis(model, losses, found, ratio, count_zero_gradients, torch.device(device), process_group)
+    with unchanged(model, train_mode), torch.inference_mode(False):
+        first = max_batches if covariance_batches is None else covariance_batches
+        for batch in _batches(loader, first, "token space", progress):
+            analysis.add_tokens(batch)
+        spaces = analysis.token_spaces()
+        for batch in _batches(loader, max_batches, "conflicts", progress):
+            analysis.add_gradients(batch, spaces)
+        return analysis.report(spaces)
+
+
+class _Analysis:
+    """Running sums of one analysis."""
+
+    def __init__(
+        self, model: nn.Module, losses: Any, blocks: dict[str, nn.Module], ratio: float, zero: bool, device: torch.device, group: Any
+    ) -> None:
+        self.model, self.losses, self.ratio, self.zero, self.device, self.group = model, losses, ratio, zero, device, group
+        self.inputs = BlockInputs(blocks)
+        self.names = list(blocks)
+        self.tasks: tuple[str, ...] = tuple(losses) if isinstance(losses, Mapping) else ()
+        self.widths: list[int] = []
+        self.moments: dict[int, StreamingCovariance] = {}
+        self.counts: list[ConflictCounts | None] = [None] * len(blocks)
+        self.alive: Tensor | None = None
+        self.distributed = dist.is_available() and dist.is_initialized()
+
+    # --- first pass ---------------------------------------------------------------------------------------------------
+
+    def add_tokens(self, batch: Any) -> None:
+        with torch.no_grad(), self.inputs.record(detach=False) as inputs:
+            self._forward(to_device(batch, self.device))
+        tokens = [inputs[name].flatten(1, -2) for name in self.names]
+        widths = [x.shape[-1] for x in tokens]
+        if not self.moments:
+            self.widths = widths
+            for p in sorted(set(widths)):
+                self.moments[p] = StreamingCovariance(p, widths.count(p), device=tokens[0].device)
+        elif widths != self.widths:
+            raise ValueError(f"the widths of the blocks' tokens changed from {self.widths} to {widths}")
+        for p, moment in self.moments.items():  # one launch for all blocks of a width
+            moment.update([x for x in tokens if x.shape[-1] == p])
+
+    def _forward(self, batch: Any) -> None:
+        if isinstance(self.model, MultiTaskModel):
+            self.model.extract(self._unpack(batch)[0], self.tasks)
+        else:
+            self.losses(self.model, batch)
+
+    def token_spaces(self) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """{block: (basis, eigenvalues, rank)}."""
+        if not self.moments:
+            raise ValueError("loader yielded no batch")
+        spaces: dict[str, tuple[Tensor, Tensor, int]] = {}
+        for p, moment in self.moments.items():
+            names = [name for name, width in zip(self.names, self.widths, strict=True) if width == p]
+            if self.distributed:
+                moment.all_reduce_(self.group)
+            finite = moment.accumulator.isfinite().flatten(1).all(1).tolist()
+            if bad := [name for name, fine in zip(names, finite, strict=True) if not fine]:
+                raise ValueError(f"the tokens of {', '.join(map(repr, bad))} hold NaN or Inf")
+            space = split_token_space(moment.compute(), self.ratio)
+            self._same_everywhere(space)
+            ranks = space.rank.tolist() if isinstance(space.rank, Tensor) else [space.rank]
+            spaces |= dict(zip(names, zip(space.basis, space.eigenvalues, ranks, strict=True), strict=True))
+        return spaces
+
+    def _same_everywhere(self, space: TokenSpace) -> None:
+        """Eigenvectors are unique only up to sign and rounding: all ranks use the first one's."""
+        if self.distributed:
+            source = dist.get_global_rank(self.group, 0) if self.group else 0
+            for tensor in (space.basis, space.eigenvalues, space.rank):
+                dist.broadcast(tensor, source, self.group)
+
+    # --- second pass --------------------------------------------------------------------------------------------------
+
+    def add_gradients(self, batch: Any, spaces: dict[str, tuple[Tensor, Tensor, int]]) -> None:
+        batch = to_device(batch, self.device)
+        with torch.enable_grad(), self.inputs.record(detach=True) as inputs:
+            if isinstance(self.model, MultiTaskModel):
+                outputs, seeds = self._heads_first(self.model, batch)
+            else:
+                outputs, seeds = self._step(batch)
+        tokens = [inputs[name] for name in self.names]
+        gradients = self._gradients(tokens, outputs, seeds)
+        nonfinite = []
+        for d, name in enumerate(self.names):
+            basis, _, rank = spaces[name]
+            counts = count_conflicts(gradients[d], basis, rank, count_zero_gradients=self.zero)
+            self.counts[d] = counts if self.counts[d] is None else self.counts[d] + counts  # type: ignore[operator]
+            nonfinite.append(counts.nonfinite)
+        if any(nonfinite):
+            d = next(i for i in reversed(range(len(nonfinite))) if nonfinite[i])
+            finite = gradients[d].isfinite().flatten(1).all(1).tolist()
+            bad = [task for task, fine in zip(self.tasks, finite, strict=True) if not fine]
+            raise ValueError(f"the token gradients of task {', '.join(map(repr, bad))} at block {self.names[d]!r} hold NaN or Inf")
+        alive = gradients[0].flatten(1).any(1)
+        self.alive = alive if self.alive is None else self.alive | alive
+
+    def _heads_first(self, model: MultiTaskModel, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None]]]:
+        """Every head's own graph is walked once and freed; K gradients at the features then go through the encoder."""
+        x, targets = self._unpack(batch)
+        features = model.extract(x, self.tasks)
+        leaves = [leaf for leaf in tensors(features) if leaf.requires_grad]
+        cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
+        parts = model.split_features(_replace(features, cut), self.tasks, batch_size(x))
+        values = {task: self.losses[task](model.heads[task](parts[task]), targets[task]) for task in self.tasks}
+        self._check_losses(values)
+        seeds = []
+        for task in self.tasks:
+            seeds.append(list(torch.autograd.grad(values[task], list(cut.values()), allow_unused=True)))
+        return leaves, seeds
+
+    def _step(self, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None]]]:
+        values = self.losses(self.model, batch)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"step must return {{task: scalar loss}}, got {type(values).__name__}")
+        tasks = check_tasks(list(values))
+        if len(tasks) < 2:
+            raise ValueError(f"step must return the losses of at least two tasks, got {list(tasks)}")
+        if self.tasks and set(tasks) != set(self.tasks):
+            raise ValueError(f"step returned losses of {list(tasks)}, in the first batch of {list(self.tasks)}")
+        self.tasks = self.tasks or tasks
+        self._check_losses(values)
+        ones = torch.ones_like
+        seeds: list[list[Tensor | None]] = [[ones(values[t]) if t == task else None for t in self.tasks] for task in self.tasks]
+        return [values[task] for task in self.tasks], seeds
+
+    def _check_losses(self, values: Mapping[str, Tensor]) -> None:
+        for task in self.tasks:
+            value = values[task]
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"the loss of task {task!r} must be a scalar tensor, got {got}")
+            if not value.requires_grad:
+                raise ValueError(f"the loss of task {task!r} is not connected to the blocks: it has no gradient")
+        finite = torch.stack([values[task].detach().double().reshape(()) for task in self.tasks]).isfinite().tolist()
+        if bad := [task for task, fine in zip(self.tasks, finite, strict=True) if not fine]:
+            raise ValueError(f"the loss of task {bad[0]!r} is not finite: {values[bad[0]].item()}")
+
+    def _gradients(self, tokens: list[Tensor], outputs: list[Tensor], seeds: list[list[Tensor | None]]) -> list[Tensor]:
+        """Per block (K, B, N, p): every task's gradient at the block's input, in its own stream if it has one."""
+        found: list[Tensor] = []
+        for i, (task, seed) in enumerate(zip(self.tasks, seeds, strict=True)):
+            pairs = [(output, gradient) for output, gradient in zip(outputs, seed, strict=True) if gradient is not None]
+            gradients: Sequence[Tensor | None] = [None]
+            if pairs:
+                heads, starts = zip(*pairs, strict=True)
+                last = i == len(self.tasks) - 1
+                gradients = torch.autograd.grad(heads, tokens, starts, retain_graph=not last, allow_unused=True)
+            if all(gradient is None for gradient in gradients):
+                raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
+            for d, (name, gradient) in enumerate(zip(self.names, gradients, strict=True)):
+                index, num_streams = self._stream(name, task)
+                size = (tokens[d].shape[0] // num_streams, *tokens[d].shape[1:])
+                if i == 0:
+                    found.append(tokens[d].new_zeros((len(self.tasks), *size)))
+                if gradient is not None:
+                    found[d][i] = gradient.unflatten(0, (num_streams, -1))[index]
+        return found
+
+    def _stream(self, block: str, task: str) -> tuple[int, int]:
+        """Where the task's tokens are among the rows of an expanded block; (0, 1) where all tasks share them."""
+        adapter = getattr(self.inputs.blocks[block], "dtme", None)
+        if adapter is None:
+            return 0, 1
+        streams = layout(adapter.selected, adapter.separated_before)
+        return sources(streams, ((task,),))[0], len(streams)
+
+    def _unpack(self, batch: Any) -> tuple[Any, Mapping[str, Any]]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Mapping):
+            raise ValueError(f"loader must yield (x, {{task: target}}), got {type(batch).__name__}")
+        if missing := [task for task in self.tasks if task not in batch[1]]:
+            raise ValueError(f"loader yields no target for task {missing[0]!r}, only for {list(batch[1])}")
+        return batch[0], batch[1]
+
+    # --- result -------------------------------------------------------------------------------------------------------
+
+    def report(self, spaces: dict[str, tuple[Tensor, Tensor, int]]) -> ConflictReport:
+        if self.alive is None:
+            raise ValueError("loader yielded no batch in the second pass: it must be possible to iterate it twice")
+        counts = [torch.stack([getattr(c, name) for c in self.counts]) for name in ("range", "null", "valid")]
+        if self.distributed:
+            alive = self.alive.int()
+            for tensor in (*counts, alive):
+                dist.all_reduce(tensor, group=self.group)
+            self.alive = alive.bool()
+        if dead := [task for task, alive in zip(self.tasks, self.alive.tolist(), strict=True) if not alive]:
+            raise ValueError(f"task {dead[0]!r} has no gradient anywhere: are all its labels ignored?")
+        range_counts, null_counts, valid_counts = (tensor.cpu() for tensor in counts)
+        return ConflictReport(
+            tasks=self.tasks,
+            blocks=tuple(self.names),
+            ranks=torch.tensor([spaces[name][2] for name in self.names]),
+            range_counts=range_counts,
+            null_counts=null_counts,
+            valid_counts=valid_counts,
+            eigenvalues=stack_if_equal([spaces[name][1].double().cpu() for name in self.names]),
+            num_samples=next(iter(self.moments.values())).num_samples,
+            ratio=float(self.ratio),
+        )
+
+
+def _replace(tree: Any, by_id: dict[int, Tensor]) -> Any:
+    from .trees import map_tensors
+
+    return map_tensors(lambda tensor: by_id.get(id(tensor), tensor), tree)
+
+
+def _batches(loader: Iterable[Any], limit: int | None, name: str, progress: bool) -> Iterator[Any]:
+    from tqdm.auto import tqdm
+
+    total = len(loader) if hasattr(loader, "__len__") else None
+    total = limit if total is None else min(total, limit or total)
+    yield from tqdm(islice(loader, limit), desc=f"{name:11}", total=total, unit="batch", disable=not progress)
+
+
+def _check_arguments(model: nn.Module, loader: Any, losses: Any, max_batches: int | None, covariance_batches: int | None) -> None:
+    if isinstance(losses, Mapping):
+        if not isinstance(model, MultiTaskModel):
+            raise TypeError(f"losses by task need a MultiTaskModel, got {type(model).__name__}: give a step(model, batch) function")
+        if len(losses) < 2:
+            raise ValueError(f"losses must name at least two tasks, got {list(losses)}")
+        if unknown := [task for task in losses if task not in model.tasks]:
+            raise ValueError(f"losses name the unknown task {unknown[0]!r}; the model has heads for {list(model.tasks)}")
+    elif not callable(losses):
+        raise TypeError(f"losses must be {{task: loss}} or a function step(model, batch), got {type(losses).__name__}")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
+    if isinstance(loader, Iterator):
+        raise ValueError(f"loader ({type(loader).__name__}) can be iterated once only, the analysis needs two passes: give a DataLoader or a list")
+    for name, value in (("max_batches", max_batches), ("covariance_batches", covariance_batches)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be None or a positive integer, got {value!r}")

@@ -1,0 +1,93 @@
+"""Look into a model without changing it: record its blocks' inputs, and put everything back."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .blocks import find_tokens, replace_argument
+
+
+class BlockInputs:
+    """Records the tokens that enter each block during one forward."""
+
+    def __init__(self, blocks: dict[str, nn.Module]) -> None:
+        self.blocks = blocks
+
+    @contextmanager
+    def record(self, *, detach: bool) -> Iterator[dict[str, Tensor]]:
+        """Yield {block: (B, ..., p)}, complete when the context ends.
+
+        Args:
+            detach: start the graph at the first block, so that no gradient is computed below it.
+
+        Raises:
+            ValueError: a block did not run, ran twice, or changed its input in place.
+        """
+        seen: dict[str, Tensor] = {}
+        versions: dict[str, int] = {}
+
+        def hook(name: str) -> Any:
+            def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if torch._C._current_graph_task_id() != -1:
+                    return None  # recomputed by activation checkpointing: recorded already
+                if name in seen:
+                    raise ValueError(f"block {name!r} runs more than once in a forward: its tokens are ambiguous")
+                where, tokens = find_tokens(args, kwargs, name)
+                if detach and not tokens.requires_grad:
+                    tokens = tokens.detach().requires_grad_()
+                    args, kwargs = replace_argument(args, kwargs, where, tokens)
+                seen[name], versions[name] = tokens, tokens._version
+                return args, kwargs
+
+            return enter
+
+        handles = [
+            block.register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True) for name, block in self.blocks.items()
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+        if missing := [name for name in self.blocks if name not in seen]:
+            raise ValueError(f"block {missing[0]!r} did not run in a forward")
+        for name, tokens in seen.items():
+            if not tokens.is_inference() and tokens._version != versions[name]:
+                raise ValueError(f"block {name!r} or one before it changes its tokens in place: their gradient cannot be taken")
+
+
+@contextmanager
+def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
+    """Freeze all weights and set one mode; at the end buffers, modes, ``requires_grad`` and random states are as before."""
+    modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        model.train(train_mode)
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,152 @@
+"""``expand`` a model by a plan and ``collapse`` it again."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import BlockAdapter
+from .attention import Site, find_attention
+from .blocks import block_width, find_blocks
+from .plan import ExpansionPlan
+from .streams import Streams
+
+MODULATORS = ("affine", "batch_norm")
+
+
+def expand(
+    model_or_backbone: nn.Module, plan: ExpansionPlan, *, modulator: str = "affine", freeze_backbone: bool = False
+) -> Any:
+    """Give the plan's blocks their tasks' modulations and tokens, in place (method.md, section 4).
+
+    Added parameters are ``<block>.dtme.{weight,bias}.<task>`` (p,), starting as the identity, and ``<block>.dtme.tokens.<task>``
+    (t, p), normal with std 0.02, in the dtype and on the device of their block. Every other name stays as it was.
+
+    Args:
+        model_or_backbone: a ``MultiTaskModel`` or any transformer.
+        plan: from ``ConflictReport.plan`` or by hand.
+        modulator: ``"affine"``, or ``"batch_norm"`` (Table 11).
+        freeze_backbone: train only what is added, and the heads (Table 12).
+
+    Returns:
+        The same object.
+
+    Raises:
+        RuntimeError: it is expanded already, or wrapped by DDP, FSDP or ``torch.compile``: expand first.
+        ValueError: the plan is for another model (a missing block, another width, an unknown task), or a block's attention
+            cannot take task tokens correctly. The model is then as it was.
+    """
+    if not isinstance(plan, ExpansionPlan):
+        raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
+    if modulator not in MODULATORS:
+        raise ValueError(f"modulator must be one of {list(MODULATORS)}, got {modulator!r}")
+    _refuse_wrapped(model_or_backbone)
+    backbone = _backbone(model_or_backbone)
+    if hasattr(backbone, "_dtme"):
+        raise RuntimeError(f"{type(backbone).__name__} is expanded already: call dtme.collapse(model) first")
+    tasks = tuple(getattr(model_or_backbone, "heads", None) or plan.tasks)
+    if unknown := [task for task in plan.tasks if task not in tasks]:
+        raise ValueError(f"plan names the unknown task {unknown[0]!r}; the model has heads for {list(tasks)}")
+    blocks = _blocks_of(backbone, plan)
+    widths = {name: _width(name, blocks[name], plan) for name in plan.blocks}
+    # every block is probed before any is changed: probing calls it
+    sites = {name: find_attention(name, blocks[name], widths[name]) for name in plan.expansion}
+    frozen = [parameter for parameter in backbone.parameters() if parameter.requires_grad] if freeze_backbone else []
+    streams = Streams(tasks, plan, modulator, frozen)
+    try:
+        _attach(blocks, sites, widths, streams)
+    except BaseException:
+        _detach(backbone)
+        raise
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    backbone._dtme = streams  # type: ignore[assignment]
+    return model_or_backbone
+
+
+def collapse(model_or_backbone: nn.Module) -> Any:
+    """Remove everything ``expand`` added: modules, hooks, attention, frozen weights. Weights keep what training gave them.
+
+    Raises:
+        RuntimeError: it is not expanded.
+    """
+    backbone = _backbone(model_or_backbone)
+    streams: Streams | None = getattr(backbone, "_dtme", None)
+    if streams is None:
+        raise RuntimeError(f"{type(backbone).__name__} is not expanded: there is nothing to collapse")
+    _detach(backbone)
+    for parameter in streams.frozen:
+        parameter.requires_grad_(True)
+    del backbone._dtme
+    return model_or_backbone
+
+
+def adapters(backbone: nn.Module) -> list[BlockAdapter]:
+    return [module for module in backbone.modules() if isinstance(module, BlockAdapter)]
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    from .model import MultiTaskModel
+
+    return model.backbone if isinstance(model, MultiTaskModel) else model
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kinds = {base.__name__ for base in type(module).__mro__}
+        wrapper = kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "DataParallel"}
+        if wrapper or module._compiled_call_impl is not None:
+            what = wrapper.pop() if wrapper else "torch.compile"
+            raise RuntimeError(f"{name or type(model).__name__} is wrapped by {what} already: expand the model before that")
+
+
+def _blocks_of(backbone: nn.Module, plan: ExpansionPlan) -> dict[str, nn.Module]:
+    """Every block that sees task streams, in forward order: those analysed, or found, or at least those of the plan."""
+    modules = dict(backbone.named_modules())
+    for name in [*plan.blocks, *plan.num_features]:
+        if name not in modules:
+            raise ValueError(f"plan names block {name!r}, which {type(backbone).__name__} does not have")
+    if plan.num_features:
+        return {name: modules[name] for name in plan.num_features} | {name: modules[name] for name in plan.blocks}
+    try:
+        found = find_blocks(backbone)
+    except ValueError:
+        found = {}
+    if set(plan.blocks) <= found.keys():
+        return found
+    return {name: module for name, module in modules.items() if name in plan.blocks}
+
+
+def _width(name: str, block: nn.Module, plan: ExpansionPlan) -> int:
+    planned, own = plan.num_features.get(name), block_width(block)
+    if planned is None and own is None:
+        raise ValueError(f"the width of block {name!r} ({type(block).__name__}) is not known: give plan.num_features")
+    if planned is not None and own is not None and planned != own:
+        raise ValueError(f"plan is for {planned} channels at block {name!r}, which has {own}: it was made for another model")
+    return planned or own  # type: ignore[return-value]
+
+
+def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], streams: Streams) -> None:
+    """An adapter on every block from the first that the plan changes: the later ones must keep the streams apart too."""
+    plan, names = streams.plan, list(blocks)
+    first = min((names.index(name) for name in plan.blocks), default=len(names) - 1)
+    separated: frozenset[str] = frozenset()
+    for name in names[first:]:
+        block = blocks[name]
+        if hasattr(block, "dtme"):
+            raise RuntimeError(f"block {name!r} is expanded already: call dtme.collapse on the model it belongs to first")
+        block.dtme = adapter = BlockAdapter(name, block, streams, separated)
+        if name in widths:
+            parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+            like = parameter.new_zeros(widths[name])
+            adapter.add_modulation(plan.modulation.get(name, ()), like, streams.modulator)
+            if name in sites:
+                adapter.add_tokens(plan.expansion[name], plan.num_tokens, like, sites[name])
+        separated = adapter.separated_after
+    if names:
+        adapter.close()
+
+
+def _detach(backbone: nn.Module) -> None:
+    for adapter in adapters(backbone):
+        adapter.remove()

@@ -1,0 +1,126 @@
+"""Save and load a ``MultiTaskModel``: a readable config and the weights, replaced in one step."""
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .expansion import collapse, expand
+from .files import load_json, save_json, write_beside
+from .plan import ExpansionPlan
+
+if TYPE_CHECKING:
+    from .model import MultiTaskModel
+
+KIND = "dtme.MultiTaskModel"
+CONFIG, WEIGHTS = "dtme_config.json", "model.safetensors"
+FIELDS = {"save", "tasks", "features", "expansion_only", "plan", "modulator", "freeze_backbone", "aliases"}
+
+
+def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: bool) -> None:
+    from safetensors.torch import save_file
+
+    streams = getattr(model.backbone, "_dtme", None)
+    if expansion_only and streams is None:
+        raise RuntimeError("expansion_only=True needs an expanded model: call dtme.expand first")
+    state = {name: value for name, value in model.state_dict().items() if not expansion_only or ".dtme." in name}
+    tensors, aliases = _without_aliases(state)
+    config: dict[str, Any] = {
+        "save": uuid.uuid4().hex,
+        "tasks": list(model.tasks),
+        "features": model.features if isinstance(model.features, str) else None,
+        "expansion_only": expansion_only,
+        "plan": streams.plan.as_dict() if streams else None,
+        "modulator": streams.modulator if streams else "affine",
+        "freeze_backbone": bool(streams and streams.frozen),
+        "aliases": aliases,
+    }
+    folder = Path(path)
+    # The weights carry the config too: renaming them is the one step that replaces the old save. A crash before the config's
+    # own rename leaves an old config, which load() recognises by its number and passes over.
+    metadata = {"format": "pt", "dtme": json.dumps(config)}
+    write_beside(folder / WEIGHTS, lambda beside: save_file(tensors, beside, metadata))
+    save_json(folder / CONFIG, KIND, config)
+
+
+def load(
+    cls: "type[MultiTaskModel]",
+    path: str | os.PathLike[str],
+    backbone: nn.Module,
+    heads: Mapping[str, nn.Module],
+    features: Any,
+) -> "MultiTaskModel":
+    config, tensors = _read(Path(path))
+    if features is None and config["features"] is None:
+        raise ValueError(f"{path} was saved with a function for features: give from_pretrained(..., features=function)")
+    if list(heads) != config["tasks"] and set(heads) != set(config["tasks"]):
+        raise ValueError(f"{path} holds the tasks {config['tasks']}, but heads are for {list(heads)}")
+    model = cls(backbone, heads, features or config["features"])
+    if config["plan"] is not None:
+        plan = ExpansionPlan(**config["plan"])
+        expand(model, plan, modulator=config["modulator"], freeze_backbone=config["freeze_backbone"])
+    try:
+        _check_state(path, model, tensors, config["expansion_only"])
+    except BaseException:
+        if config["plan"] is not None:
+            collapse(model)
+        raise
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing")
+    config = load_json(folder / CONFIG, KIND, FIELDS)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            embedded = (file.metadata() or {}).get("dtme")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    if embedded is None:
+        raise ValueError(f"{folder / WEIGHTS} was not written by save_pretrained")
+    written = json.loads(embedded)
+    if written["save"] != config["save"]:
+        config = written
+    for name, target in config["aliases"].items():
+        tensors[name] = tensors[target]
+    return config, tensors
+
+
+def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expansion_only: bool) -> None:
+    """Every tensor of the model, or of its expansion, must be there in its shape; nothing else may."""
+    state = {name: value for name, value in model.state_dict().items() if not expansion_only or ".dtme." in name}
+    for name, value in state.items():
+        if name not in tensors:
+            raise ValueError(f"{path} lacks {name!r}: it was saved from another architecture")
+        if tensors[name].shape != value.shape:
+            raise ValueError(f"{path} holds {name!r} as {tuple(tensors[name].shape)}, the model needs {tuple(value.shape)}")
+    if unknown := tensors.keys() - state.keys():
+        raise ValueError(f"{path} holds {min(unknown)!r}, which the model does not have")
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tied weights once each, and which names stand for them: the format allows no shared memory."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in state.items():
+        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
+        if identity in first:
+            aliases[name] = first[identity]
+            continue
+        first[identity] = name
+        value = value.detach().cpu().contiguous()
+        shared = value.untyped_storage().nbytes() != value.nbytes
+        tensors[name] = value.clone(memory_format=torch.contiguous_format) if shared else value
+    return tensors, aliases
