@@ -8,7 +8,7 @@ import torch
 def _import_timm() -> None:
     """timm imports torchvision, whose CUDA build cannot register its operators beside a CPU build of torch."""
     try:
-        import timm  # noqa: F401
+        import timm
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

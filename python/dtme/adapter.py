@@ -11,7 +11,7 @@ import dtme_kernels
 
 from . import attention as seams
 from .blocks import find_tokens, replace_argument
-from .streams import Layout, Streams, layout, repeat_rows, sources
+from .streams import Layout, Streams, layout, recomputing, repeat_rows, sources
 from .trees import map_tensors
 
 
@@ -43,6 +43,7 @@ class BlockAdapter(nn.Module):
         self._layout: Layout = ()
         self._task_kv: seams.KeysValues | None = None
         self._capture = False
+        self._calls = 0
         hook = block.register_forward_pre_hook(self.enter, with_kwargs=True)
         self._handles = [hook]
 
@@ -69,6 +70,8 @@ class BlockAdapter(nn.Module):
             self.tokens[task] = nn.Parameter(torch.randn_like(like.expand(num_tokens, -1)) * 0.02)
         if self.seam == "transformers":
             self._former["config"] = seams.install_transformers(attention)
+        # the block's own tokens reach the norm or, without one, the attention
+        self._handles.append((norm or attention).register_forward_pre_hook(self.remember))
         attention.forward = self.attention_forward  # type: ignore[method-assign]
         self.separated_after |= frozenset(tasks)
 
@@ -103,14 +106,18 @@ class BlockAdapter(nn.Module):
 
     # --- the block's input: streams and modulation ----------------------------------------------------------------
 
-    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Split the streams that part here, modulate, and repeat what else comes by image (a mask, say)."""
         where, tokens = find_tokens(args, kwargs, self.name)
         selected = self.selected = self.streams.current(tokens, self.name)
         before, after = layout(selected, self.separated_before), layout(selected, self.separated_after)
         self._layout = after
         if tokens.shape[0] % len(before):
-            raise ValueError(f"block {self.name!r} got {tokens.shape[0]} rows, which {len(before)} task streams do not divide")
+            raise ValueError(
+                f"block {self.name!r} got {tokens.shape[0]} rows, which {len(before)} task streams do not divide"
+            )
         batch = tokens.shape[0] // len(before)
         index = sources(before, after)
         if any(stream[0] in self.weight for stream in after):
@@ -125,8 +132,18 @@ class BlockAdapter(nn.Module):
             return repeat_rows(tensor, [0] * len(after), 1) if repeated else tensor
 
         if len(after) > 1:
-            args, kwargs = map_tensors(by_image, args), {name: map_tensors(by_image, value) for name, value in kwargs.items()}
+            args, kwargs = (
+                map_tensors(by_image, args),
+                {name: map_tensors(by_image, value) for name, value in kwargs.items()},
+            )
+        self.streams.mark(changed, selected)
         return replace_argument(args, kwargs, where, changed)
+
+    def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Find the streams again where checkpointing recomputes the block's forward, but not the hook before it."""
+        if recomputing() and not self._capture:
+            _, tokens = find_tokens(args, kwargs or {}, self.name)
+            self._layout = layout(self.streams.current(tokens, self.name), self.separated_after)
 
     def modulate(self, tokens: Tensor, index: list[int], num_streams: int) -> Tensor:
         """(T_before * B, ..., p) → (T_after * B, ..., p); a stream without a map of its own keeps its bits."""
@@ -189,14 +206,14 @@ class BlockAdapter(nn.Module):
         _, attention, norm = self._host
         assert attention is not None
         tokens = torch.stack([self.tokens[self._layout[i][0]] for i in self._expanded()])
-        tokens = tokens if norm is None else norm(tokens)
-        if self.seam == "timm":
-            return seams.project_timm(attention, tokens)[1:]
         options = {}
         if kwargs and kwargs.get("position_embeddings") is not None:
             options["position_embeddings"] = seams.without_position(kwargs["position_embeddings"], tokens.shape[1])
         self._capture = True
         try:
+            tokens = tokens if norm is None else norm(tokens)
+            if self.seam == "timm":
+                return seams.project_timm(attention, tokens)[1:]
             self._run(attention, (tokens,), options)
             assert self._task_kv is not None
             return self._task_kv
@@ -210,8 +227,13 @@ class BlockAdapter(nn.Module):
         forward = type(attention).forward
         if self.seam == "transformers":
             return forward(attention, *args, **kwargs)
-        with seams.catch_attention(self.attend, self.name):
-            return forward(attention, *args, **kwargs)
+        self._calls = 0
+        with seams.CatchAttention(self.attend):
+            output = forward(attention, *args, **kwargs)
+        if self._calls != 1:
+            times = f"called scaled_dot_product_attention {self._calls} times, not once"
+            raise seams.NotExpandable(f"block {self.name!r}: its attention {times}")
+        return output
 
     def attend(
         self,
@@ -225,6 +247,7 @@ class BlockAdapter(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """``scaled_dot_product_attention`` over (T * B, H, N, d) with every stream's task keys joined to its own."""
+        self._calls += 1
         if self._capture:
             self._task_kv = (key, value)
             return query

@@ -15,7 +15,7 @@ from .capture import BlockInputs, unchanged
 from .model import MultiTaskModel
 from .plan import check_tasks
 from .report import ConflictReport, stack_if_equal
-from .streams import layout, sources
+from .streams import Layout, layout, sources
 from .trees import batch_size, tensors, to_device
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -65,12 +65,14 @@ def analyze(
             task; tokens or gradients that are not finite, naming the block; a task without a gradient anywhere.
     """
     _check_arguments(model, loader, losses, max_batches, covariance_batches)
+    if not ratio > 0:  # now rather than after the first pass
+        raise ValueError(f"ratio must be positive, got {ratio}")
     backbone = model.backbone if isinstance(model, MultiTaskModel) else model
     found = find_blocks(backbone, blocks)
     if device is None:
         device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     analysis = _Analysis(model, losses, found, ratio, count_zero_gradients, torch.device(device), process_group)
-    with unchanged(model, train_mode), torch.inference_mode(False):
+    with unchanged(model, train_mode), torch.inference_mode(False), torch.no_grad():
         first = max_batches if covariance_batches is None else covariance_batches
         for batch in _batches(loader, first, "token space", progress):
             analysis.add_tokens(batch)
@@ -84,9 +86,23 @@ class _Analysis:
     """Running sums of one analysis."""
 
     def __init__(
-        self, model: nn.Module, losses: Any, blocks: dict[str, nn.Module], ratio: float, zero: bool, device: torch.device, group: Any
+        self,
+        model: nn.Module,
+        losses: Any,
+        blocks: dict[str, nn.Module],
+        ratio: float,
+        zero: bool,
+        device: torch.device,
+        group: Any,
     ) -> None:
-        self.model, self.losses, self.ratio, self.zero, self.device, self.group = model, losses, ratio, zero, device, group
+        self.model, self.losses, self.ratio, self.zero, self.device, self.group = (
+            model,
+            losses,
+            ratio,
+            zero,
+            device,
+            group,
+        )
         self.inputs = BlockInputs(blocks)
         self.names = list(blocks)
         self.tasks: tuple[str, ...] = tuple(losses) if isinstance(losses, Mapping) else ()
@@ -99,9 +115,9 @@ class _Analysis:
     # --- first pass ---------------------------------------------------------------------------------------------------
 
     def add_tokens(self, batch: Any) -> None:
-        with torch.no_grad(), self.inputs.record(detach=False) as inputs:
+        with self.inputs.record(detach=False) as inputs:
             self._forward(to_device(batch, self.device))
-        tokens = [inputs[name].flatten(1, -2) for name in self.names]
+        tokens = [self._by_image(name, inputs[name]) for name in self.names]
         widths = [x.shape[-1] for x in tokens]
         if not self.moments:
             self.widths = widths
@@ -111,6 +127,12 @@ class _Analysis:
             raise ValueError(f"the widths of the blocks' tokens changed from {self.widths} to {widths}")
         for p, moment in self.moments.items():  # one launch for all blocks of a width
             moment.update([x for x in tokens if x.shape[-1] == p])
+
+    def _by_image(self, block: str, tokens: Tensor) -> Tensor:
+        """(T * B, ..., p), T streams → (B, n, p): all tokens the image has in this block."""
+        tokens = tokens.flatten(1, -2)
+        num_streams = len(self._streams(block))
+        return tokens.unflatten(0, (num_streams, -1)).transpose(0, 1).flatten(1, 2) if num_streams > 1 else tokens
 
     def _forward(self, batch: Any) -> None:
         if isinstance(self.model, MultiTaskModel):
@@ -164,7 +186,9 @@ class _Analysis:
             d = next(i for i in reversed(range(len(nonfinite))) if nonfinite[i])
             finite = gradients[d].isfinite().flatten(1).all(1).tolist()
             bad = [task for task, fine in zip(self.tasks, finite, strict=True) if not fine]
-            raise ValueError(f"the token gradients of task {', '.join(map(repr, bad))} at block {self.names[d]!r} hold NaN or Inf")
+            raise ValueError(
+                f"the token gradients of task {', '.join(map(repr, bad))} at block {self.names[d]!r} hold NaN or Inf"
+            )
         alive = gradients[0].flatten(1).any(1)
         self.alive = alive if self.alive is None else self.alive | alive
 
@@ -194,7 +218,9 @@ class _Analysis:
         self.tasks = self.tasks or tasks
         self._check_losses(values)
         ones = torch.ones_like
-        seeds: list[list[Tensor | None]] = [[ones(values[t]) if t == task else None for t in self.tasks] for task in self.tasks]
+        seeds: list[list[Tensor | None]] = [
+            [ones(values[t]) if t == task else None for t in self.tasks] for task in self.tasks
+        ]
         return [values[task] for task in self.tasks], seeds
 
     def _check_losses(self, values: Mapping[str, Tensor]) -> None:
@@ -222,21 +248,19 @@ class _Analysis:
             if all(gradient is None for gradient in gradients):
                 raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
             for d, (name, gradient) in enumerate(zip(self.names, gradients, strict=True)):
-                index, num_streams = self._stream(name, task)
-                size = (tokens[d].shape[0] // num_streams, *tokens[d].shape[1:])
+                streams = self._streams(name)
+                size = (tokens[d].shape[0] // len(streams), *tokens[d].shape[1:])
                 if i == 0:
                     found.append(tokens[d].new_zeros((len(self.tasks), *size)))
                 if gradient is not None:
-                    found[d][i] = gradient.unflatten(0, (num_streams, -1))[index]
+                    own = sources(streams, ((task,),))[0] if len(streams) > 1 else 0
+                    found[d][i] = gradient.unflatten(0, (len(streams), -1))[own]
         return found
 
-    def _stream(self, block: str, task: str) -> tuple[int, int]:
-        """Where the task's tokens are among the rows of an expanded block; (0, 1) where all tasks share them."""
+    def _streams(self, block: str) -> Layout:
+        """The streams that enter a block: one, unless the model is expanded."""
         adapter = getattr(self.inputs.blocks[block], "dtme", None)
-        if adapter is None:
-            return 0, 1
-        streams = layout(adapter.selected, adapter.separated_before)
-        return sources(streams, ((task,),))[0], len(streams)
+        return ((),) if adapter is None else layout(adapter.selected, adapter.separated_before)
 
     def _unpack(self, batch: Any) -> tuple[Any, Mapping[str, Any]]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Mapping):
@@ -286,20 +310,28 @@ def _batches(loader: Iterable[Any], limit: int | None, name: str, progress: bool
     yield from tqdm(islice(loader, limit), desc=f"{name:11}", total=total, unit="batch", disable=not progress)
 
 
-def _check_arguments(model: nn.Module, loader: Any, losses: Any, max_batches: int | None, covariance_batches: int | None) -> None:
+def _check_arguments(
+    model: nn.Module, loader: Any, losses: Any, max_batches: int | None, covariance_batches: int | None
+) -> None:
     if isinstance(losses, Mapping):
         if not isinstance(model, MultiTaskModel):
-            raise TypeError(f"losses by task need a MultiTaskModel, got {type(model).__name__}: give a step(model, batch) function")
+            raise TypeError(
+                f"losses by task need a MultiTaskModel, got {type(model).__name__}: give a step(model, batch) function"
+            )
         if len(losses) < 2:
             raise ValueError(f"losses must name at least two tasks, got {list(losses)}")
         if unknown := [task for task in losses if task not in model.tasks]:
-            raise ValueError(f"losses name the unknown task {unknown[0]!r}; the model has heads for {list(model.tasks)}")
+            raise ValueError(
+                f"losses name the unknown task {unknown[0]!r}; the model has heads for {list(model.tasks)}"
+            )
     elif not callable(losses):
         raise TypeError(f"losses must be {{task: loss}} or a function step(model, batch), got {type(losses).__name__}")
     if not isinstance(loader, Iterable):
         raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
     if isinstance(loader, Iterator):
-        raise ValueError(f"loader ({type(loader).__name__}) can be iterated once only, the analysis needs two passes: give a DataLoader or a list")
+        raise ValueError(
+            f"loader ({type(loader).__name__}) can be iterated once only, the analysis needs two passes: give a DataLoader or a list"
+        )
     for name, value in (("max_batches", max_batches), ("covariance_batches", covariance_batches)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be None or a positive integer, got {value!r}")

@@ -11,8 +11,7 @@ run with more of them? The attention keeps its own projections, norms and masks;
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,7 +65,9 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
     found = [(module, seam) for module in block.modules() if (seam := seam_of(module))]
     if len(found) != 1:
         kinds = ", ".join(type(module).__name__ for module, _ in found) or "none"
-        raise NotExpandable(f"block {name!r} ({type(block).__name__}) must hold one attention that task tokens can join, found {kinds}")
+        raise NotExpandable(
+            f"block {name!r} ({type(block).__name__}) must hold one attention that task tokens can join, found {kinds}"
+        )
     attention, seam = found[0]
     _check_implementation(name, attention, seam)
     parameter = next(p for p in block.parameters() if p.is_floating_point())
@@ -93,7 +94,9 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
     except _Reached:
         pass
     except Exception as error:
-        raise NotExpandable(f"block {name!r} ({type(block).__name__}) could not be called on tokens alone: {error}") from error
+        raise NotExpandable(
+            f"block {name!r} ({type(block).__name__}) could not be called on tokens alone: {error}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -102,7 +105,9 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
     if not arrived:
         raise NotExpandable(f"block {name!r} ({type(block).__name__}) never called its attention")
     if arrived[0] is not tokens and id(arrived[0]) not in outputs:
-        raise NotExpandable(f"block {name!r} ({type(block).__name__}): its attention does not read the block's (normalised) tokens directly")
+        raise NotExpandable(
+            f"block {name!r} ({type(block).__name__}): its attention does not read the block's (normalised) tokens directly"
+        )
     return attention, outputs.get(id(arrived[0])) if arrived[0] is not tokens else None, seam
 
 
@@ -148,7 +153,9 @@ def _transformers_attention(
     """transformers' contract: (rows, H, N, d) in, (rows, N, H, d) and the attention weights out."""
     attend: Attend = module.forward.__self__.attend  # type: ignore[union-attr]
     if unknown := [name for name, value in options.items() if value is not None and name not in _HARMLESS]:
-        raise NotExpandable(f"{type(module).__name__} passes {unknown[0]!r} to its attention, which task tokens do not support")
+        raise NotExpandable(
+            f"{type(module).__name__} passes {unknown[0]!r} to its attention, which task tokens do not support"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     output = attend(query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling)
@@ -165,7 +172,9 @@ def without_position(value: Any, num_tokens: int) -> Any:
 # --- timm ---------------------------------------------------------------------------------------------------------
 
 
-def run_timm(attend: Attend, module: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def run_timm(
+    attend: Attend, module: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
     """The forward of timm's ``Attention`` with its inner product given."""
     query, key, value = project_timm(module, x)
     dropout = module.attn_drop.p if module.training else 0.0
@@ -187,22 +196,12 @@ def project_timm(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class CatchAttention(TorchFunctionMode):
-    """Hands the one call of ``scaled_dot_product_attention`` under it to ``attend``."""
+    """Hands every call of ``scaled_dot_product_attention`` under it to ``attend``."""
 
-    def __init__(self, attend: Attend, name: str) -> None:
+    def __init__(self, attend: Attend) -> None:
         super().__init__()
-        self.attend, self.name, self.calls = attend, name, 0
+        self.attend = attend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self.attend(*args, **(kwargs or {}))
-
-
-@contextmanager
-def catch_attention(attend: Attend, name: str) -> Iterator[None]:
-    with CatchAttention(attend, name) as caught:
-        yield
-    if caught.calls != 1:
-        raise NotExpandable(f"block {name!r}: its attention called scaled_dot_product_attention {caught.calls} times, not once")
+        run = self.attend if func is F.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))

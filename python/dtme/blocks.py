@@ -31,7 +31,9 @@ def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | N
     if isinstance(blocks, str):
         if blocks not in modules:
             raise ValueError(f"blocks={blocks!r} is not a module of {type(backbone).__name__}")
-        return {f"{blocks}.{name}": child for name, child in modules[blocks].named_children()} or {blocks: modules[blocks]}
+        return {f"{blocks}.{name}": child for name, child in modules[blocks].named_children()} or {
+            blocks: modules[blocks]
+        }
     names = {id(module): name for name, module in modules.items()}
     wanted = [block if isinstance(block, str) else names.get(id(block)) for block in blocks]
     for block, name in zip(blocks, wanted, strict=True):
@@ -56,7 +58,8 @@ def _detect(backbone: nn.Module) -> dict[str, nn.Module]:
 def _is_checkpointing_layer(module: nn.Module) -> bool:
     """transformers' base class of every layer, told by name: transformers itself is never imported here."""
     return any(
-        base.__name__ == "GradientCheckpointingLayer" and base.__module__.startswith("transformers.") for base in type(module).__mro__
+        base.__name__ == "GradientCheckpointingLayer" and base.__module__.startswith("transformers.")
+        for base in type(module).__mro__
     )
 
 
@@ -80,7 +83,9 @@ def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) ->
     for where, value in [*enumerate(args), *kwargs.items()]:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
             return where, value
-    raise ValueError(f"block {block!r} was called without tokens: none of its arguments is a floating tensor (B, ..., p)")
+    raise ValueError(
+        f"block {block!r} was called without tokens: none of its arguments is a floating tensor (B, ..., p)"
+    )
 
 
 def replace_argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: int | str, value: Any) -> Arguments:

@@ -47,7 +47,8 @@ class BlockInputs:
             return enter
 
         handles = [
-            block.register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True) for name, block in self.blocks.items()
+            block.register_forward_pre_hook(hook(name), prepend=True, with_kwargs=True)
+            for name, block in self.blocks.items()
         ]
         try:
             yield seen
@@ -58,7 +59,9 @@ class BlockInputs:
             raise ValueError(f"block {missing[0]!r} did not run in a forward")
         for name, tokens in seen.items():
             if not tokens.is_inference() and tokens._version != versions[name]:
-                raise ValueError(f"block {name!r} or one before it changes its tokens in place: their gradient cannot be taken")
+                raise ValueError(
+                    f"block {name!r} or one before it changes its tokens in place: their gradient cannot be taken"
+                )
 
 
 @contextmanager

@@ -94,10 +94,18 @@ def _backbone(model: nn.Module) -> nn.Module:
 def _refuse_wrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kinds = {base.__name__ for base in type(module).__mro__}
-        wrapper = kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "DataParallel"}
+        wrapper = kinds & {
+            "DistributedDataParallel",
+            "FullyShardedDataParallel",
+            "FSDPModule",
+            "OptimizedModule",
+            "DataParallel",
+        }
         if wrapper or module._compiled_call_impl is not None:
             what = wrapper.pop() if wrapper else "torch.compile"
-            raise RuntimeError(f"{name or type(model).__name__} is wrapped by {what} already: expand the model before that")
+            raise RuntimeError(
+                f"{name or type(model).__name__} is wrapped by {what} already: expand the model before that"
+            )
 
 
 def _blocks_of(backbone: nn.Module, plan: ExpansionPlan) -> dict[str, nn.Module]:
@@ -122,7 +130,9 @@ def _width(name: str, block: nn.Module, plan: ExpansionPlan) -> int:
     if planned is None and own is None:
         raise ValueError(f"the width of block {name!r} ({type(block).__name__}) is not known: give plan.num_features")
     if planned is not None and own is not None and planned != own:
-        raise ValueError(f"plan is for {planned} channels at block {name!r}, which has {own}: it was made for another model")
+        raise ValueError(
+            f"plan is for {planned} channels at block {name!r}, which has {own}: it was made for another model"
+        )
     return planned or own  # type: ignore[return-value]
 
 
@@ -134,7 +144,9 @@ def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[s
     for name in names[first:]:
         block = blocks[name]
         if hasattr(block, "dtme"):
-            raise RuntimeError(f"block {name!r} is expanded already: call dtme.collapse on the model it belongs to first")
+            raise RuntimeError(
+                f"block {name!r} is expanded already: call dtme.collapse on the model it belongs to first"
+            )
         block.dtme = adapter = BlockAdapter(name, block, streams, separated)
         if name in widths:
             parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))

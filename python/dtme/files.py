@@ -33,7 +33,9 @@ def save_json(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) 
     write_beside(Path(path), lambda beside: beside.write_text(text + "\n"))
 
 
-def load_json(path: str | os.PathLike[str], kind: str, fields: set[str], optional: set[str] | None = None) -> dict[str, Any]:
+def load_json(
+    path: str | os.PathLike[str], kind: str, fields: set[str], optional: set[str] | None = None
+) -> dict[str, Any]:
     """Read what ``save_json`` wrote; ValueError naming the file where it is damaged, foreign or from a newer version."""
     try:
         content = json.loads(Path(path).read_text())

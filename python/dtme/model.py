@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import saving
@@ -32,7 +31,9 @@ class MultiTaskModel(nn.Module):
         ValueError: no heads, a task name that cannot name a parameter, or unknown ``features``.
     """
 
-    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module], features: str | Features = "tokens") -> None:
+    def __init__(
+        self, backbone: nn.Module, heads: Mapping[str, nn.Module], features: str | Features = "tokens"
+    ) -> None:
         super().__init__()
         if not isinstance(heads, Mapping):
             raise TypeError(f"heads must map task names to modules, got {type(heads).__name__}")
@@ -80,7 +81,9 @@ class MultiTaskModel(nn.Module):
         def part(task: str, tensor: Tensor) -> Tensor:
             num_streams, rest = divmod(tensor.shape[0] if tensor.ndim else 0, num_rows)
             if rest or num_streams not in layouts:
-                raise ValueError(f"a feature of shape {tuple(tensor.shape)} does not start with the batch of {num_rows} (times task streams)")
+                raise ValueError(
+                    f"a feature of shape {tuple(tensor.shape)} does not start with the batch of {num_rows} (times task streams)"
+                )
             if num_streams == 1:
                 return tensor
             index = sources(layouts[num_streams], ((task,),))[0]
@@ -93,7 +96,10 @@ class MultiTaskModel(nn.Module):
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         base = [parameter for name, parameter in named if ".dtme." not in name]
         added = [parameter for name, parameter in named if ".dtme." in name]
-        groups = [{"params": base, "lr": lr, "weight_decay": weight_decay}, {"params": added, "lr": lr, "weight_decay": 0.0}]
+        groups = [
+            {"params": base, "lr": lr, "weight_decay": weight_decay},
+            {"params": added, "lr": lr, "weight_decay": 0.0},
+        ]
         return [group for group in groups if group["params"]]
 
     def print_trainable_parameters(self) -> None:
@@ -102,7 +108,9 @@ class MultiTaskModel(nn.Module):
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         added = sum(p.numel() for name, p in self.named_parameters() if ".dtme." in name)
         share = f"{added / (total - added):.3%} of the model without them" if total > added else "all there is"
-        print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}); added by expansion {added:,} ({share})")
+        print(
+            f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}); added by expansion {added:,} ({share})"
+        )
 
     def save_pretrained(self, path: str | os.PathLike[str], *, expansion_only: bool = False) -> None:
         """Write ``dtme_config.json`` and ``model.safetensors`` into the folder ``path``.
@@ -170,5 +178,7 @@ def backbone_tokens(backbone: nn.Module, x: Any) -> Tensor:
     tokens = getattr(output, "last_hidden_state", output)
     if not isinstance(tokens, Tensor) or tokens.ndim < 3:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"features='tokens' needs a backbone that returns (B, N, p), {type(backbone).__name__} returned {got}: give features=")
+        raise TypeError(
+            f"features='tokens' needs a backbone that returns (B, N, p), {type(backbone).__name__} returned {got}: give features="
+        )
     return tokens

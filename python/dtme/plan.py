@@ -56,7 +56,9 @@ class ExpansionPlan:
             if not isinstance(block, str) or isinstance(tasks, str) or not isinstance(tasks, Sequence):
                 raise ValueError(f"{name}[{block!r}] must be a sequence of task names, got {tasks!r}")
             if unknown := [task for task in tasks if task not in self.tasks]:
-                raise ValueError(f"{name}[{block!r}] names the unknown task {unknown[0]!r}; tasks are {list(self.tasks)}")
+                raise ValueError(
+                    f"{name}[{block!r}] names the unknown task {unknown[0]!r}; tasks are {list(self.tasks)}"
+                )
             if len(set(tasks)) != len(tasks):
                 raise ValueError(f"{name}[{block!r}] names a task twice: {list(tasks)}")
         return {block: tuple(tasks) for block, tasks in blocks.items() if tasks}
@@ -93,7 +95,9 @@ class ExpansionPlan:
             return num_features
         blocks = tuple(self.num_features) or self.blocks
         if len(num_features) != len(blocks):
-            raise ValueError(f"num_features must hold one width for each of {len(blocks)} blocks, got {len(num_features)}")
+            raise ValueError(
+                f"num_features must hold one width for each of {len(blocks)} blocks, got {len(num_features)}"
+            )
         return dict(zip(blocks, num_features, strict=True))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -127,7 +131,9 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(task, str) or not task or "." in task:
             raise ValueError(f"a task name must be a non-empty string without dots, got {task!r}")
         if task == "training" or hasattr(nn.ModuleDict, task) or hasattr(nn.ParameterDict, task):
-            raise ValueError(f"the task name {task!r} is taken by torch.nn.Module: choose another, such as {task + '_task'!r}")
+            raise ValueError(
+                f"the task name {task!r} is taken by torch.nn.Module: choose another, such as {task + '_task'!r}"
+            )
     if len(set(tasks)) != len(tasks):
         raise ValueError(f"task names must be unique, got {list(tasks)}")
     return tuple(tasks)

@@ -23,7 +23,10 @@ def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
     rates, choice, in_range, in_null = figure.subplots(4, 1, sharex=True, height_ratios=ratios)
     _rates(rates, report)
     _choice(choice, report, plan)
-    for axes, counts, name, colors in ((in_range, report.range_counts, "range", "Blues"), (in_null, report.null_counts, "null", "Oranges")):
+    for axes, counts, name, colors in (
+        (in_range, report.range_counts, "range", "Blues"),
+        (in_null, report.null_counts, "null", "Oranges"),
+    ):
         values = [[float(counts[d, i, j] / report.valid_counts[d, i, j]) for d in range(num_blocks)] for i, j in pairs]
         image = axes.imshow(values, cmap=colors, aspect="auto", vmin=0, vmax=1)
         axes.set_yticks(range(len(pairs)), [f"{report.tasks[i]} · {report.tasks[j]}" for i, j in pairs], fontsize=8)
@@ -36,7 +39,10 @@ def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
 
 def _rates(axes: Any, report: "ConflictReport") -> None:
     x = range(len(report.blocks))
-    for values, color, marker, name in ((report.range_rates, RANGE, "o", "range"), (report.null_rates, NULL, "s", "null")):
+    for values, color, marker, name in (
+        (report.range_rates, RANGE, "o", "range"),
+        (report.null_rates, NULL, "s", "null"),
+    ):
         axes.plot(x, values.tolist(), color=color, marker=marker, markersize=5, linewidth=1.8, label=f"{name} space")
     axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -50,7 +56,14 @@ def _choice(axes: Any, report: "ConflictReport", plan: ExpansionPlan) -> None:
     for row, (blocks, color) in enumerate(((plan.modulation, RANGE), (plan.expansion, NULL))):
         for d, block in enumerate(report.blocks):
             share = len(blocks.get(block, ())) / len(plan.tasks)
-            axes.barh(row, 0.9, left=d - 0.45, height=0.8, color=color if share else "#eeeeee", alpha=0.35 + 0.65 * share if share else 1)
+            axes.barh(
+                row,
+                0.9,
+                left=d - 0.45,
+                height=0.8,
+                color=color if share else "#eeeeee",
+                alpha=0.35 + 0.65 * share if share else 1,
+            )
     axes.set_yticks([0, 1], ["modulation", "expansion"], fontsize=8)
     axes.set_ylim(1.5, -0.5)
     axes.tick_params(length=0)

@@ -107,7 +107,9 @@ class ConflictReport:
         """Blocks by rate, ties to the earlier one; a block without a rate comes last either way."""
         rates = (self.range_rates if space == "range" else self.null_rates).tolist()
         sign = -1 if descending else 1
-        return sorted(range(len(rates)), key=lambda d: (rates[d] != rates[d], sign * rates[d] if rates[d] == rates[d] else 0, d))
+        return sorted(
+            range(len(rates)), key=lambda d: (rates[d] != rates[d], sign * rates[d] if rates[d] == rates[d] else 0, d)
+        )
 
     def _members(self, d: int, space: str, threshold: float | None) -> tuple[str, ...]:
         if threshold is None:
@@ -120,7 +122,13 @@ class ConflictReport:
     def table(self, plan: ExpansionPlan | None = None) -> str:
         """One row a block: width, rank, both rates and, given a plan, what it puts there."""
         rows = [["block", "p", "rank", "range rate", "null rate", "plan"]]
-        columns = (self.blocks, self.eigenvalues, self.ranks.tolist(), self.range_rates.tolist(), self.null_rates.tolist())
+        columns = (
+            self.blocks,
+            self.eigenvalues,
+            self.ranks.tolist(),
+            self.range_rates.tolist(),
+            self.null_rates.tolist(),
+        )
         for block, values, rank, in_range, in_null in zip(*columns, strict=True):
             marks = [] if plan is None else [_mark("modulate", plan.modulation.get(block, ()), plan.tasks)]
             marks += [] if plan is None else [_mark("expand", plan.expansion.get(block, ()), plan.tasks)]
@@ -130,7 +138,9 @@ class ConflictReport:
             rows = [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         align = ["<", ">", ">", ">", ">", "<"]
-        lines = ["  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=False)).rstrip() for row in rows]
+        lines = [
+            "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=False)).rstrip() for row in rows
+        ]
         return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
     def __str__(self) -> str:
@@ -151,7 +161,11 @@ class ConflictReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON; floats survive exactly."""
-        content: dict[str, Any] = {"tasks": list(self.tasks), "blocks": list(self.blocks), "num_samples": self.num_samples}
+        content: dict[str, Any] = {
+            "tasks": list(self.tasks),
+            "blocks": list(self.blocks),
+            "num_samples": self.num_samples,
+        }
         content |= {"ratio": self.ratio, "ranks": self.ranks.tolist()}
         content |= {name: getattr(self, name).tolist() for name in ("range_counts", "null_counts", "valid_counts")}
         content["eigenvalues"] = [values.tolist() for values in self.eigenvalues]

@@ -104,7 +104,9 @@ def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expans
         if name not in tensors:
             raise ValueError(f"{path} lacks {name!r}: it was saved from another architecture")
         if tensors[name].shape != value.shape:
-            raise ValueError(f"{path} holds {name!r} as {tuple(tensors[name].shape)}, the model needs {tuple(value.shape)}")
+            raise ValueError(
+                f"{path} holds {name!r} as {tuple(tensors[name].shape)}, the model needs {tuple(value.shape)}"
+            )
     if unknown := tensors.keys() - state.keys():
         raise ValueError(f"{path} holds {min(unknown)!r}, which the model does not have")
 

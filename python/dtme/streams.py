@@ -53,26 +53,34 @@ class Streams:
         return choose(tasks, self.tasks)
 
     def current(self, tokens: Tensor, block: str) -> tuple[str, ...]:
-        """The tasks whose rows ``tokens``, the input of ``block``, holds.
+        """The tasks whose rows ``tokens``, on their way into ``block``, hold.
 
-        Activation checkpointing runs a block again during the backward pass, when another choice may be in force. The choice
-        therefore travels with the block's input, which non-reentrant checkpointing keeps; where it was lost, an error is
-        better than the gradients of other tasks.
+        Activation checkpointing runs a block again during the backward pass, when another choice may be in force. The
+        choice therefore travels with the block's input, which non-reentrant checkpointing keeps; where it was lost, an
+        error is better than the gradients of other tasks.
         """
-        if torch.compiler.is_compiling():
-            return self.selected
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            if torch.is_grad_enabled():
-                known = getattr(tokens, "_dtme_selected", self.selected)
-                tokens._dtme_selected = self.selected if known == self.selected else None  # type: ignore[attr-defined]
+        if not recomputing():
+            self.mark(tokens, self.selected)
             return self.selected
         selected = getattr(tokens, "_dtme_selected", None)
         if selected is None:
             raise RuntimeError(
                 f"block {block!r} is recomputed by activation checkpointing, but its tasks are no longer known: checkpoint "
-                "every block on its own with use_reentrant=False, or run all tasks in one forward"
+                "every block on its own with use_reentrant=False"
             )
         return selected
+
+    @staticmethod
+    def mark(tokens: Tensor, selected: tuple[str, ...]) -> None:
+        """Let ``tokens`` remember their tasks; two different choices for one tensor make it forget both."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            known = getattr(tokens, "_dtme_selected", selected)
+            tokens._dtme_selected = selected if known == selected else None  # type: ignore[attr-defined]
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def choose(tasks: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:

@@ -8,16 +8,7 @@ from torch import nn
 
 import dtme
 from dtme.blocks import find_blocks
-
-CLIENTS = [
-    "transformers ViT",
-    "transformers DINOv2",
-    "transformers BERT",
-    "timm ViT",
-    "timm ViT, qk-norm, LayerScale, registers",
-    "own, generic seam",
-]
-TASKS = ("semseg", "depth", "normals")
+from tests.dtme.clients import CLIENTS, TASKS
 
 
 def some_plan(model, num_tokens=2, partial=False):
@@ -25,7 +16,10 @@ def some_plan(model, num_tokens=2, partial=False):
     first, second, third = find_blocks(model.backbone)
     if partial:
         return dtme.ExpansionPlan(
-            TASKS, num_tokens, {second: ("depth",), third: ("semseg", "depth")}, {second: ("depth",), third: ("normals",)}
+            TASKS,
+            num_tokens,
+            {second: ("depth",), third: ("semseg", "depth")},
+            {second: ("depth",), third: ("normals",)},
         )
     return dtme.ExpansionPlan(TASKS, num_tokens, {first: TASKS, second: TASKS}, {second: TASKS, third: TASKS})
 
@@ -41,7 +35,10 @@ def test_equals_concatenation_in_outputs_and_all_gradients(build, randomise, nai
     expanded = dtme.expand(copy.deepcopy(plain), some_plan(plain, partial=partial))
     randomise(expanded)
     out = expanded(x)
-    sum((prediction * torch.linspace(-1, 1, prediction.numel()).view_as(prediction)).sum() for prediction in out.values()).backward()
+    sum(
+        (prediction * torch.linspace(-1, 1, prediction.numel()).view_as(prediction)).sum()
+        for prediction in out.values()
+    ).backward()
 
     added = {name: p.detach().clone().requires_grad_() for name, p in added_parameters(expanded).items()}
     for task in TASKS:
@@ -225,7 +222,10 @@ def unchanged_after(model, error, match, call):
     [
         (dtme.ExpansionPlan(TASKS, 1, {"layers.9": TASKS}), "block 'layers.9', which OwnTransformer does not have"),
         (dtme.ExpansionPlan(("semseg", "pose"), 1, {"layers.0": ("pose",)}), "unknown task 'pose'"),
-        (dtme.ExpansionPlan(TASKS, 1, {"layers.0": TASKS}, {}, {"layers.0": 32}), "32 channels at block 'layers.0', which has 24"),
+        (
+            dtme.ExpansionPlan(TASKS, 1, {"layers.0": TASKS}, {}, {"layers.0": 32}),
+            "32 channels at block 'layers.0', which has 24",
+        ),
     ],
 )
 def test_plan_for_another_model_is_refused(build, plan, match):

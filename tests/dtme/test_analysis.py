@@ -1,0 +1,378 @@
+"""The analysis against a naive one with explicit projectors, and everything that must not go wrong on the way."""
+
+import copy
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import dtme
+from dtme.blocks import find_blocks
+from tests.dtme.clients import SDPA, TASKS, OwnBlock, make_input
+
+LOSSES = {task: F.mse_loss for task in TASKS}
+
+
+@pytest.fixture
+def problem(build):
+    """problem(client) → model, loader of three uneven batches, of which some labels give no gradient at all."""
+
+    def make(client="own, generic seam"):
+        model, _ = build(client)
+        generator = torch.Generator().manual_seed(3)
+        loader = []
+        for i, rows in enumerate((3, 2, 1)):
+            x = make_input(client, rows, seed=i)
+            tokens = model.extract(x, TASKS)
+            target = {
+                t: torch.randn(*tokens.shape[:2], 2 + k, generator=generator, dtype=torch.float64)
+                for k, t in enumerate(TASKS)
+            }
+            loader.append((x, target))
+        return model, loader
+
+    return make
+
+
+def first_image_only(prediction, target):
+    """As if the other images' labels were all ignored: their gradients are exactly zero."""
+    return F.mse_loss(prediction[:1], target[:1])
+
+
+def naive_analysis(model, loader, losses, ratio):
+    """Eq. 1-4 as printed, one task, one block and one token at a time; NumPy in float64."""
+    blocks = find_blocks(model.backbone)
+    seen = {}
+    hooks = [b.register_forward_pre_hook(lambda m, a, n=n: seen.update({n: a[0]})) for n, b in blocks.items()]
+    moments, samples = dict.fromkeys(blocks, 0), 0
+    for x, _ in loader:
+        model(x)
+        samples += len(next(iter(seen.values())))
+        for name in blocks:
+            for image in seen[name].detach().numpy():
+                moments[name] = moments[name] + image.T @ image
+    spaces = {}
+    for name in blocks:
+        values, vectors = np.linalg.eigh(moments[name] / samples)
+        values, vectors = values[::-1].clip(0), vectors[:, ::-1]
+        rank = sum(values[:k].sum() < ratio * values[k:].sum() for k in range(1, len(values)))
+        rank = min(max(rank, 1), len(values) - 1)
+        u_range, u_null = vectors[:, :rank], vectors[:, rank:]
+        spaces[name] = (rank, u_range @ u_range.T, u_null @ u_null.T, values)
+    k = len(losses)
+    counts = {name: np.zeros((3, k, k), dtype=np.int64) for name in blocks}
+    for x, targets in loader:
+        grads = {name: [] for name in blocks}
+        for task, loss in losses.items():
+            out = model(x)
+            grad = torch.autograd.grad(loss(out[task], targets[task]), [seen[n] for n in blocks], allow_unused=True)
+            for name, g in zip(blocks, grad, strict=True):
+                grads[name].append(g.detach().numpy().reshape(-1, g.shape[-1]))
+        for name in blocks:
+            _, p_range, p_null, _ = spaces[name]
+            for i, j in itertools.combinations(range(k), 2):
+                for a, b in zip(grads[name][i], grads[name][j], strict=True):
+                    if a.any() and b.any():
+                        hits = np.array([(p_range @ a) @ (p_range @ b) <= 0, (p_null @ a) @ (p_null @ b) <= 0, True])
+                        counts[name][:, i, j] += hits
+                        counts[name][:, j, i] += hits
+    for hook in hooks:
+        hook.remove()
+    return {name: (spaces[name][0], spaces[name][3], counts[name]) for name in blocks}
+
+
+@pytest.mark.parametrize("ratio", [3.0, 100.0])
+@pytest.mark.parametrize(
+    "client", ["own, generic seam", "transformers ViT", "timm ViT", "transformers BERT", "transformers DINOv2"]
+)
+def test_ranks_counts_and_rates_equal_the_naive_analysis(problem, client, ratio):
+    model, loader = problem(client)
+    losses = {**LOSSES, "depth": first_image_only}
+    for parameter in model.backbone.parameters():  # the naive way needs a graph from the embeddings on
+        parameter.requires_grad_(True)
+    if "own" in client:
+        loader = [(x.requires_grad_(), y) for x, y in loader]
+    want = naive_analysis(model, loader, losses, ratio)
+    report = dtme.analyze(model, loader, losses, ratio=ratio, progress=False)
+    assert report.blocks == tuple(want) and report.tasks == TASKS and report.num_samples == 6
+    for d, (rank, values, counts) in enumerate(want.values()):
+        assert report.ranks[d] == rank
+        np.testing.assert_allclose(report.eigenvalues[d].numpy(), values, rtol=1e-9, atol=1e-12 * values[0])
+        for got, expected in zip((report.range_counts, report.null_counts, report.valid_counts), counts, strict=True):
+            assert np.array_equal(got[d].numpy(), expected)
+        upper = np.triu_indices(len(TASKS), 1)
+        for got, row in ((report.range_rates, 0), (report.null_rates, 1)):
+            assert got[d].item() == counts[row][upper].sum() / counts[2][upper].sum()
+    # three batches, of each of which depth saw one image
+    assert (report.valid_counts[:, 0, 2] == 2 * report.valid_counts[:, 0, 1]).all() and report.valid_counts.sum() > 0
+
+
+def test_counting_zero_gradients_is_algorithm_1s_letter(problem):
+    model, loader = problem()
+    losses = {**LOSSES, "depth": first_image_only}
+    own = dtme.analyze(model, loader, losses, progress=False)
+    letter = dtme.analyze(model, loader, losses, progress=False, count_zero_gradients=True)
+    assert (letter.valid_counts[:, ~torch.eye(3, dtype=torch.bool)] == 30).all()
+    ignored = torch.tensor([[0, 15, 0], [15, 0, 15], [0, 15, 0]])  # three images of five tokens
+    for name in ("range_counts", "null_counts"):
+        assert torch.equal(getattr(letter, name) - getattr(own, name), ignored.expand(3, 3, 3))
+
+
+def test_a_step_function_gives_the_same_report(problem):
+    model, loader = problem()
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x)
+
+    def step(whole, batch):
+        x, targets = batch
+        return {task: LOSSES[task](prediction, targets[task]) for task, prediction in whole(x).items()}
+
+    want = dtme.analyze(model, loader, LOSSES, progress=False)
+    got = dtme.analyze(Whole(), loader, step, blocks="inner.backbone.layers", progress=False)
+    assert got.blocks == tuple(f"inner.backbone.{name}" for name in want.blocks)
+    for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+
+
+def test_blocks_by_path_name_or_module_and_batch_limits(problem):
+    model, loader = problem()
+    layers = model.backbone.layers
+    for blocks, names in (
+        ("layers", ("layers.0", "layers.1", "layers.2")),
+        (["layers.1"], ("layers.1",)),
+        ([layers[2]], ("layers.2",)),
+    ):
+        assert dtme.analyze(model, loader, LOSSES, blocks=blocks, progress=False).blocks == names
+    assert dtme.analyze(model, loader, LOSSES, max_batches=2, progress=False).num_samples == 5
+    report = dtme.analyze(model, loader, LOSSES, covariance_batches=1, progress=False)
+    assert report.num_samples == 3 and report.valid_counts[0, 0, 1] == 30
+    assert torch.equal(report.valid_counts, dtme.analyze(model, loader, LOSSES, progress=False).valid_counts)
+
+
+def test_blocks_of_different_widths(build):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(OwnBlock(SDPA()), nn.Linear(24, 12), OwnBlock(SDPA(12), 12))
+    model = dtme.MultiTaskModel(backbone, {"a": nn.Linear(12, 2), "b": nn.Linear(12, 2)}).double()
+    loader = [
+        (torch.randn(4, 5, 24).double(), {"a": torch.randn(4, 5, 2).double(), "b": torch.randn(4, 5, 2).double()})
+    ]
+    report = dtme.analyze(model, loader, {"a": F.mse_loss, "b": F.l1_loss}, progress=False)
+    assert [len(values) for values in report.eigenvalues] == [24, 12] and report.num_features == {"0": 24, "2": 12}
+    plan = report.plan(modulation=1.0, expansion=1.0, num_tokens=2)
+    assert plan.added_parameters() == plan.added_parameters([24, 12]) == 2 * (2 + 2) * (24 + 12)
+    x = loader[0][0]
+    before = model(x)["a"]
+    dtme.expand(model, report.plan(expansion=0, modulation=1.0))
+    torch.testing.assert_close(model(x)["a"], before)
+    assert "0" in str(report)
+
+
+def test_an_expanded_model_is_analysed_in_its_own_streams(problem):
+    """At its start an affine plan changes nothing, so neither does it change what the tasks' gradients are."""
+    model, loader = problem()
+    want = dtme.analyze(model, loader, LOSSES, progress=False)
+    dtme.expand(model, want.plan(expansion=0, modulation=1.0))
+    got = dtme.analyze(model, loader, LOSSES, progress=False)
+    for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+# --- the model stays as it was ----------------------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """A head with everything an analysis could disturb: batch statistics, dropout, a buffer that counts calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.out = nn.BatchNorm1d(24), nn.Dropout(0.5), nn.Linear(24, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.out(self.drop(self.norm(x.flatten(0, 1)).view_as(x)))
+
+
+def snapshot(model):
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        {name: p.requires_grad for name, p in model.named_parameters()},
+        {name: p.grad for name, p in model.named_parameters()},
+        {name: m.training for name, m in model.named_modules()},
+        {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
+        (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
+    )
+
+
+def same(before, after):
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert before[1:5] == after[1:5]
+    assert (
+        torch.equal(before[5][0], after[5][0]) and (before[5][1] == after[5][1]).all() and before[5][2] == after[5][2]
+    )
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+@pytest.mark.parametrize("failure", [None, KeyboardInterrupt, ZeroDivisionError])
+def test_the_model_is_left_exactly_as_it_was(problem, train_mode, failure):
+    model, loader = problem()
+    model.heads["semseg"] = Dropping().double()
+    model.backbone.layers[1].eval()
+    model.heads["depth"].weight.requires_grad_(False)
+    model.train()
+    model.backbone.layers[1].eval()
+    model.heads["semseg"].out.weight.grad = torch.ones_like(model.heads["semseg"].out.weight)
+    calls = []
+
+    def loss(prediction, target):
+        calls.append(torch.rand(1))
+        if failure and len(calls) == 2:
+            raise failure
+        return F.mse_loss(prediction, target)
+
+    before = snapshot(model)
+    shuffled = DataLoader(
+        [(x[0], {t: y[0] for t, y in targets.items()}) for x, targets in loader], batch_size=2, shuffle=True
+    )
+
+    def run():
+        dtme.analyze(model, shuffled, {**LOSSES, "semseg": loss}, train_mode=train_mode, progress=False)
+
+    if failure:
+        with pytest.raises(failure):
+            run()
+    else:
+        run()
+    same(before, snapshot(model))
+
+
+def test_it_runs_under_no_grad_and_inference_mode_of_the_caller(problem):
+    model, loader = problem()
+    want = dtme.analyze(model, loader, LOSSES, progress=False)
+    with torch.no_grad():
+        got = dtme.analyze(model, loader, LOSSES, progress=False)
+    assert torch.equal(want.null_counts, got.null_counts)
+
+
+def test_two_progress_bars(problem, capsys):
+    model, loader = problem()
+    dtme.analyze(model, loader, LOSSES)
+    bars = capsys.readouterr().err
+    assert "token space" in bars and "conflicts" in bars and "3/3" in bars
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def bad(problem, **change):
+    model, loader = problem()
+    arguments = {"model": model, "loader": loader, "losses": LOSSES, "progress": False}
+    arguments |= {
+        key: value(model, loader) if callable(value) and key != "losses" else value for key, value in change.items()
+    }
+    return arguments
+
+
+def with_value(value):
+    def change(model, loader):
+        loader = copy.deepcopy(loader)
+        loader[1][0][0, 0, 0] = value
+        return loader
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"loader": lambda m, batches: iter(batches)}, ValueError, "once only"),
+        ({"loader": lambda m, batches: (batch for batch in batches)}, ValueError, "once only"),
+        ({"loader": []}, ValueError, "no batch"),
+        ({"loader": 3}, TypeError, "loader must be iterable"),
+        (
+            {"loader": lambda m, batches: [batch[0] for batch in batches]},
+            ValueError,
+            r"must yield \(x, {task: target}\)",
+        ),
+        (
+            {"loader": lambda m, b: [(x, {"depth": y["depth"]}) for x, y in b]},
+            ValueError,
+            "no target for task 'semseg'",
+        ),
+        ({"loader": with_value(float("nan"))}, ValueError, r"tokens of 'layers.0'.* NaN or Inf"),
+        ({"loader": with_value(float("inf"))}, ValueError, r"tokens of 'layers.0'.* NaN or Inf"),
+        ({"losses": {**LOSSES, "pose": F.mse_loss}}, ValueError, "unknown task 'pose'"),
+        ({"losses": {"depth": F.mse_loss}}, ValueError, "at least two tasks"),
+        ({"losses": 3}, TypeError, "losses must be"),
+        ({"losses": {**LOSSES, "depth": lambda p, y: p}}, ValueError, "loss of task 'depth' must be a scalar"),
+        (
+            {"losses": {**LOSSES, "depth": lambda p, y: p.sum().item()}},
+            ValueError,
+            "'depth' must be a scalar tensor, got float",
+        ),
+        (
+            {"losses": {**LOSSES, "depth": lambda p, y: p.sum() * float("nan")}},
+            ValueError,
+            "loss of task 'depth' is not finite",
+        ),
+        ({"losses": {**LOSSES, "depth": lambda p, y: p.sum().detach()}}, ValueError, "'depth' is not connected"),
+        (
+            {"losses": {**LOSSES, "depth": lambda p, y: p.sum() * 0}},
+            ValueError,
+            "task 'depth' has no gradient anywhere",
+        ),
+        (
+            {"losses": {**LOSSES, "depth": lambda p, y: (p * 0).sqrt().sum()}},
+            ValueError,
+            r"task 'depth' at block .* NaN or Inf",
+        ),
+        ({"ratio": 0.0}, ValueError, "ratio"),
+        ({"max_batches": 0}, ValueError, "max_batches"),
+        ({"blocks": "encoder.layers"}, ValueError, "blocks='encoder.layers' is not a module"),
+        ({"blocks": ["layers.7"]}, ValueError, "'layers.7'"),
+        ({"model": lambda m, b: m.backbone}, TypeError, "need a MultiTaskModel"),
+    ],
+)
+def test_bad_input_names_the_culprit_and_leaves_the_model(problem, change, error, says):
+    arguments = bad(problem, **change)
+    before = snapshot(arguments["model"])
+    with pytest.raises(error, match=says):
+        dtme.analyze(**arguments)
+    same(before, snapshot(arguments["model"]))
+
+
+def test_unknown_transformers_and_ambiguous_blocks(problem):
+    model, loader = problem()
+    with pytest.raises(ValueError, match="no transformer blocks were recognised in Linear"):
+        dtme.analyze(dtme.MultiTaskModel(nn.Linear(24, 24), dict(model.heads)), loader, LOSSES, progress=False)
+    model.backbone.layers.append(model.backbone.layers[0])
+    with pytest.raises(ValueError, match=r"'layers.0' runs more than once"):
+        dtme.analyze(model, loader, LOSSES, progress=False)
+
+
+def test_a_block_that_writes_over_its_tokens_is_refused(problem):
+    model, loader = problem()
+
+    class Overwriting(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.attn, self.mlp = block.attn, block.mlp
+
+        def forward(self, x):
+            x += self.attn(x)
+            return x + self.mlp(x)
+
+    model.backbone.layers[1] = Overwriting(model.backbone.layers[1])
+    with pytest.raises(ValueError, match=r"'layers.1' or one before it changes its tokens in place"):
+        dtme.analyze(model, loader, LOSSES, progress=False)
