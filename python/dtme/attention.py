@@ -1,17 +1,18 @@
 """Three ways into a block's attention, so that task keys and values reach it without a token being concatenated.
 
-Each seam answers the same two questions: which keys and values does this attention make of given tokens, and how is it
-run with more of them? The attention keeps its own projections, norms and masks; only its inner product is replaced.
+Every seam answers the same two questions: which keys and values does this attention make of given tokens, and how does it
+run with its inner product replaced? The attention keeps its own projections, norms and masks.
 
-* ``transformers``: the library's attention interface, set on the one attention module.
-* ``timm``: the common ``Attention`` of timm, written out.
-* ``generic``: any attention that calls ``scaled_dot_product_attention`` exactly once, caught while it does.
+* ``TransformersSeam``: the library's attention interface, set on this one attention module.
+* ``TimmSeam``: timm's common ``Attention``, written out.
+* ``GenericSeam``: any attention that calls ``scaled_dot_product_attention`` exactly once, caught while it does.
 """
 
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,123 +25,85 @@ from .blocks import find_tokens
 KeysValues = tuple[Tensor, Tensor]
 """(T, H, t, d) each: T streams, H heads, t task tokens of d channels."""
 Attend = Callable[..., Tensor]
-"""query, key, value (rows, H, N, d), attn_mask, is_causal, dropout_p, scale → (rows, H, N, d)."""
-
-Site = tuple[nn.Module, nn.Module | None, str]
-"""A block's attention, the norm that feeds it (None: it reads the block's tokens), and its seam."""
+"""As ``scaled_dot_product_attention``: query, key, value (rows, H, N, d) → (rows, H, N, d)."""
 
 
 class NotExpandable(ValueError):
     """A block that task tokens cannot be added to correctly; says why."""
 
 
-def seam_of(module: nn.Module) -> str | None:
-    """The seam that fits ``module`` itself (not a child of it), or None."""
-    if "forward" in vars(module):
-        return None  # somebody else has replaced it: nothing is known about what runs
-    forward = inspect.unwrap(type(module).forward)
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    if "ALL_ATTENTION_FUNCTIONS" in names and hasattr(module, "config"):
-        return "transformers"
-    if type(module).__module__.startswith("timm.") and type(module).__name__ == "Attention" and hasattr(module, "qkv"):
-        return "timm"
-    return "generic" if "scaled_dot_product_attention" in names else None
+class Seam:
+    """One attention module, seen from its block ``block``."""
+
+    def __init__(self, block: str, attention: Any) -> None:
+        self.block, self.attention = block, attention
+
+    def install(self, forward: Callable[..., Any]) -> None:
+        self.attention.forward = forward
+
+    def remove(self) -> None:
+        del self.attention.forward
+
+    def keys_values(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> KeysValues:
+        """What the attention makes of (T, t, p) tokens; ``kwargs`` are those of the call they join."""
+        caught: list[KeysValues] = []
+
+        def catch(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+            caught.append((key, value))
+            return query
+
+        options = {}
+        if kwargs.get("position_embeddings") is not None:
+            options["position_embeddings"] = _without_position(kwargs["position_embeddings"], tokens.shape[1])
+        self.run(catch, tokens, **options)
+        return caught[0]
+
+    def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        """The attention's own forward, with ``attend`` for its inner product."""
+        raise NotImplementedError
 
 
-def four_dimensional(mask: Tensor) -> Tensor:
-    """An attention mask broadcast from the right, (..., N, S), as (1 or rows, 1 or H, N, S)."""
-    return mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
+def _without_position(rotation: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of tokens that have a position → those of tokens that have none."""
+    cos, sin = rotation
+    shape = (*([1] * (cos.ndim - 2)), num_tokens, cos.shape[-1])
+    return cos.new_ones(shape), sin.new_zeros(shape)
 
 
-class _Reached(Exception):
-    """Stops a probing call once the attention's input is known."""
+class TransformersSeam(Seam):
+    def install(self, forward: Callable[..., Any]) -> None:
+        super().install(forward)
+        self._register()
+        self._config = self.attention.config
+        self.attention.config = copy.deepcopy(self._config)
+        self.attention.config._attn_implementation = "dtme"
+
+    def remove(self) -> None:
+        super().remove()
+        self.attention.config = self._config
+
+    def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        self.attend = attend
+        try:
+            return type(self.attention).forward(self.attention, *args, **kwargs)
+        finally:
+            del self.attend
+
+    @staticmethod
+    def _register() -> None:
+        sys.modules["transformers"].AttentionInterface.register("dtme", _transformers_attention)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()  # a copy may be unpickled where nothing was expanded yet
 
 
-def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
-    """The one attention of ``block`` and what feeds it.
-
-    The block is called on zeros up to its attention. Whatever tensor arrives there must be the very tokens that went in, or
-    the very output of one of the block's modules: anything in between could not be repeated for the task tokens.
-    """
-    found = [(module, seam) for module in block.modules() if (seam := seam_of(module))]
-    if len(found) != 1:
-        kinds = ", ".join(type(module).__name__ for module, _ in found) or "none"
-        raise NotExpandable(
-            f"block {name!r} ({type(block).__name__}) must hold one attention that task tokens can join, found {kinds}"
-        )
-    attention, seam = found[0]
-    _check_implementation(name, attention, seam)
-    parameter = next(p for p in block.parameters() if p.is_floating_point())
-    tokens = torch.zeros(1, 2, num_features, dtype=parameter.dtype, device=parameter.device)
-    outputs: dict[int, nn.Module] = {}
-    arrived: list[Tensor] = []
-
-    def remember(module: nn.Module, args: Any, output: Any) -> None:
-        outputs[id(output)] = module
-        kept.append(output)  # or its id could be given to another tensor
-
-    def reach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arrived.append(find_tokens(args, kwargs, name)[1])
-        raise _Reached
-
-    kept: list[Any] = []
-    training = {module: module.training for module in block.modules()}
-    hooks = [module.register_forward_hook(remember) for module in block.modules() if module is not attention]
-    hooks.append(attention.register_forward_pre_hook(reach, with_kwargs=True))
-    try:
-        block.eval()
-        with torch.no_grad():
-            block(tokens)
-    except _Reached:
-        pass
-    except Exception as error:
-        raise NotExpandable(
-            f"block {name!r} ({type(block).__name__}) could not be called on tokens alone: {error}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
-            module.training = mode
-    if not arrived:
-        raise NotExpandable(f"block {name!r} ({type(block).__name__}) never called its attention")
-    if arrived[0] is not tokens and id(arrived[0]) not in outputs:
-        raise NotExpandable(
-            f"block {name!r} ({type(block).__name__}): its attention does not read the block's (normalised) tokens directly"
-        )
-    return attention, outputs.get(id(arrived[0])) if arrived[0] is not tokens else None, seam
-
-
-def _check_implementation(name: str, attention: nn.Module, seam: str) -> None:
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "eager"
-    if seam == "transformers" and implementation not in ("eager", "sdpa"):
-        raise NotExpandable(
-            f"block {name!r} uses attn_implementation={implementation!r}, whose masks cannot be extended: load the model with attn_implementation='sdpa'"
-        )
-
-
-# --- transformers -------------------------------------------------------------------------------------------------
-
-
-def install_transformers(attention: nn.Module) -> Any:
-    """Point this one module at our attention function; returns its former config."""
-    register_transformers()
-    config = attention.config
-    attention.config = copy.deepcopy(config)
-    attention.config._attn_implementation = "dtme"
-    return config
-
-
-def register_transformers() -> None:
-    sys.modules["transformers"].AttentionInterface.register("dtme", _transformers_attention)
-
-
-# arguments of transformers' attention functions that change nothing in what is computed here
+# arguments of transformers' attention functions that do not change what is computed
 _HARMLESS = {"output_attentions", "output_hidden_states", "return_dict", "use_cache", "position_ids", "cache_position"}
 
 
 def _transformers_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -150,52 +113,58 @@ def _transformers_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' contract: (rows, H, N, d) in, (rows, N, H, d) and the attention weights out."""
-    attend: Attend = module.forward.__self__.attend  # type: ignore[union-attr]
+    """transformers' contract: (rows, H, N, d) in; (rows, N, H, d) and the attention weights out."""
     if unknown := [name for name, value in options.items() if value is not None and name not in _HARMLESS]:
-        raise NotExpandable(
-            f"{type(module).__name__} passes {unknown[0]!r} to its attention, which task tokens do not support"
-        )
+        kind = type(module).__name__
+        raise NotExpandable(f"{kind} passes {unknown[0]!r} to its attention, which task tokens do not support")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    attend = module.forward.__self__.seam.attend
     output = attend(query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
-def without_position(value: Any, num_tokens: int) -> Any:
-    """The rotation (cos, sin) of every token → that of tokens without a position: none."""
-    cos, sin = value
-    shape = (*([1] * (cos.ndim - 2)), num_tokens, cos.shape[-1])
-    return cos.new_ones(shape), sin.new_zeros(shape)
+class TimmSeam(Seam):
+    def keys_values(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> KeysValues:
+        return self._project(tokens)[1:]
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention = self.attention
+        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return attention.q_norm(query), attention.k_norm(key), value
+
+    def run(self, attend: Attend, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        attention = self.attention
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        query, key, value = self._project(x)
+        out = attend(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=attention.scale
+        )
+        out = out.transpose(1, 2).flatten(2)
+        out = attention.norm(out) if hasattr(attention, "norm") else out
+        if getattr(attention, "gate", None) is not None:
+            out = out * attention.gate(x).sigmoid()
+        return attention.proj_drop(attention.proj(out))
 
 
-# --- timm ---------------------------------------------------------------------------------------------------------
+class GenericSeam(Seam):
+    def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        calls = []
+
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(1)
+            return attend(*args, **kwargs)
+
+        with _Catch(counted):
+            output = type(self.attention).forward(self.attention, *args, **kwargs)
+        if len(calls) != 1:
+            times = f"called scaled_dot_product_attention {len(calls)} times, not once"
+            raise NotExpandable(f"block {self.block!r}: its attention {times}")
+        return output
 
 
-def run_timm(
-    attend: Attend, module: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """The forward of timm's ``Attention`` with its inner product given."""
-    query, key, value = project_timm(module, x)
-    dropout = module.attn_drop.p if module.training else 0.0
-    out = attend(query, key, value, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=module.scale)
-    out = out.transpose(1, 2).flatten(2)
-    out = module.norm(out) if hasattr(module, "norm") else out
-    if getattr(module, "gate", None) is not None:
-        out = out * module.gate(x).sigmoid()
-    return module.proj_drop(module.proj(out))
-
-
-def project_timm(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, N, p) → query, key, value (rows, H, N, d)."""
-    query, key, value = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return module.q_norm(query), module.k_norm(key), value
-
-
-# --- generic ------------------------------------------------------------------------------------------------------
-
-
-class CatchAttention(TorchFunctionMode):
+class _Catch(TorchFunctionMode):
     """Hands every call of ``scaled_dot_product_attention`` under it to ``attend``."""
 
     def __init__(self, attend: Attend) -> None:
@@ -205,3 +174,92 @@ class CatchAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run = self.attend if func is F.scaled_dot_product_attention else func
         return run(*args, **(kwargs or {}))
+
+
+# --- finding the attention ----------------------------------------------------------------------------------------
+
+
+def seam_class(module: nn.Module) -> type[Seam] | None:
+    """The seam that fits ``module`` itself (not a child of it), or None."""
+    if "forward" in vars(module):
+        return None  # somebody else has replaced it: nothing is known about what runs
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    names = getattr(code, "co_names", ())
+    if "ALL_ATTENTION_FUNCTIONS" in names and hasattr(module, "config"):
+        return TransformersSeam
+    if type(module).__module__.startswith("timm.") and type(module).__name__ == "Attention" and hasattr(module, "qkv"):
+        return TimmSeam
+    return GenericSeam if "scaled_dot_product_attention" in names else None
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where task tokens enter a block: its attention, and the norm that feeds it (None: it reads the block's tokens)."""
+
+    seam: Seam
+    norm: nn.Module | None
+
+
+class _Reached(Exception):
+    """Stops a probing call once the attention's input is known."""
+
+
+def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
+    """The one attention of ``block`` and what feeds it.
+
+    The block is called on zeros up to its attention. What arrives there must be the very tokens that went in, or the very
+    output of one of the block's modules: anything in between could not be repeated for the task tokens.
+    """
+    title = f"block {name!r} ({type(block).__name__})"
+    found = [(module, kind) for module in block.modules() if (kind := seam_class(module))]
+    if len(found) != 1:
+        kinds = ", ".join(type(module).__name__ for module, _ in found) or "none"
+        raise NotExpandable(f"{title} must hold one attention that task tokens can join, found {kinds}")
+    attention, kind = found[0]
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "eager"
+    if kind is TransformersSeam and implementation not in ("eager", "sdpa"):
+        raise NotExpandable(
+            f"{title} uses attn_implementation={implementation!r}, whose masks cannot be extended: load the model with "
+            "attn_implementation='sdpa'"
+        )
+    parameter = next(p for p in block.parameters() if p.is_floating_point())
+    tokens = torch.zeros(1, 2, num_features, dtype=parameter.dtype, device=parameter.device)
+    try:
+        arrived, outputs = _probe(block, attention, tokens)
+    except Exception as error:
+        raise NotExpandable(f"{title} could not be called on tokens alone: {error}") from error
+    if arrived is tokens:
+        return Site(kind(name, attention), None)
+    for module, output in outputs:
+        if output is arrived:
+            return Site(kind(name, attention), module)
+    raise NotExpandable(f"{title}: its attention does not read the block's (normalised) tokens directly")
+
+
+def _probe(block: nn.Module, attention: nn.Module, tokens: Tensor) -> tuple[Tensor | None, list[tuple[nn.Module, Any]]]:
+    """What arrives at the attention, and what every module before it put out; the block is left as it was."""
+    arrived: list[Tensor] = []
+    outputs: list[tuple[nn.Module, Any]] = []
+
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append((module, output))
+
+    def reach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arrived.append(find_tokens(args, kwargs, "")[1])
+        raise _Reached
+
+    training = {module: module.training for module in block.modules()}
+    hooks = [module.register_forward_hook(remember) for module in block.modules() if module is not attention]
+    hooks.append(attention.register_forward_pre_hook(reach, with_kwargs=True))
+    try:
+        block.eval()
+        with torch.no_grad():
+            block(tokens)
+    except _Reached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return arrived[0] if arrived else None, outputs

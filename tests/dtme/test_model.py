@@ -19,7 +19,9 @@ from tests.dtme.clients import CLIENTS, TASKS, WIDTH, OwnTransformer, make_input
 
 def some_plan(model):
     first, second, third = find_blocks(model.backbone)
-    return dtme.ExpansionPlan(TASKS, 2, {first: ("depth",), second: TASKS}, {second: TASKS, third: ("depth", "normals")})
+    return dtme.ExpansionPlan(
+        TASKS, 2, {first: ("depth",), second: TASKS}, {second: TASKS, third: ("depth", "normals")}
+    )
 
 
 @pytest.fixture
@@ -83,7 +85,9 @@ def test_tied_weights_are_stored_once(tmp_path):
     heads["b"].weight = heads["a"].weight
     model = dtme.MultiTaskModel(OwnTransformer(), heads)
     model.save_pretrained(tmp_path)
-    again = dtme.MultiTaskModel.from_pretrained(tmp_path, OwnTransformer(), {"a": nn.Linear(WIDTH, 3), "b": nn.Linear(WIDTH, 3)})
+    again = dtme.MultiTaskModel.from_pretrained(
+        tmp_path, OwnTransformer(), {"a": nn.Linear(WIDTH, 3), "b": nn.Linear(WIDTH, 3)}
+    )
     assert torch.equal(again.heads["b"].weight, heads["a"].weight)
     assert json.loads((tmp_path / "dtme_config.json").read_text())["aliases"] == {"heads.b.weight": "heads.a.weight"}
 
@@ -130,7 +134,10 @@ def test_foreign_weights_and_other_architectures_leave_the_backbone_alone(expand
     backbone, heads = fresh("transformers ViT")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     wide = {**heads, "depth": nn.Linear(WIDTH, 9).double()}
-    for heads_, says in ((wide, "holds 'heads.depth.weight' as"), ({**heads, "depth": nn.Identity()}, "holds 'heads.depth.bias'")):
+    for heads_, says in (
+        (wide, "holds 'heads.depth.weight' as"),
+        ({**heads, "depth": nn.Identity()}, "holds 'heads.depth.bias'"),
+    ):
         with pytest.raises(ValueError, match=says):
             dtme.MultiTaskModel.from_pretrained(tmp_path, backbone, heads_)
     with pytest.raises(ValueError, match="saved from another architecture"):
@@ -232,7 +239,10 @@ def test_a_pickle_opens_where_nothing_was_expanded(expanded, tmp_path):
         "assert torch.equal(model(x)['depth'], want)\n"
     )
     paths = [str(p) for p in sys.path if p]
-    result = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{code}", tmp_path / "model.pt"], capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{code}", tmp_path / "model.pt"],
+        capture_output=True,
+    )
     assert result.returncode == 0, result.stderr.decode()
 
 
@@ -282,7 +292,9 @@ def test_compiles_in_one_graph(expanded, client):
     loss = sum(p.square().sum() for p in compiled(x).values())
     want = sum(p.square().sum() for p in model(x).values())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for a, b in zip(*(torch.autograd.grad(value, parameters, allow_unused=True) for value in (loss, want)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(value, parameters, allow_unused=True) for value in (loss, want)), strict=True
+    ):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
@@ -323,7 +335,9 @@ def test_activation_checkpointing_gives_the_same_gradients(expanded, together):
 def test_transformers_own_gradient_checkpointing(expanded):
     model, x = expanded("transformers ViT")
     model.train()
-    want = torch.autograd.grad(sum(p.square().sum() for p in model(x).values()), list(model.parameters()), allow_unused=True)
+    want = torch.autograd.grad(
+        sum(p.square().sum() for p in model(x).values()), list(model.parameters()), allow_unused=True
+    )
     model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     first, second = model(x, "depth"), model(x, ["semseg", "normals"])  # two choices before one backward
     loss = sum(p.square().sum() for p in (first | second).values())
@@ -368,7 +382,9 @@ def test_tasks_that_did_not_run_do_not_move_under_adam(expanded):
         optimizer.zero_grad()
         sum(p.square().mean() for p in model(x, tasks).values()).backward()
         optimizer.step()
-        moved = {name.split(".")[-1] for name, value in before.items() if not torch.equal(model.get_parameter(name), value)}
+        moved = {
+            name.split(".")[-1] for name, value in before.items() if not torch.equal(model.get_parameter(name), value)
+        }
         assert moved == (set(TASKS) if tasks is None else {"depth"})
 
 

@@ -108,7 +108,9 @@ def test_vit_tiny_grows_by_what_the_paper_prints(image_size, channels, added, pe
     """12 blocks of 192 channels and a 1×1 head a task: 5.689 M parameters on NYUD-v2 (method.md, section 4)."""
     from transformers import ViTConfig, ViTModel
 
-    config = ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=image_size)
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=image_size
+    )
     heads = {f"task{i}": torch.nn.Conv2d(192, c, 1) for i, c in enumerate(channels)}
     model = dtme.MultiTaskModel(ViTModel(config, add_pooling_layer=False), heads)
     before = sum(p.numel() for p in model.parameters())
@@ -153,7 +155,10 @@ def test_plan_file_may_be_edited_by_hand(tmp_path):
         (lambda c: c | {"extra": 1}, "unknown field 'extra'"),
         (lambda c: c | {"num_tokens": 0}, "num_tokens must be"),
         (lambda c: c | {"num_tokens": 1.5}, "num_tokens must be"),
-        (lambda c: c | {"modulation": {"encoder.layer.0": ["pose"]}}, r"modulation\['encoder.layer.0'\] names .* 'pose'"),
+        (
+            lambda c: c | {"modulation": {"encoder.layer.0": ["pose"]}},
+            r"modulation\['encoder.layer.0'\] names .* 'pose'",
+        ),
         (lambda c: c | {"modulation": {"encoder.layer.0": "depth"}}, "must be a sequence of task names"),
         (lambda c: c | {"expansion": {"encoder.layer.0": ["depth", "depth"]}}, "names a task twice"),
         (lambda c: c | {"expansion": ["encoder.layer.0"]}, "expansion must map"),
@@ -213,7 +218,10 @@ def test_task_names_must_be_able_to_name_parameters(tasks):
         dtme.ExpansionPlan(tasks)
     if not isinstance(tasks, str):
         with pytest.raises(ValueError, match="task"):
-            dtme.MultiTaskModel(torch.nn.Linear(2, 2), {task: torch.nn.Linear(2, 2) for task in tasks} if len(set(tasks)) == len(tasks) else {})
+            dtme.MultiTaskModel(
+                torch.nn.Linear(2, 2),
+                {task: torch.nn.Linear(2, 2) for task in tasks} if len(set(tasks)) == len(tasks) else {},
+            )
 
 
 def test_plans_are_frozen_and_tell_missing_widths():

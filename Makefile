@@ -1,0 +1,30 @@
+# `make demo` and `make test` are all a newcomer needs; each sets up .venv by itself.
+# The GPU targets use the python3 they are given and install nothing: PYTHON=python3 make gpu
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+TORCH := torch==2.13.0
+WORKERS ?= 2
+DEMO ?=
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(RUN) -m benchmarks.paper demo $(DEMO)
+
+test: $(READY)
+	$(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# torch is named on every line that could replace it by a CUDA build
+$(READY): pyproject.toml
+	python3 -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info
