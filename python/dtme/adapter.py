@@ -67,7 +67,9 @@ class BlockAdapter(nn.Module):
             self.tokens[task] = nn.Parameter(torch.randn_like(like.expand(num_tokens, -1)) * 0.02)
         self._site, self.seam = site, site.seam
         # the block's own tokens reach the norm or, without one, the attention
-        self._handles.append((site.norm or self.seam.attention).register_forward_pre_hook(self.remember, with_kwargs=True))
+        self._handles.append(
+            (site.norm or self.seam.attention).register_forward_pre_hook(self.remember, with_kwargs=True)
+        )
         self.seam.install(self.attention_forward)
         self.separated_after |= frozenset(tasks)
 

@@ -55,8 +55,17 @@ class Seam:
         options = {}
         if kwargs.get("position_embeddings") is not None:
             options["position_embeddings"] = _without_position(kwargs["position_embeddings"], tokens.shape[1])
-        self.run(catch, tokens, **options)
-        return caught[0]
+        try:
+            self.run(catch, tokens, **options)
+        except (TypeError, RuntimeError) as error:
+            raise NotExpandable(
+                f"block {self.block!r}: its attention cannot run on task tokens alone: {error}"
+            ) from error
+        ((key, value),) = caught
+        if key.shape[-2] != tokens.shape[1]:
+            kinds = f"{key.shape[-2]} keys of {tokens.shape[1]} task tokens"
+            raise NotExpandable(f"block {self.block!r}: its attention makes {kinds}")
+        return key, value
 
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         """The attention's own forward, with ``attend`` for its inner product."""
@@ -114,14 +123,21 @@ def _transformers_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' contract: (rows, H, N, d) in; (rows, N, H, d) and the attention weights out."""
+    seam = module.forward.__self__.seam
     if unknown := [name for name, value in options.items() if value is not None and name not in _HARMLESS]:
-        kind = type(module).__name__
-        raise NotExpandable(f"{kind} passes {unknown[0]!r} to its attention, which task tokens do not support")
+        raise NotExpandable(
+            f"block {seam.block!r} passes {unknown[0]!r} to its attention, which task tokens do not support"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    attend = module.forward.__self__.seam.attend
-    output = attend(query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling)
+    output = seam.attend(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+    )
     return output.transpose(1, 2).contiguous(), None
+
+
+# where it stands, and where earlier releases have it
+_TIMM = {("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention")}
 
 
 class TimmSeam(Seam):
@@ -187,7 +203,7 @@ def seam_class(module: nn.Module) -> type[Seam] | None:
     names = getattr(code, "co_names", ())
     if "ALL_ATTENTION_FUNCTIONS" in names and hasattr(module, "config"):
         return TransformersSeam
-    if type(module).__module__.startswith("timm.") and type(module).__name__ == "Attention" and hasattr(module, "qkv"):
+    if (type(module).__module__, type(module).__name__) in _TIMM:
         return TimmSeam
     return GenericSeam if "scaled_dot_product_attention" in names else None
 
@@ -251,10 +267,12 @@ def _probe(block: nn.Module, attention: nn.Module, tokens: Tensor) -> tuple[Tens
     training = {module: module.training for module in block.modules()}
     hooks = [module.register_forward_hook(remember) for module in block.modules() if module is not attention]
     hooks.append(attention.register_forward_pre_hook(reach, with_kwargs=True))
+    _, *others = inspect.signature(block.forward).parameters.values()
+    required = {o.name: None for o in others if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD}
     try:
         block.eval()
         with torch.no_grad():
-            block(tokens)
+            block(tokens, **required)  # a mask, say
     except _Reached:
         pass
     finally:

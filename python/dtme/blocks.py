@@ -64,8 +64,10 @@ def _is_checkpointing_layer(module: nn.Module) -> bool:
 
 
 def _has_attention_and_mlp(module: nn.Module) -> bool:
-    children = [name for name, _ in module.named_children()]
-    return all(any(name.startswith(stem) for name in children) for stem in ("attn", "mlp"))
+    """The children of timm's blocks, and of torchvision's and torch's own encoder layers."""
+    names = [name for name, _ in module.named_children()]
+    attention = any(name.startswith("attn") or name in ("self_attn", "self_attention") for name in names)
+    return attention and any(name.startswith("mlp") or name == "linear1" for name in names)
 
 
 def block_width(block: nn.Module) -> int | None:

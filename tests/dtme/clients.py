@@ -131,7 +131,7 @@ def concatenated(backbone: nn.Module, added: dict[str, Tensor], task: str) -> It
             return (x, *rest), {key: _pad_mask(value, count) for key, value in kwargs.items()}
 
         def leave(block, args, output, count=count):
-            return output[:, : output.shape[1] - count]
+            return output[:, : output.shape[1] - count] if count else output
 
         handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
     try:

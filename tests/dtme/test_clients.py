@@ -1,0 +1,170 @@
+"""Transformers beyond the ones every other test uses: right where they are taken, refused by name where they are not."""
+
+import pytest
+import torch
+from torch import nn
+
+import dtme
+from dtme.blocks import find_blocks
+from tests.dtme.clients import WIDTH, concatenated
+
+HF = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+VISION = {**HF, "image_size": 32, "patch_size": 8}
+TEXT = {**HF, "vocab_size": 50, "pad_token_id": 1}
+TIMM = {"img_size": 32, "embed_dim": WIDTH, "depth": 2, "num_heads": 3}
+
+
+def transformers_model(name, **config):
+    import transformers
+
+    model = getattr(transformers, name + "Model")
+    return model(model.config_class(**config))
+
+
+def timm_model(name, **options):
+    import timm
+
+    return timm.create_model(name, **options)
+
+
+CASES = {
+    "transformers CLIP vision": lambda: transformers_model("CLIPVision", **VISION),
+    "transformers SigLIP vision": lambda: transformers_model("SiglipVision", **VISION),
+    "transformers DeiT": lambda: transformers_model("DeiT", **VISION),
+    "transformers BEiT": lambda: transformers_model("Beit", **VISION),
+    "transformers RoBERTa": lambda: transformers_model("Roberta", **TEXT),
+    "transformers DistilBERT": lambda: transformers_model(
+        "DistilBert", dim=WIDTH, n_layers=2, n_heads=3, hidden_dim=48, vocab_size=50
+    ),
+    "timm DeiT-3": lambda: timm_model("deit3_small_patch16_224", **TIMM),
+    "timm SigLIP": lambda: timm_model("vit_base_patch16_siglip_224", **TIMM),
+}
+
+
+def make_input(name):
+    torch.manual_seed(1)
+    if "BERT" in name or "Llama" in name:
+        return {"input_ids": torch.randint(2, 50, (2, 7)), "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3])}
+    return torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+
+def two_tasks(backbone):
+    torch.manual_seed(0)
+    return dtme.MultiTaskModel(backbone.double().eval(), {"a": nn.Identity(), "b": nn.Identity()})
+
+
+def randomised(model, plan):
+    dtme.expand(model, plan)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".dtme." in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return {name.removeprefix("backbone."): p.detach() for name, p in model.named_parameters() if ".dtme." in name}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_concatenation(name):
+    model, x = two_tasks(CASES[name]()), make_input(name)
+    first, second = find_blocks(model.backbone)
+    added = randomised(
+        model, dtme.ExpansionPlan(("a", "b"), 2, {first: ("a", "b")}, {first: ("a",), second: ("a", "b")})
+    )
+    out = model(x)
+    dtme.collapse(model)
+    for task in ("a", "b"):
+        with concatenated(model.backbone, added, task):
+            want = model(x)[task]
+        torch.testing.assert_close(out[task], want, rtol=1e-10, atol=1e-10)
+
+
+def test_llama_equals_a_prefix_in_its_key_value_cache():
+    """GQA, rotary positions, causal and padding masks: task tokens are a prefix without a position."""
+    from transformers import DynamicCache
+
+    config = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = two_tasks(transformers_model("Llama", **config, intermediate_size=48, vocab_size=50))
+    x, llama = make_input("Llama"), model.backbone
+    first, second = find_blocks(llama)
+    added = randomised(model, dtme.ExpansionPlan(("a", "b"), 3, {}, dict.fromkeys((first, second), ("a", "b"))))
+    out = model(x)
+    dtme.collapse(model)
+    for task in ("a", "b"):
+        cache = DynamicCache(config=llama.config)
+        for d, layer in enumerate(llama.layers):
+            tokens = layer.input_layernorm(added[f"layers.{d}.dtme.tokens.{task}"].expand(2, -1, -1))
+            attention = layer.self_attn
+            key, value = (
+                p(tokens).unflatten(-1, (2, -1)).transpose(1, 2) for p in (attention.k_proj, attention.v_proj)
+            )
+            cache.update(key, value, d)
+        mask = torch.cat([torch.ones(2, 3, dtype=torch.long), x["attention_mask"]], 1)
+        positions = torch.arange(7).expand(2, -1)
+        want = llama(
+            x["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).last_hidden_state
+        real = x["attention_mask"].bool()
+        torch.testing.assert_close(out[task][real], want[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: transformers_model(
+                "Swin", embed_dim=WIDTH, depths=[2], num_heads=[3], image_size=32, patch_size=4, window_size=4
+            ),
+            "SwinLayer",
+        ),
+        (
+            lambda: timm_model(
+                "swin_tiny_patch4_window7_224", img_size=28, embed_dim=WIDTH, depths=(2,), num_heads=(3,), window_size=7
+            ),
+            "SwinTransformerBlock",
+        ),
+        (
+            lambda: nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(WIDTH, 3, 48, batch_first=True), 2, enable_nested_tensor=False
+            ),
+            "found none",
+        ),
+    ],
+    ids=["transformers Swin", "timm Swin", "nn.TransformerEncoder"],
+)
+def test_task_tokens_are_refused_by_name_but_modulation_works(make, says):
+    backbone = make().double().eval()
+    model = two_tasks(backbone)
+    first = next(iter(find_blocks(backbone)))
+    with pytest.raises(ValueError, match=says) as error:
+        dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
+    assert first in str(error.value)
+    size = 28 if "timm" in type(backbone).__module__ else 32
+    x = (
+        torch.randn(2, 5, WIDTH).double()
+        if isinstance(backbone, nn.TransformerEncoder)
+        else torch.randn(2, 3, size, size).double()
+    )
+    before = model(x)
+    added = randomised(model, dtme.ExpansionPlan(("a", "b"), 1, {first: ("a",)}))
+    out = model(x)
+    torch.testing.assert_close(out["b"], before["b"], rtol=1e-12, atol=1e-12)
+    dtme.collapse(model)
+    with concatenated(backbone, added, "a"):
+        torch.testing.assert_close(out["a"], model(x)["a"], rtol=1e-10, atol=1e-10)
+
+
+def test_flash_attention_masks_are_refused_at_once():
+    model = two_tasks(transformers_model("ViT", **VISION))
+    model.backbone.config._attn_implementation_internal = "flash_attention_2"
+    first = next(iter(find_blocks(model.backbone)))
+    with pytest.raises(ValueError, match=rf"{first}.*attn_implementation='flash_attention_2'.*'sdpa'"):
+        dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
+
+
+def test_attention_arguments_nobody_knows_are_refused_when_they_come():
+    model = two_tasks(
+        transformers_model("T5Encoder", d_model=WIDTH, num_layers=2, num_heads=3, d_kv=8, d_ff=48, vocab_size=50)
+    )
+    first = next(iter(find_blocks(model.backbone)))
+    dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
+    with pytest.raises(ValueError, match=rf"'{first}' passes 'position_bias'"):
+        model({"input_ids": torch.randint(2, 50, (2, 7))})

@@ -1,0 +1,69 @@
+"""Two processes with a shard each write the report that one process writes from all of the data; DDP trains what was expanded."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import dtme
+from tests.dtme.clients import WIDTH, OwnTransformer
+
+LOSSES = {"a": F.mse_loss, "b": F.l1_loss}
+WORLD = 2
+
+
+def make_model():
+    torch.manual_seed(0)
+    return dtme.MultiTaskModel(OwnTransformer(), {task: nn.Linear(WIDTH, 2) for task in LOSSES}).double()
+
+
+def make_data():
+    """Thirteen samples, one a batch: an odd number, so that the shards are uneven."""
+    generator = torch.Generator().manual_seed(1)
+    shape = {"x": (13, 1, 5, WIDTH), "a": (13, 1, 5, 2), "b": (13, 1, 5, 2)}
+    data = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in shape.items()}
+    return [(data["x"][i], {"a": data["a"][i], "b": data["b"][i]}) for i in range(13)]
+
+
+def worker(rank, folder):
+    os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        model, data = make_model(), make_data()
+        report = dtme.analyze(model, data[rank::WORLD], LOSSES, progress=False)
+        report.save(f"{folder}/report{rank}.json")
+        torch.manual_seed(0)
+        dtme.expand(model, report.plan(num_tokens=2))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        x, targets = data[rank]
+        sum(LOSSES[task](out, targets[task]) for task, out in wrapped(x).items()).backward()
+        torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/grads{rank}.pt")
+        with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+            dtme.expand(nn.parallel.DistributedDataParallel(make_model()), report.plan())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_all_ranks_report_what_one_process_does_and_ddp_averages_gradients(tmp_path):
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), WORLD)
+    model, data = make_model(), make_data()
+    want = dtme.analyze(model, data, LOSSES, progress=False)
+    reports = [dtme.ConflictReport.load(tmp_path / f"report{rank}.json") for rank in range(WORLD)]
+    assert Path(tmp_path / "report0.json").read_text() == Path(tmp_path / "report1.json").read_text()
+    for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
+        assert torch.equal(getattr(reports[0], name), getattr(want, name))
+    assert reports[0].num_samples == 13
+    torch.testing.assert_close(reports[0].eigenvalues, want.eigenvalues, rtol=1e-12, atol=1e-12)
+
+    torch.manual_seed(0)
+    dtme.expand(model, want.plan(num_tokens=2))
+    for x, targets in data[:WORLD]:
+        (sum(LOSSES[task](out, targets[task]) for task, out in model(x).items()) / WORLD).backward()
+    grads = torch.load(tmp_path / "grads0.pt")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-9, atol=1e-12)
