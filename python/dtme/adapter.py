@@ -19,9 +19,9 @@ from .trees import map_tensors
 class BlockAdapter(nn.Module):
     """Modulation, task tokens and stream bookkeeping of one block.
 
-    Parameters are named ``weight.<task>`` (p,), ``bias.<task>`` (p,) and ``tokens.<task>`` (t, p): one for each task, so
-    that an optimizer never moves those of a task that did not run. Everything hangs on bound methods, which deepcopy and
-    pickle carry along; a block or an attention is held in something that is no module, or it would become a child.
+    Parameters are named ``weight.<task>`` (p,), ``bias.<task>`` (p,) and ``tokens.<task>`` (t, p): one for each task,
+    so that an optimizer never moves those of a task that did not run. Everything hangs on bound methods, which deepcopy
+    and pickle carry along; a block or an attention is held in something that is no module, or it would become a child.
 
     Args:
         name: the block's name, for messages.
@@ -215,11 +215,9 @@ class BlockAdapter(nn.Module):
 
         def run(streams: list[int], task_kv: KeysValues) -> Tensor:
             mask = None if attn_mask is None else part(attn_mask, streams)
-            shared = (part(tensor, streams) for tensor in (query, key, value))
-            task_key, task_value = task_kv
-            return dtme_kernels.expanded_attention(
-                *shared, task_key, task_value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-            )
+            q, k, v = (part(tensor, streams) for tensor in (query, key, value))
+            options = {"attn_mask": mask, "is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
+            return dtme_kernels.expanded_attention(q, k, v, task_kv[0], task_kv[1], **options)  # type: ignore[arg-type]
 
         if task_kv is not None and len(joined) == num_streams:
             return run(joined, task_kv).flatten(0, 1)

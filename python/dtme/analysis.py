@@ -1,6 +1,6 @@
 """Where do the tasks fight? Two passes over the data: the token space of every block, then the conflicts in it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from .model import MultiTaskModel
 from .plan import check_tasks
 from .report import ConflictReport, stack_if_equal
 from .streams import Layout, layout, sources
-from .trees import batch_size, tensors, to_device
+from .trees import batch_size, map_tensors, tensors, to_device
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 """``step(model, batch) -> {task: scalar loss}``, for models that own their loop."""
@@ -39,8 +39,8 @@ def analyze(
 ) -> ConflictReport:
     """Count the tasks' token-gradient conflicts in the range and null space of every block (Eq. 1-4, Algorithm 1).
 
-    The first pass streams the second moment of every block's input tokens; the second takes each task's gradient at them,
-    rotates it into their eigenbasis and counts the pairs of tasks that pull apart, per token and space.
+    The first pass streams the second moment of every block's input tokens; the second takes each task's gradient at
+    them, rotates it into their eigenbasis and counts the pairs of tasks that pull apart, per token and space.
 
     Args:
         model: a ``MultiTaskModel``; with a ``step`` function, any transformer.
@@ -58,11 +58,12 @@ def analyze(
             (``dataset[rank::world]``) and returns the same report.
 
     Returns:
-        The report. The model, its buffers, modes, hooks and the random state are as before, also after an error or Ctrl-C.
+        The report. The model, its buffers, modes, hooks and the random state are as before, also after an error or
+        Ctrl-C.
 
     Raises:
-        TypeError, ValueError: bad arguments; a loss that is not a finite scalar or not connected to the blocks, naming the
-            task; tokens or gradients that are not finite, naming the block; a task without a gradient anywhere.
+        TypeError, ValueError: bad arguments; a loss that is not a finite scalar or not connected to the blocks, naming
+            the task; tokens or gradients that are not finite, naming the block; a task without a gradient anywhere.
     """
     _check_arguments(model, loader, losses, max_batches, covariance_batches)
     if not ratio > 0:  # now rather than after the first pass
@@ -163,6 +164,7 @@ class _Analysis:
         if self.distributed:
             source = dist.get_global_rank(self.group, 0) if self.group else 0
             for tensor in (space.basis, space.eigenvalues, space.rank):
+                assert isinstance(tensor, Tensor)  # a stack of layers has a tensor of ranks
                 dist.broadcast(tensor, source, self.group)
 
     # --- second pass --------------------------------------------------------------------------------------------------
@@ -198,12 +200,14 @@ class _Analysis:
         features = model.extract(x, self.tasks)
         leaves = [leaf for leaf in tensors(features) if leaf.requires_grad]
         cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
-        parts = model.split_features(_replace(features, cut), self.tasks, batch_size(x))
+        parts = model.split_features(
+            map_tensors(lambda leaf: cut.get(id(leaf), leaf), features), self.tasks, batch_size(x)
+        )
         values = {task: self.losses[task](model.heads[task](parts[task]), targets[task]) for task in self.tasks}
         self._check_losses(values)
-        seeds = []
-        for task in self.tasks:
-            seeds.append(list(torch.autograd.grad(values[task], list(cut.values()), allow_unused=True)))
+        seeds: list[list[Tensor | None]] = [
+            list(torch.autograd.grad(values[task], list(cut.values()), allow_unused=True)) for task in self.tasks
+        ]
         return leaves, seeds
 
     def _step(self, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None]]]:
@@ -296,16 +300,10 @@ class _Analysis:
         )
 
 
-def _replace(tree: Any, by_id: dict[int, Tensor]) -> Any:
-    from .trees import map_tensors
-
-    return map_tensors(lambda tensor: by_id.get(id(tensor), tensor), tree)
-
-
 def _batches(loader: Iterable[Any], limit: int | None, name: str, progress: bool) -> Iterator[Any]:
     from tqdm.auto import tqdm
 
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = len(loader) if isinstance(loader, Sized) else None
     total = limit if total is None else min(total, limit or total)
     yield from tqdm(islice(loader, limit), desc=f"{name:11}", total=total, unit="batch", disable=not progress)
 
@@ -330,7 +328,8 @@ def _check_arguments(
         raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
     if isinstance(loader, Iterator):
         raise ValueError(
-            f"loader ({type(loader).__name__}) can be iterated once only, the analysis needs two passes: give a DataLoader or a list"
+            f"loader ({type(loader).__name__}) can be iterated once only, the analysis needs two passes: "
+            "give a DataLoader or a list"
         )
     for name, value in (("max_batches", max_batches), ("covariance_batches", covariance_batches)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -1,7 +1,7 @@
 """Three ways into a block's attention, so that task keys and values reach it without a token being concatenated.
 
-Every seam answers the same two questions: which keys and values does this attention make of given tokens, and how does it
-run with its inner product replaced? The attention keeps its own projections, norms and masks.
+Every seam answers the same two questions: which keys and values does this attention make of given tokens, and how does
+it run with its inner product replaced? The attention keeps its own projections, norms and masks.
 
 * ``TransformersSeam``: the library's attention interface, set on this one attention module.
 * ``TimmSeam``: timm's common ``Attention``, written out.
@@ -210,7 +210,7 @@ def seam_class(module: nn.Module) -> type[Seam] | None:
 
 @dataclass(frozen=True)
 class Site:
-    """Where task tokens enter a block: its attention, and the norm that feeds it (None: it reads the block's tokens)."""
+    """Where task tokens enter a block: its attention, and the norm before it (None: it reads the block's tokens)."""
 
     seam: Seam
     norm: nn.Module | None
@@ -223,8 +223,8 @@ class _Reached(Exception):
 def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
     """The one attention of ``block`` and what feeds it.
 
-    The block is called on zeros up to its attention. What arrives there must be the very tokens that went in, or the very
-    output of one of the block's modules: anything in between could not be repeated for the task tokens.
+    The block is called on zeros up to its attention. What arrives there must be the very tokens that went in, or the
+    very output of one of the block's modules: anything in between could not be repeated for the task tokens.
     """
     title = f"block {name!r} ({type(block).__name__})"
     found = [(module, kind) for module in block.modules() if (kind := seam_class(module))]

@@ -14,8 +14,8 @@ def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | N
     Args:
         backbone: any transformer.
         blocks: None finds them (transformers: the innermost checkpointing layers; timm and its like: modules with an
-            ``attn*`` and an ``mlp*`` child); else the attribute path of their container (``"encoder.layers"``), or a sequence
-            of names or modules.
+            ``attn*`` and an ``mlp*`` child); else the attribute path of their container (``"encoder.layers"``), or a
+            sequence of names or modules.
 
     Raises:
         ValueError: nothing found, or a name or module that ``backbone`` does not have.
@@ -24,7 +24,8 @@ def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | N
         found = _detect(backbone)
         if not found:
             raise ValueError(
-                f"no transformer blocks were recognised in {type(backbone).__name__}: name them, for example blocks='encoder.layers'"
+                f"no transformer blocks were recognised in {type(backbone).__name__}: name them, for example "
+                "blocks='encoder.layers'"
             )
         return found
     modules = dict(backbone.named_modules())
@@ -82,7 +83,8 @@ def block_width(block: nn.Module) -> int | None:
 
 def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) -> tuple[int | str, Tensor]:
     """Where the tokens are among a block's arguments, and the tokens: the first floating (B, ..., p)."""
-    for where, value in [*enumerate(args), *kwargs.items()]:
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for where, value in named:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
             return where, value
     raise ValueError(

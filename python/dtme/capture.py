@@ -66,7 +66,7 @@ class BlockInputs:
 
 @contextmanager
 def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
-    """Freeze all weights and set one mode; at the end buffers, modes, ``requires_grad`` and random states are as before."""
+    """Freeze all weights and set one mode; at the end weights, buffers, modes and random states are as before."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = [

@@ -19,8 +19,9 @@ def expand(
 ) -> Any:
     """Give the plan's blocks their tasks' modulations and tokens, in place (method.md, section 4).
 
-    Added parameters are ``<block>.dtme.{weight,bias}.<task>`` (p,), starting as the identity, and ``<block>.dtme.tokens.<task>``
-    (t, p), normal with std 0.02, in the dtype and on the device of their block. Every other name stays as it was.
+    Added parameters are ``<block>.dtme.{weight,bias}.<task>`` (p,), starting as the identity, and
+    ``<block>.dtme.tokens.<task>`` (t, p), normal with std 0.02, in the dtype and on the device of their block. Every
+    other name stays as it was.
 
     Args:
         model_or_backbone: a ``MultiTaskModel`` or any transformer.
@@ -33,8 +34,8 @@ def expand(
 
     Raises:
         RuntimeError: it is expanded already, or wrapped by DDP, FSDP or ``torch.compile``: expand first.
-        ValueError: the plan is for another model (a missing block, another width, an unknown task), or a block's attention
-            cannot take task tokens correctly. The model is then as it was.
+        ValueError: the plan is for another model (a missing block, another width, an unknown task), or a block's
+            attention cannot take task tokens correctly. The model is then as it was.
     """
     if not isinstance(plan, ExpansionPlan):
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
@@ -65,7 +66,7 @@ def expand(
 
 
 def collapse(model_or_backbone: nn.Module) -> Any:
-    """Remove everything ``expand`` added: modules, hooks, attention, frozen weights. Weights keep what training gave them.
+    """Remove everything ``expand`` added: modules, hooks, frozen weights. The rest keeps what training gave it.
 
     Raises:
         RuntimeError: it is not expanded.
@@ -137,7 +138,7 @@ def _width(name: str, block: nn.Module, plan: ExpansionPlan) -> int:
 
 
 def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], streams: Streams) -> None:
-    """An adapter on every block from the first that the plan changes: the later ones must keep the streams apart too."""
+    """An adapter on every block from the first that the plan changes: later ones keep the streams apart too."""
     plan, names = streams.plan, list(blocks)
     first = min((names.index(name) for name in plan.blocks), default=len(names) - 1)
     separated: frozenset[str] = frozenset()

@@ -36,7 +36,7 @@ def save_json(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) 
 def load_json(
     path: str | os.PathLike[str], kind: str, fields: set[str], optional: set[str] | None = None
 ) -> dict[str, Any]:
-    """Read what ``save_json`` wrote; ValueError naming the file where it is damaged, foreign or from a newer version."""
+    """Read what ``save_json`` wrote; ValueError naming the file where it is damaged, foreign or too new."""
     try:
         content = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ class MultiTaskModel(nn.Module):
     Args:
         backbone: any transformer. Called as ``backbone(**x)`` for a mapping, else ``backbone(x)``.
         heads: ``{task: module}``; names are non-empty, unique and without dots.
-        features: what the heads take. ``"tokens"``: everything the backbone returns per token, (B, N, p), class and register
-            tokens included; ``"cls"``: its first token, (B, p); or ``features(backbone, x)``, which may return any nesting of
-            tensors that start with the batch.
+        features: what the heads take. ``"tokens"``: everything the backbone returns per token, (B, N, p), class and
+            register tokens included; ``"cls"``: its first token, (B, p); or ``features(backbone, x)``, which may return
+            any nesting of tensors that start with the batch.
 
     Raises:
         ValueError: no heads, a task name that cannot name a parameter, or unknown ``features``.
@@ -81,15 +82,14 @@ class MultiTaskModel(nn.Module):
         def part(task: str, tensor: Tensor) -> Tensor:
             num_streams, rest = divmod(tensor.shape[0] if tensor.ndim else 0, num_rows)
             if rest or num_streams not in layouts:
-                raise ValueError(
-                    f"a feature of shape {tuple(tensor.shape)} does not start with the batch of {num_rows} (times task streams)"
-                )
+                shape = tuple(tensor.shape)
+                raise ValueError(f"a feature of shape {shape} does not start with {num_rows} rows for each task stream")
             if num_streams == 1:
                 return tensor
             index = sources(layouts[num_streams], ((task,),))[0]
             return tensor[index * num_rows : (index + 1) * num_rows]
 
-        return {task: map_tensors(lambda tensor, task=task: part(task, tensor), features) for task in selected}
+        return {task: map_tensors(partial(part, task), features) for task in selected}
 
     def parameter_groups(self, lr: float = 2e-5, weight_decay: float = 1e-6) -> list[dict[str, Any]]:
         """Trainable parameters for an optimizer; what ``expand`` added is not decayed (its identity is not zero)."""
@@ -108,15 +108,13 @@ class MultiTaskModel(nn.Module):
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         added = sum(p.numel() for name, p in self.named_parameters() if ".dtme." in name)
         share = f"{added / (total - added):.3%} of the model without them" if total > added else "all there is"
-        print(
-            f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}); added by expansion {added:,} ({share})"
-        )
+        print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}); added {added:,} ({share})")
 
     def save_pretrained(self, path: str | os.PathLike[str], *, expansion_only: bool = False) -> None:
         """Write ``dtme_config.json`` and ``model.safetensors`` into the folder ``path``.
 
         Args:
-            path: made if missing. An earlier save in it is replaced in one step; a crash leaves the old one or the new one.
+            path: made if missing. An earlier save in it is replaced in one step: a crash leaves the old or the new.
             expansion_only: only what ``expand`` added, to be loaded into the same pretrained backbone and heads.
         """
         saving.save(self, path, expansion_only)
@@ -172,13 +170,14 @@ class TaskModel(nn.Module):
 
 
 def backbone_tokens(backbone: nn.Module, x: Any) -> Tensor:
-    """Everything a backbone returns per token, (B, N, p): timm's ``forward_features``, transformers' ``last_hidden_state``."""
+    """All a backbone returns per token, (B, N, p): timm's ``forward_features``, transformers' last hidden state."""
     call = getattr(backbone, "forward_features", backbone)
     output = call(**x) if isinstance(x, Mapping) else call(x)
     tokens = getattr(output, "last_hidden_state", output)
     if not isinstance(tokens, Tensor) or tokens.ndim < 3:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(
-            f"features='tokens' needs a backbone that returns (B, N, p), {type(backbone).__name__} returned {got}: give features="
+            f"features='tokens' needs a backbone that returns (B, N, p), {type(backbone).__name__} returned {got}: "
+            "give a function"
         )
     return tokens

@@ -11,7 +11,7 @@ RANGE, NULL, TEXT = "#2f6fb0", "#d9772b", "#444444"
 
 
 def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
-    """A matplotlib figure: conflict rates per block, the plan's choices underneath, and the rates of every pair of tasks."""
+    """A matplotlib figure: rates per block, the plan's choices underneath, and the rates of every pair of tasks."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

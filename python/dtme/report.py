@@ -31,8 +31,8 @@ class ConflictReport:
         tasks: K names.
         blocks: D block names, in forward order.
         ranks: (D,) int64, dimension m of the range space.
-        range_counts, null_counts, valid_counts: (D, K, K) int64, symmetric, zero diagonal: (token, pair)s that conflict, and
-            those that could.
+        range_counts, null_counts, valid_counts: (D, K, K) int64, symmetric, zero diagonal: (token, pair)s that
+            conflict, and those that could.
         eigenvalues: (D, p) float64, descending, of the uncentred second moment; a list of (p_d,) where widths differ.
         num_samples: images of the covariance pass.
         ratio: the r that split range from null.
@@ -78,8 +78,8 @@ class ConflictReport:
         Args:
             modulation: share of the blocks that get modulations, those with the highest range rate; 0 for none.
             expansion: share of the blocks that get task tokens, those with the highest null rate; 0 for none.
-            strategy: ``"conflict"``, or its controls ``"reverse"`` (lowest rates), ``"random"`` and ``"swap"`` (modulation by
-                null, expansion by range).
+            strategy: ``"conflict"``, or its controls ``"reverse"`` (lowest rates), ``"random"`` and ``"swap"``
+                (modulation by null, expansion by range).
             num_tokens: task tokens per task and block, or ``"text"`` (6) or ``"params"`` (1), the paper's two figures.
             pair_threshold: give a module only to tasks in some pair whose rate in that block and space reaches this;
                 None gives one to every task.
@@ -145,7 +145,7 @@ class ConflictReport:
 
     def __str__(self) -> str:
         plan = self.plan()
-        head = f"Token-space gradient conflicts of {', '.join(self.tasks)} over {self.num_samples:,} samples (ratio {self.ratio:g})"
+        head = f"Token-space gradient conflicts of {', '.join(self.tasks)}: {self.num_samples:,} samples, r = {self.ratio:g}"
         foot = (
             f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {len(self.blocks)} blocks: "
             f"{plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"

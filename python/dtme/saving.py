@@ -41,8 +41,8 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
         "aliases": aliases,
     }
     folder = Path(path)
-    # The weights carry the config too: renaming them is the one step that replaces the old save. A crash before the config's
-    # own rename leaves an old config, which load() recognises by its number and passes over.
+    # The weights carry the config too: renaming them is the one step that replaces the old save. A crash before the
+    # config's own rename leaves an old config, which load() recognises by its number and passes over.
     metadata = {"format": "pt", "dtme": json.dumps(config)}
     write_beside(folder / WEIGHTS, lambda beside: save_file(tensors, beside, metadata))
     save_json(folder / CONFIG, KIND, config)

@@ -6,6 +6,7 @@ T streams of B images are T * B rows (method.md, section 4).
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def sources(before: Layout, after: Layout) -> list[int]:
 
 
 def repeat_rows(tensor: Tensor, index: Sequence[int], num_streams: int) -> Tensor:
-    """(num_streams * B, ...) → (len(index) * B, ...), stream ``index[i]`` in place i. The tensor itself if nothing moves."""
+    """(num_streams * B, ...) → (len(index) * B, ...), stream ``index[i]`` in place i; itself if nothing moves."""
     if list(index) == list(range(num_streams)):
         return tensor
     streams = tensor.unflatten(0, (num_streams, -1))
@@ -41,7 +42,7 @@ def repeat_rows(tensor: Tensor, index: Sequence[int], num_streams: int) -> Tenso
 
 
 class Streams:
-    """The tasks of one expanded backbone, those that run now, and how it was expanded; its adapters share one such object."""
+    """The tasks of an expanded backbone, those that run now, and how it was expanded; all its adapters share it."""
 
     def __init__(self, tasks: Iterable[str], plan: ExpansionPlan, modulator: str, frozen: list[nn.Parameter]) -> None:
         self.tasks = tuple(tasks)
@@ -65,8 +66,8 @@ class Streams:
         selected = getattr(tokens, "_dtme_selected", None)
         if selected is None:
             raise RuntimeError(
-                f"block {block!r} is recomputed by activation checkpointing, but its tasks are no longer known: checkpoint "
-                "every block on its own with use_reentrant=False"
+                f"block {block!r} is recomputed by activation checkpointing, but its tasks are no longer known: "
+                "checkpoint every block on its own with use_reentrant=False"
             )
         return selected
 
@@ -150,4 +151,4 @@ def split(output: Any, tasks: str | Sequence[str]) -> dict[str, Any]:
 
     if not names:
         raise ValueError("tasks must name at least one task")
-    return {task: map_tensors(lambda tensor, i=i: part(i, tensor), output) for i, task in enumerate(names)}
+    return {task: map_tensors(partial(part, i), output) for i, task in enumerate(names)}

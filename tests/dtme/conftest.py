@@ -44,7 +44,7 @@ def randomise() -> Callable[[nn.Module], None]:
 
 @pytest.fixture
 def naive() -> Callable[..., Any]:
-    """naive(model, added, task, x): the prediction of a plain model with an expanded one's parameters concatenated in."""
+    """naive(model, added, task, x): a plain model's prediction with an expanded one's parameters concatenated in."""
 
     def predict(model: dtme.MultiTaskModel, added: dict[str, Tensor], task: str, x: Any) -> Tensor:
         with concatenated(model.backbone, added, task):

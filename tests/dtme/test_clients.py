@@ -1,4 +1,4 @@
-"""Transformers beyond the ones every other test uses: right where they are taken, refused by name where they are not."""
+"""Transformers beyond those of the other tests: right where they are taken, refused by name where they are not."""
 
 import pytest
 import torch

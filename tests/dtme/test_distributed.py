@@ -1,4 +1,4 @@
-"""Two processes with a shard each write the report that one process writes from all of the data; DDP trains what was expanded."""
+"""Two processes with a shard each report what one process does with all of the data; DDP trains what is expanded."""
 
 import os
 from pathlib import Path

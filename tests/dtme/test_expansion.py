@@ -12,7 +12,7 @@ from tests.dtme.clients import CLIENTS, TASKS
 
 
 def some_plan(model, num_tokens=2, partial=False):
-    """Modulation in blocks 0 and 1, tokens in 1 and 2; partial leaves tasks out, so that streams stay shared for a while."""
+    """Modulation in blocks 0 and 1, tokens in 1 and 2; partial leaves tasks out, so that streams stay shared."""
     first, second, third = find_blocks(model.backbone)
     if partial:
         return dtme.ExpansionPlan(

@@ -81,7 +81,7 @@ def test_blocks_without_a_rate_come_last():
 
 def test_pair_threshold_keeps_tasks_of_some_pair_that_reaches_it():
     plan = make_report().plan(modulation=1.0, expansion=1.0, pair_threshold=0.5)
-    # range: only semseg and depth reach 0.5 in blocks 1-3, no pair in block 0; null: all do at 0.5 and 0.6, nobody at 0.2 · 2
+    # range: only semseg and depth reach 0.5, in blocks 1-3; null: everybody does, but nobody in block 1
     assert plan.modulation == {f"encoder.layer.{d}": ("semseg", "depth") for d in (1, 2, 3)}
     assert plan.expansion == {f"encoder.layer.{d}": TASKS for d in (0, 2, 3)}
 
