@@ -178,6 +178,7 @@ def delta_m(
     if zero:
         raise ValueError(f"baseline must not be zero, it is for {zero}")
     terms = {
-        task: (-100 if task in lower_is_better else 100) * (results[task] - base) / base for task, base in baseline.items()
+        task: (-100 if task in lower_is_better else 100) * (results[task] - base) / base
+        for task, base in baseline.items()
     }
     return sum(terms.values()) / len(terms), terms

@@ -1,0 +1,29 @@
+"""``python -m benchmarks.paper COMMAND``: every command is a module with ``add_arguments(parser)`` and ``run(args)``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "scenes": ("show", "draw the embedded data set"),
+    "demo": ("demo", "train, analyse, expand and compare on the embedded data set"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser("python -m benchmarks.paper", description="The paper's tables in small.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if argv[:1] == [name]:  # only the chosen command is imported
+            implementation = import_module(f".{module}", __package__)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    args = parser.parse_args(argv)
+    return args.run(args) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""``scenes``: draw a sheet of the embedded data set with all its labels, and say how fast it renders."""
+
+import argparse
+import time
+
+from .pictures import colorize, sheet
+from .scenes import SPLITS, render
+from .tasks import TASKS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--show", metavar="PNG", default="scenes.png", help="where to draw the sheet")
+    parser.add_argument("--count", type=int, default=8, help="number of scenes")
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("H", "W"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=SPLITS, default="train")
+
+
+def images_per_second(count: int, size: tuple[int, int] = (64, 64)) -> float:
+    """Images with all labels that one process renders in a second."""
+    render(range(2), size)  # the tables
+    start = time.perf_counter()
+    render(range(count), size)
+    return count / (time.perf_counter() - start)
+
+
+def run(args: argparse.Namespace) -> int:
+    images, labels = render(range(args.count), tuple(args.size), args.seed, args.split)
+    rows = [
+        [colorize("image", image.numpy()), *(colorize(task, labels[task][i].numpy()) for task in TASKS)]
+        for i, image in enumerate(images)
+    ]
+    sheet(args.show, rows, ["image", *TASKS])
+    print(f"{args.show}: {args.count} scenes of {args.size[0]} × {args.size[1]} ({args.split}, seed {args.seed})")
+    print(f"{images_per_second(128):.0f} images of 64 × 64 with all labels per second, one process")
+    return 0
