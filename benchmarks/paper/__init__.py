@@ -1,1 +1,1 @@
-"""The paper's tables in small: data, losses, metrics and the commands that fill them (``python -m benchmarks.paper``)."""
+"""The paper's tables in small: data, losses, metrics, commands (``python -m benchmarks.paper``)."""

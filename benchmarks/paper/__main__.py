@@ -1,4 +1,4 @@
-"""``python -m benchmarks.paper COMMAND``: every command is a module with ``add_arguments(parser)`` and ``run(args)``."""
+"""``python -m benchmarks.paper COMMAND``: each command is a module with ``add_arguments(parser)`` and ``run(args)``."""
 
 import argparse
 import sys

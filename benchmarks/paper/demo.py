@@ -171,6 +171,8 @@ def plot_losses(losses: dict[str, dict[str, list[float]]], path: Path) -> None:
             start = 0 if name == joint[0] else steps
             axes.plot(range(start, start + len(curve)), curve, color=color, label=name, linewidth=1.5)
         axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:.3g}")
         axes.set_title(f"{task} loss", fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=8, which="both")
@@ -207,17 +209,11 @@ def reload_and_predict(
     """What a user of the saved model does: a fresh backbone and heads, the weights, one task."""
     backbone, _, _ = load_backbone(args.backbone)
     fresh = build(backbone, size, patch)
-    again = (
-        dtme.MultiTaskModel.from_pretrained(args.out / "model", fresh.backbone, dict(fresh.heads))
-        .to(args.device)
-        .eval()
-    )
+    again = dtme.MultiTaskModel.from_pretrained(args.out / "model", fresh.backbone, dict(fresh.heads))
     images, _ = next(iter(held_out))
     with torch.no_grad():
-        depth: Tensor = again(images, tasks="depth")["depth"]
+        depth: Tensor = again.to(args.device).eval()(images, tasks="depth")["depth"]
         same = torch.equal(depth, model(images, tasks="depth")["depth"])
-    print(
-        f"reloaded {args.out / 'model'} and predicted depth alone: {depth.mean():.2f} m on average, {'the same bits' if same else 'OTHER BITS'}"
-    )
     if not same:
-        raise SystemExit("the reloaded model predicts something else")
+        raise SystemExit("the reloaded model predicts something else than the one that was saved")
+    print(f"reloaded {args.out / 'model'}: depth alone, {depth.mean():.2f} m on average, the same bits")

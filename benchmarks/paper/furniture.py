@@ -1,13 +1,13 @@
-"""Furniture: small assemblies of boxes, upright cylinders and ellipsoids, each with a look.
+"""Furniture: small assemblies of boxes, upright cylinders and balls, each with a look.
 
-A piece stands on z = 0 around the origin, its back towards +y; metres. A look is one row of the numbers ``shading`` reads.
+A piece stands on z = 0 around the origin, its back towards +y; metres. A look is the row of numbers ``shading`` reads.
 """
 
 import math
 import random
-from functools import cache
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from .raycast import BOX, CYLINDER, SPHERE
@@ -61,7 +61,7 @@ def look(
     cell: tuple[float, float] = (64.0, 64.0),
     *,
     shift: float = 0.0,
-    seam: tuple[float, float] = (0.0, 0.0),
+    seam: float = 0.0,
     flip: tuple[int, int] = (0, 0),
     shuffle: float = 0.0,
     tone: float = 0.0,
@@ -73,7 +73,7 @@ def look(
     """Colour a, mixed with b: cells of ``cell`` metres, rows moved by ``shift`` cells, seams of b ``seam`` metres wide,
     every second one b along ``flip``'s axes, a random share ``shuffle`` of b and brightness ``tone`` per cell,
     and cloudy noise ``grain`` with ``scale`` features a metre. ``gloss``: highlight; ``glow``: light of its own."""
-    return (*colour(a), *colour(b or a), *cell, shift, *seam, *flip, shuffle, tone, grain, *scale, gloss, glow)
+    return (*colour(a), *colour(b or a), *cell, shift, seam, *flip, shuffle, tone, grain, *scale, gloss, glow)
 
 
 LOOK_SIZE = len(look("000000"))
@@ -182,12 +182,12 @@ def cabinet(draw: Draw) -> Piece:
     if draw.chance(0.55):
         a, b = draw.pick(WOODS)
         front, top = (
-            look(a, "1c1410", (w / columns, h / rows), seam=(0.022, 0.022), grain=0.16, scale=(3.0, 14.0)),
+            look(a, "1c1410", (w / columns, h / rows), seam=0.022, grain=0.16, scale=(3.0, 14.0)),
             look(a, b),
         )
     else:
         a = draw.pick(LACQUERS)
-        front, top = look(a, "24262b", (w / columns, h / rows), seam=(0.02, 0.02), gloss=0.25), look(a, gloss=0.25)
+        front, top = look(a, "24262b", (w / columns, h / rows), seam=0.02, gloss=0.25), look(a, gloss=0.25)
     return Piece("cabinet", [box(0, 0, 0, w, d, h, front, top)], (w / 2, d / 2), h, appeal=0.6, support=h < 1.2)
 
 
@@ -233,8 +233,8 @@ def plant(draw: Draw) -> Piece:
     return Piece("plant", solids, (reach, reach), h + 0.75 * size, appeal=2.5)
 
 
-def ball(draw: Draw) -> Piece:
-    r, a = draw.uniform(0.1, 0.26), draw.pick(ACCENTS)
+def ball(draw: Draw, scale: float = 1.0) -> Piece:
+    r, a = draw.uniform(0.11, 0.24) * scale, draw.pick(ACCENTS)
     style = draw.pick((
         (look(a, gloss=0.7), look(a, gloss=0.7)),
         (look(a, gloss=0.5), look(draw.pick(ACCENTS), gloss=0.5)),
@@ -265,14 +265,10 @@ def carton(draw: Draw, scale: float = 1.0) -> Piece:
     w, d, h = (draw.uniform(0.26, 0.5) * scale for _ in range(3))
     if draw.chance(0.5):
         side = look("b98f5f", "8a6740", (64.0, h), grain=0.3, scale=(5.0, 5.0))
-        top = look("c29a69", "e3d5b4", (64.0, d / 2), seam=(0.0, 0.05))
+        top = look("c29a69", "e3d5b4", (64.0, d / 2), seam=0.05)
     else:
         side = top = accent(draw)
     return Piece("box", [box(0, 0, 0, w, d, h, side, top)], (w / 2, d / 2), h, appeal=2.5, support=scale == 1)
-
-
-def parcel(draw: Draw) -> Piece:
-    return carton(draw, 0.5)
 
 
 def books(draw: Draw) -> Piece:
@@ -284,6 +280,7 @@ def books(draw: Draw) -> Piece:
     return Piece("box", solids, (0.13, 0.09), z, appeal=2.0)
 
 
-BIG: list[Callable[[Draw], Piece]] = [sofa, sofa, cabinet, cabinet, bookcase]
-MEDIUM: list[Callable[[Draw], Piece]] = [floor_lamp, plant, carton, floor_vase, ball, ball, pouf, stool, carton]
-SMALL: list[Callable[[Draw], Piece]] = [vessel, vessel, ball, table_lamp, parcel, books]
+Maker = Callable[[Draw], Piece]
+BIG: tuple[Maker, ...] = (sofa, sofa, cabinet, cabinet, bookcase)
+MEDIUM: tuple[Maker, ...] = (*(floor_lamp, carton, ball, plant) * 2, plant, floor_vase, pouf, stool)
+SMALL: tuple[Maker, ...] = (vessel, vessel, partial(ball, scale=0.5), table_lamp, partial(carton, scale=0.5), books)

@@ -38,8 +38,9 @@ class Meter:
 class MeanIoU(Meter):
     """mIoU in %: intersection over union of every class from one confusion matrix, averaged over classes.
 
-    A class that neither the targets nor the predictions contain has no IoU and is left out of the average, as in
-    torchmetrics' ``MulticlassJaccardIndex``; one that is only predicted counts as 0. Pixels with target 255 are left out.
+    A class that neither the targets nor the predictions contain has no IoU and is left out of the average, one that
+    is only predicted counts as 0: torchmetrics' ``MulticlassJaccardIndex``, whose package imports only where the
+    installed torchvision suits torch. Pixels with target 255 are left out.
     """
 
     def __init__(self, classes: int) -> None:
@@ -90,8 +91,8 @@ class NormalsError(Meter):
 class EdgeF(Meter):
     """F in % at a fixed threshold: an edge is a probability above 0.5 (logit above 0); counts over the split.
 
-    A predicted edge pixel is right, and a true one is found, when the other map has an edge at most ``tolerance`` pixels
-    away along each axis (0: the same pixel). The default, 1, is 0.011 of the diagonal at 64 × 64, NYUD-v2's tolerance;
+    A predicted edge pixel is right, and a true one is found, when the other map has an edge at most ``tolerance``
+    pixels away along each axis (0: the same pixel). The default, 1, is NYUD-v2's 0.011 of the diagonal at 64 × 64;
     unlike odsF, nothing is thinned or matched one to one. Pixels with target 255 are left out.
     """
 
@@ -119,7 +120,7 @@ class EdgeF(Meter):
 class MaxF(Meter):
     """maxF in %: F with β² = 0.3 at thresholds 0.05, 0.10 … 0.95, from counts over the split; the highest.
 
-    Prediction: two logits, softmax. ``mode="invpt"`` passes the probability through a sigmoid again, as InvPT's code does.
+    Prediction: two logits, softmax. ``mode="invpt"`` passes the probability through a sigmoid again, as InvPT does.
     Pixels with target 255 are left out.
     """
 

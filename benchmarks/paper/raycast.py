@@ -1,10 +1,11 @@
 """Rays against rooms, boxes, upright cylinders and balls: which solid, where, which way the surface faces.
 
-Arrays are (B scenes, N rays); vectors are (3, B, N). Only +, -, ×, ÷, √, comparisons and table look-ups touch a pixel.
-IEEE rounds these correctly, whatever the vector width or the array's length, and so an image has the same bits alone and
-in a batch. (NumPy, because torch's √ on the CPU is not correctly rounded.)
+Arrays are (B scenes, N rays); vectors are (3, B, N). Only +, -, ×, ÷, √, comparisons and table look-ups touch a
+pixel. IEEE 754 rounds these correctly, whatever the vector width or the array's length, and so an image has the same
+bits alone and in a batch. (NumPy, because torch's √ on the CPU is not correctly rounded.)
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,9 +73,9 @@ class _Rays:
             extent = cos * half[0] + sin * half[1], sin * half[0] + cos * half[1], half[2]
             return _slab([inverse[i] * -o[i] for i in range(3)], [reach[i] * extent[i] for i in range(3)])
         if kind == BOX:
-            x, y = (1 / (cos * d[0] + sin * d[1]), cos * o[0] + sin * o[1]), (1 / (cos * d[1] - sin * d[0]), cos * o[1] - sin * o[0])
-            return _slab([x[0] * -x[1], y[0] * -y[1], inverse[2] * -o[2]],
-                         [np.abs(x[0]) * half[0], np.abs(y[0]) * half[1], reach[2] * half[2]])  # fmt: skip
+            x, y = 1 / (cos * d[0] + sin * d[1]), 1 / (cos * d[1] - sin * d[0])
+            middle = [x * -(cos * o[0] + sin * o[1]), y * -(cos * o[1] - sin * o[0]), inverse[2] * -o[2]]
+            return _slab(middle, [np.abs(x) * half[0], np.abs(y) * half[1], reach[2] * half[2]])
         # a t² + 2 b t + c = 0 on the curved surface, for a ball after squeezing z to its radius
         a, b, c = self.across[rows], d[0] * o[0] + d[1] * o[1], o[0] * o[0] + o[1] * o[1] - half[0] * half[0]
         if kind == SPHERE:
@@ -116,7 +117,7 @@ def reaches(solids: Solids, light: np.ndarray, point: np.ndarray, outside: np.nd
         for k, casts in enumerate(solids.casts):
             if casts:
                 near, far = rays.span(k)
-                free[solids.scenes[k]] &= ~((near < far) & (near < np.float32(0.9999)) & (near > 0))
+                free[solids.scenes[k]] &= ~((near < far) & (near < 0.9999) & (near > 0))
     return free
 
 
@@ -149,7 +150,7 @@ def inspect(solids: Solids, origin: np.ndarray, direction: np.ndarray) -> Hit:
     nx = np.where(flat_z | flat_y, 0, px) / half[0]
     ny = np.where(flat_z | flat_x, 0, py) / half[1]
     nz = np.where(flat_z | ball, pz, 0) / half[2]
-    size = np.sqrt(nx * nx + ny * ny + nz * nz) * np.where(slot == 0, np.float32(-1), np.float32(1))
+    size = np.sqrt(nx * nx + ny * ny + nz * nz) * np.where(slot == 0, np.float32(-1), 1)
     nx, ny, nz = nx / size, ny / size, nz / size
     normal = np.stack([cos * nx - sin * ny, sin * nx + cos * ny, nz])
 
@@ -158,8 +159,8 @@ def inspect(solids: Solids, origin: np.ndarray, direction: np.ndarray) -> Hit:
     face = np.where(flat_x, (px > 0).astype(np.int8), np.where(flat_y, 2 + (py > 0).astype(np.int8), 0))
     face = np.where(flat_z, 4 + upper.astype(np.int8), face).astype(np.int8)
     # round the solid: an angle made of ÷ alone, 0..4, times a quarter's mean arc
-    quarter = py / (ax + ay + np.float32(1e-6))
-    around = np.where(px > 0, 1 + quarter, 3 - quarter) * (half[0] * np.float32(np.pi / 2))
+    quarter = py / (ax + ay + 1e-6)
+    around = np.where(px > 0, 1 + quarter, 3 - quarter) * (half[0] * (math.pi / 2))
     u = np.where(box | flat_z, np.where(flat_x, y + half[1], x + half[0]), around)
     v = np.where(flat_z, y + half[1], z + half[2])
     return Hit(t, slot, point, normal, band, face, (u, v))

@@ -2,31 +2,29 @@
 
 Labels are those of the pixel's centre. With (H, W) the size, one scene is
 
-============  =================  ==================================================================================
+============  =================  ====================================================================================
 image         (3, H, W) float32  RGB in [0, 1], display gamma
 semseg        (H, W) int64       ``tasks.SEMSEG``; every pixel has a class
 depth         (1, H, W) float32  z-depth in metres: along the optical axis, not along the ray
-normals       (3, H, W) float32  unit, camera frame: x right, y down, z forward; a wall seen frontally has (0, 0, -1)
+normals       (3, H, W) float32  unit, camera frame (x right, y down, z forward): a wall faced squarely has (0, 0, -1)
 edges         (1, H, W) float32  1 where the pixel to the right or below lies on another solid or across a crease
 saliency      (H, W) int64       1 on the one object that draws the eye: large, central, of an eye-catching kind
 parts         (H, W) int64       ``tasks.PARTS``; 255 off the furniture
-============  =================  ==================================================================================
+============  =================  ====================================================================================
 """
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .furniture import LOOK_SIZE, look
-from .raycast import BOX, CYLINDER, SPHERE, STRAIGHT, Hit, Solids, dot, inspect
+from .batch import Batch, pack
+from .raycast import Hit, dot, inspect
 from .rooms import Room, furnished_room
-from .shading import Bodies, Light, shade
-from .tasks import IGNORE, PARTS, SEMSEG, TASKS
+from .shading import shade
+from .tasks import TASKS
 
 SPLITS = ("train", "val")
 MIN_SIDE = 16
@@ -34,140 +32,44 @@ _RAYS = 32768  # rendered together: 128 KB an array, which stays in the cache
 _SAMPLES = ((-0.36, -0.21), (0.36, -0.21), (0.0, 0.4))  # of a pixel that an edge crosses, besides its centre
 
 
-class _Batch(NamedTuple):
-    """B rooms as arrays; K slots of solids."""
+def _look_at(
+    batch: Batch, x: np.ndarray, y: np.ndarray, size: tuple[int, int], sharp: float = 1.0
+) -> tuple[Hit, np.ndarray, np.ndarray, np.ndarray]:
+    """Cast rays through image points x, y (B or 1, N), in pixels: hit, ids and colour (3, B, N), lit (B, N).
 
-    solids: Solids
-    looks: np.ndarray  # (LOOK_SIZE, K·3·B): of a solid's bottom, side and top
-    ids: np.ndarray  # (3, K·3·B) int64: class, part, object number
-    appeal: np.ndarray  # (B, objects) float64
-    light: Light
-    bodies: Bodies
-    eye: np.ndarray  # (3, B, 1)
-    axes: np.ndarray  # (3 of right, down, forward; 3, B, 1)
-    reach: np.ndarray  # (B, 1): half the longer side of the image plane at unit distance
-
-
-_PART = {
-    BOX: [PARTS.index("box side"), PARTS.index("box side"), PARTS.index("box top")],
-    CYLINDER: [PARTS.index("cylinder end"), PARTS.index("cylinder side"), PARTS.index("cylinder end")],
-    SPHERE: [PARTS.index("sphere lower"), IGNORE, PARTS.index("sphere upper")],
-}
-_NOTHING = ((0.0, 0.0, -9.0, 0.01, 0.01, 0.01, 1.0, 0.0), (look("000000"),) * 3, (0, 0, 0), (0, 0, 0), 0)
-_GROUPS = ((STRAIGHT, False), (BOX, False), (CYLINDER, False), (STRAIGHT, True), (BOX, True), (CYLINDER, True), (SPHERE, True))
-
-
-def _rows(room: Room) -> list[list[tuple]]:
-    """The room's solids in world coordinates, by ``_GROUPS`` of kind and whether they cast a shadow."""
-    half = [s / 2 for s in room.size]
-    groups: list[list[tuple]] = [[] for _ in _GROUPS]
-    groups[0].append(((*half, *half, 1.0, 0.0), room.looks, (0, 1, 2), (IGNORE,) * 3, 0))
-    for number, (piece, at, yaw) in enumerate(((p.piece, p.at, p.yaw) for p in room.placed), 1):
-        cos, sin, name = math.cos(yaw), math.sin(yaw), SEMSEG.index(piece.name)
-        straight = abs(sin * cos) < 1e-9
-        for kind, (x, y, z), size, looks, leg in piece.solids:
-            place = (at[0] + cos * x - sin * y, at[1] + sin * x + cos * y, at[2] + z, *size, cos, sin)
-            part = [IGNORE] * 3 if piece.flat else [PARTS.index("leg")] * 3 if leg else _PART[kind]
-            group = _GROUPS.index((STRAIGHT if kind == BOX and straight else kind, not piece.flat))
-            groups[group].append((place, looks, (name,) * 3, part, number))
-    return groups
-
-
-def _camera(room: Room) -> list[tuple[float, float, float]]:
-    """Unit right, down and forward in the world; the horizon is level."""
-    x, y, z = (b - a for a, b in zip(room.eye, room.target, strict=True))
-    ground = math.hypot(x, y)
-    size = math.hypot(ground, z)
-    fx, fy, fz = x / size, y / size, z / size
-    rx, ry = y / ground, -x / ground
-    return [(rx, ry, 0.0), (-fz * ry, fz * rx, fx * ry - fy * rx), (fx, fy, fz)]
-
-
-def _having(present: Sequence[bool]) -> slice:
-    """From the first to the last scene that has it."""
-    return slice(present.index(True), len(present) - present[::-1].index(True))
-
-
-def _pack(rooms: Sequence[Room]) -> _Batch:
-    """Rooms to arrays; missing solids are filled with one under the floor."""
-    grouped = [_rows(room) for room in rooms]
-    counts = [max(map(len, group)) for group in zip(*grouped, strict=True)]
-    table = [
-        [row for group, n in zip(groups, counts, strict=True) for row in group + [_NOTHING] * (n - len(group))]
-        for groups in grouped
-    ]
-    kinds, casts = zip(*(g for g, n in zip(_GROUPS, counts, strict=True) for _ in range(n)), strict=True)
-    scenes = tuple(_having([rows[k] is not _NOTHING for rows in table]) for k in range(len(kinds)))
-    place = np.array([[row[0] for row in rows] for rows in table], np.float32).transpose(1, 2, 0)[..., None]
-    solids = Solids(*(np.ascontiguousarray(place[:, a:b]) for a, b in ((0, 3), (3, 6), (6, 8))), kinds, casts, scenes)
-    looks = np.array([[row[1] for row in rows] for rows in table], np.float32)  # (B, K, 3, LOOK_SIZE)
-    ids = np.array([[(row[2], row[3], (row[4],) * 3) for row in rows] for rows in table], np.int64)  # (B, K, 3, 3)
-
-    def column(values: Iterable) -> np.ndarray:  # B × ... -> (..., B, 1)
-        return np.moveaxis(np.array(list(values), np.float32), 0, -1)[..., None]
-
-    most = max(len(room.placed) for room in rooms)
-    bodies = [
-        [(p.at[0], p.at[1], p.at[2] + p.piece.height / 2, *p.piece.half, p.piece.height / 2, math.cos(p.yaw), math.sin(p.yaw), n)
-         for n, p in enumerate(room.placed, 1) if not p.piece.flat]
-        for room in rooms
-    ]  # fmt: skip
-    deepest = max(map(len, bodies))
-    blank = (0.0, 0.0, -9.0, 0.01, 0.01, 0.01, 1.0, 0.0, 0.0)
-    body = column([rows + [blank] * (deepest - len(rows)) for rows in bodies])
-    appeal = np.zeros((len(rooms), most + 1))
-    for row, room in zip(appeal, rooms, strict=True):
-        row[1 : len(room.placed) + 1] = [p.piece.appeal for p in room.placed]
-    return _Batch(
-        solids,
-        np.ascontiguousarray(looks.transpose(3, 1, 2, 0)).reshape(LOOK_SIZE, -1),
-        np.ascontiguousarray(ids.transpose(2, 1, 3, 0)).reshape(3, -1),
-        appeal,
-        Light(*(column(getattr(r, f) for r in rooms) for f in ("light", "light_colour", "sky_at", "sky", "ambient", "inward", "everywhere")),
-              np.array([[room.sun] for room in rooms])),
-        Bodies(body[:, 0:3], body[:, 3:6], body[:, 6:8], body[:, 8].astype(np.int16),
-               tuple(_having([k < len(rows) for rows in bodies]) for k in range(deepest))),
-        column(room.eye for room in rooms),
-        column(_camera(room) for room in rooms),
-        column(math.tan(room.fov / 2) for room in rooms),
-    )  # fmt: skip
-
-
-def _look_at(batch: _Batch, x: np.ndarray, y: np.ndarray, size: tuple[int, int], sharp: float = 1.0):
-    """Cast rays through image points x, y (B or 1, N) in pixels -> hit, ids (3, B, N), colour, shadow mask."""
+    ``sharp``: rays per pixel along an axis, for the texture's detail.
+    """
     height, width = size
-    scale = batch.reach * np.float32(2 / max(size))  # metres a pixel at one metre
+    scale = batch.reach * (2 / max(size))  # metres a pixel at one metre
     right, down, forward = batch.axes
-    a, b = (x - np.float32(width / 2)) * scale, (y - np.float32(height / 2)) * scale
-    direction = right * a + down * b + forward
+    direction = right * ((x - width / 2) * scale) + down * ((y - height / 2) * scale) + forward
     hit = inspect(batch.solids, batch.eye, direction)
     scenes = np.arange(len(batch.appeal))[:, None]
     row = (hit.solid * np.int64(3) + hit.band) * len(batch.appeal) + scenes
     ids = batch.ids.take(row, axis=1)
     slope = dot(hit.normal, direction)
-    slope = np.sqrt(np.maximum(slope * slope / dot(direction, direction), np.float32(0.01)))
-    foot = hit.t * scale / (np.sqrt(slope) * np.float32(sharp))
-    colour, lit = shade(
-        hit, batch.solids, batch.looks.take(row, axis=1), batch.light, batch.bodies, ids[2].astype(np.int16), direction, foot
-    )
+    slope = np.sqrt(np.maximum(slope * slope / dot(direction, direction), 0.01))
+    # a pixel covers 1/slope times more along the face than across; its geometric mean keeps floors crisp
+    foot = hit.t * scale / (np.sqrt(slope) * sharp)
+    look, number = batch.looks.take(row, axis=1), ids[2].astype(np.int16)
+    colour, lit = shade(hit, look, number, direction, foot, batch.solids, batch.light, batch.bodies)
     return hit, ids, colour, lit
 
 
-def _smooth(batch: _Batch, image: np.ndarray, rough: np.ndarray, size: tuple[int, int]) -> None:
+def _smooth(batch: Batch, image: np.ndarray, rough: np.ndarray, size: tuple[int, int]) -> None:
     """Replace the pixels ``rough`` (B, H·W) of ``image`` (3, B, H·W) by the mean of four samples, in place."""
     count = int(rough.sum(1).max())
     if not count:
         return
     # every scene's list is filled up to the longest with pixels that need nothing
     order = np.argsort(~rough, axis=1, kind="stable")[:, :count]
-    x, y = ((order % size[1]).astype(np.float32), (order // size[1]).astype(np.float32))
-    x = np.concatenate([x + np.float32(0.5 + dx) for dx, _ in _SAMPLES], 1)
-    y = np.concatenate([y + np.float32(0.5 + dy) for _, dy in _SAMPLES], 1)
+    y, x = (at.astype(np.float32) + 0.5 for at in np.divmod(order, size[1]))
+    x, y = (np.concatenate(at, 1) for at in zip(*((x + dx, y + dy) for dx, dy in _SAMPLES), strict=True))
     _, _, colour, _ = _look_at(batch, x, y, size, sharp=2.0)
     scenes = np.arange(len(order))[:, None]
     centre = image[:, scenes, order]
     a, b, c = colour.reshape(3, len(order), 3, count).transpose(2, 0, 1, 3)
-    image[:, scenes, order] = np.where(rough[scenes, order], (centre + a + b + c) * np.float32(0.25), centre)
+    image[:, scenes, order] = np.where(rough[scenes, order], (centre + a + b + c) * 0.25, centre)
 
 
 def _differs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -197,22 +99,17 @@ def _salient(ids: np.ndarray, appeal: np.ndarray, size: tuple[int, int]) -> np.n
     return mask
 
 
-def _surfaces(hit: Hit, size: tuple[int, int]) -> np.ndarray:
-    """(B, H, W): one number for each smooth face of each solid."""
-    return (hit.solid * np.int16(8) + hit.face).reshape(-1, *size)
-
-
 def _render(rooms: Sequence[Room], size: tuple[int, int]) -> dict[str, np.ndarray]:
     height, width = size
-    batch = _pack(rooms)
-    x = np.tile(np.arange(width, dtype=np.float32) + np.float32(0.5), height)[None]
-    y = np.repeat(np.arange(height, dtype=np.float32) + np.float32(0.5), width)[None]
+    batch = pack(rooms)
+    x = np.tile(np.arange(width, dtype=np.float32) + 0.5, height)[None]
+    y = np.repeat(np.arange(height, dtype=np.float32) + 0.5, width)[None]
     hit, ids, image, lit = _look_at(batch, x, y, size)
-    edges, rough = _differs(_surfaces(hit, size))
+    edges, rough = _differs((hit.solid * np.int16(8) + hit.face).reshape(-1, *size))  # a number a smooth face
     _, shadow = _differs(lit.reshape(-1, *size))
     _smooth(batch, image, (rough | shadow).reshape(len(rooms), -1), size)
-    corner = ((x - width / 2) ** 2 + (y - height / 2) ** 2) / np.float32(max(size) ** 2)
-    image *= 1 - np.float32(0.35) * corner  # the lens darkens the corners
+    corner = ((x - width / 2) ** 2 + (y - height / 2) ** 2) / max(size) ** 2
+    image *= 1 - 0.35 * corner  # the lens darkens the corners
     normals = np.stack([dot(hit.normal, axis) for axis in batch.axes])
     shape = (len(rooms), -1, height, width)
     return {

@@ -15,16 +15,16 @@ _TEXELS = 8  # of the table per feature of the noise
 
 
 class Light(NamedTuple):
-    """Of B scenes, each (3, B, 1): positions in metres, colours in radiance × m², and the light from everywhere."""
+    """How B scenes are lit; each (3, B, 1) or (B, 1). Positions in metres, colours in radiance × m²."""
 
-    at: np.ndarray
+    at: np.ndarray  # of the one light that casts shadows
     colour: np.ndarray
-    sky_at: np.ndarray
+    sky_at: np.ndarray  # of the window's soft light
     sky: np.ndarray
-    ambient: np.ndarray
-    inward: np.ndarray  # the window's unit normal: its light leaves along the cosine
-    everywhere: np.ndarray  # 1 if ``at`` radiates to all sides, (1, B, 1); 0: it is the window, too
-    sun: np.ndarray  # (B, 1) bool: ``at`` is outside the window
+    ambient: np.ndarray  # radiance from everywhere
+    inward: np.ndarray  # the window's unit normal, into the room
+    even: np.ndarray  # 1 if ``at`` radiates evenly, 0 if it is the window and follows the cosine
+    outside: np.ndarray  # 1 if ``at`` is the sun, which comes in through the window alone
 
 
 class Bodies(NamedTuple):
@@ -79,7 +79,7 @@ def albedo(look: np.ndarray, uv: tuple[np.ndarray, np.ndarray], foot: np.ndarray
     Patterns finer than a pixel fade into their mean, so no look needs more than one sample.
     """
     a, b = look[0:3], look[3:6]
-    cell_u, cell_v, shift, seam_u, seam_v, flip_u, flip_v, shuffle, tone, grain, grain_u, grain_v = look[6:18]
+    cell_u, cell_v, shift, seam, flip_u, flip_v, shuffle, tone, grain, grain_u, grain_v = look[6:17]
     u, v = uv
     row = v / cell_v
     j = np.floor(row)
@@ -88,30 +88,28 @@ def albedo(look: np.ndarray, uv: tuple[np.ndarray, np.ndarray], foot: np.ndarray
     du, dv = column - i, row - j
     du, dv = np.minimum(du, 1 - du) * cell_u, np.minimum(dv, 1 - dv) * cell_v  # metres to the cell's border
     sharp = 1 / foot
-    fade = _clip(np.minimum(cell_u, cell_v) * sharp * np.float32(0.5) - np.float32(0.25))
+    fade = _clip(np.minimum(cell_u, cell_v) * sharp * 0.5 - 0.25)
 
-    parity = (i * flip_u + j * flip_v) * np.float32(0.5)
+    parity = (i * flip_u + j * flip_v) * 0.5
     parity = (parity - np.floor(parity)) * 2
     flips = flip_u + flip_v > 0
     border = np.minimum(du + (1 - flip_u) * 64, dv + (1 - flip_v) * 64)
-    parity = np.float32(0.5) + (parity - np.float32(0.5)) * np.minimum(border * sharp * 2, 1)
+    parity = 0.5 + (parity - 0.5) * np.minimum(border * sharp * 2, 1)
     mix = np.where(flips, parity, 0)
 
     cell = (i.astype(np.int32) * 73 + j.astype(np.int32) * 12289) & (_SIDE * _SIDE - 1)
     luck = _tables()[1].take(cell)
-    mix = mix + shuffle * (np.float32(0.5) + (luck - np.float32(0.5)) * fade)
+    mix = mix + shuffle * (0.5 + (luck - 0.5) * fade)
     noise = _clouds(u * grain_u, v * grain_v)
-    visible = _clip(np.float32(1.3) - foot * np.maximum(grain_u, grain_v) * np.float32(0.5))
-    mix = mix + grain * (np.float32(0.5) + np.float32(0.8) * noise * visible)
-    line = np.maximum((seam_u * np.float32(0.5) - du) * sharp, (seam_v * np.float32(0.5) - dv) * sharp) + np.float32(
-        0.5
-    )
-    coverage = seam_u / cell_u + seam_v / cell_v
+    visible = _clip(1.3 - foot * np.maximum(grain_u, grain_v) * 0.5)
+    mix = mix + grain * (0.5 + 0.8 * noise * visible)
+    line = (seam * 0.5 - np.minimum(du, dv)) * sharp + 0.5
+    coverage = seam / cell_u + seam / cell_v
     line = np.where(coverage > 0, coverage + (_clip(line) - coverage) * fade, 0)
     mix = np.maximum(_clip(mix), line)
     # the tone's luck must not be the mix's: turn it over
     luck = luck * 64
-    bright = 1 + tone * (luck - np.floor(luck) - np.float32(0.5)) * fade * (1 - line)
+    bright = 1 + tone * (luck - np.floor(luck) - 0.5) * fade * (1 - line)
     return (a + (b - a) * mix) * bright
 
 
@@ -123,58 +121,57 @@ def _contact(hit: Hit, bodies: Bodies, number: np.ndarray, room_half: np.ndarray
         (cos, sin), (hx, hy, hz) = bodies.turn[k, :, rows], bodies.half[k, :, rows]
         x, y = np.abs(cos * x + sin * y) - hx, np.abs(cos * y - sin * x) - hy
         x, y, z = np.maximum(x, 0), np.maximum(y, 0), np.maximum(np.abs(z) - hz, 0)
-        near = np.maximum(1 - np.sqrt(x * x + y * y + z * z) * np.float32(3.0), 0)
+        near = np.maximum(1 - np.sqrt(x * x + y * y + z * z) * 3, 0)  # within 1/3 m
         near *= number[rows] != bodies.number[k, rows]
-        open_[rows] *= 1 - np.float32(0.5) * near * near
+        open_[rows] *= 1 - 0.5 * near * near
     for axis in range(3):
         gap = room_half[axis] - np.abs(hit.point[axis] - room_half[axis])
-        own = (number == 0) & (np.abs(hit.normal[axis]) > np.float32(0.5))
-        near = np.maximum(1 - gap * np.float32(1.6), 0) * ~own
-        open_ *= 1 - np.float32(0.34) * near * near
+        own = (number == 0) & (np.abs(hit.normal[axis]) > 0.5)
+        near = np.maximum(1 - gap * 1.6, 0) * ~own
+        open_ *= 1 - 0.34 * near * near
     return open_
+
+
+def _highlight(normal: np.ndarray, to_light: np.ndarray, view: np.ndarray) -> np.ndarray:
+    """Blinn's highlight, exponent 32."""
+    middle = to_light - view / np.sqrt(dot(view, view))
+    shine = np.maximum(dot(normal, middle), 0)
+    shine = shine * shine / dot(middle, middle)
+    for _ in range(4):
+        shine = shine * shine
+    return shine
 
 
 def shade(
     hit: Hit,
-    solids: Solids,
     look: np.ndarray,
-    light: Light,
-    bodies: Bodies,
     number: np.ndarray,
     view: np.ndarray,
     foot: np.ndarray,
+    solids: Solids,
+    light: Light,
+    bodies: Bodies,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Display colour (3, B, N) in [0, 1] and the light's shadow mask (B, N).
+    """Display colour (3, B, N) in [0, 1] and where the light arrives (B, N).
 
-    number: the hit object; view: ray directions; foot: metres a pixel covers there.
-    """  # fmt: skip
-    one, half = np.float32(1), np.float32(0.5)
-    base = albedo(look, hit.uv, foot)
-    gloss, glow = look[18], look[19]
-    to_light = light.at - hit.point
-    squared = dot(to_light, to_light)
-    to_light = to_light / np.sqrt(squared)
+    look, number: of the hit surface and object; view: directions of the rays; foot: metres a pixel covers there.
+    """
+    to_light, to_sky = light.at - hit.point, light.sky_at - hit.point
+    squared, far = dot(to_light, to_light), dot(to_sky, to_sky)
+    to_light, to_sky = to_light / np.sqrt(squared), to_sky / np.sqrt(far)
+
     facing = np.maximum(dot(hit.normal, to_light), 0)
-    lit = reaches(solids, light.at, hit.point + hit.normal * np.float32(0.004), light.sun) & (facing > 0)
-    leaving = np.maximum(-dot(light.inward, to_light), light.everywhere[0])
-    power = lit * leaving / (squared + half)
-
-    towards = view / -np.sqrt(dot(view, view))
-    middle = to_light + towards
-    shine = np.maximum(dot(hit.normal, middle), 0)
-    shine = shine * shine / dot(middle, middle)
-    for _ in range(4):  # to the 32nd power
-        shine = shine * shine
-
-    to_sky = light.sky_at - hit.point
-    squared = dot(to_sky, to_sky)
-    # an area as large as a window: light wraps around what faces away
-    to_sky = to_sky / np.sqrt(squared)
-    wrapped = np.maximum(dot(hit.normal, to_sky) * np.float32(0.7) + np.float32(0.3), 0)
-    soft = wrapped * (np.maximum(-dot(light.inward, to_sky), 0) + np.float32(0.12)) / (squared + one)
+    lit = reaches(solids, light.at, hit.point + hit.normal * 0.004, light.outside > 0) & (facing > 0)
+    direct = lit * np.maximum(-dot(light.inward, to_light), light.even) / (squared + 0.5)
+    # an area as large as a window: its light wraps around what faces away
+    wrapped = np.maximum(dot(hit.normal, to_sky) * 0.7 + 0.3, 0)
+    soft = wrapped * (np.maximum(-dot(light.inward, to_sky), 0) + 0.12) / (far + 1)
     openness = _contact(hit, bodies, number, solids.half[0])
-    around = (np.float32(0.95) + np.float32(0.12) * hit.normal[2]) * openness
-    received = light.ambient * around + light.sky * (soft * openness) + light.colour * (power * facing)
-    colour = base * (received + glow) + light.colour * (power * shine * gloss)
-    colour = colour * (1 + colour * np.float32(0.12)) / (1 + colour * np.float32(0.62))
-    return np.sqrt(_clip(colour * np.float32(1.25))), lit
+
+    gloss, glow = look[17], look[18]
+    received = light.ambient * ((0.95 + 0.12 * hit.normal[2]) * openness) + light.sky * (soft * openness)
+    received += light.colour * (direct * facing) + glow
+    colour = albedo(look, hit.uv, foot) * received
+    colour += light.colour * (direct * gloss * _highlight(hit.normal, to_light, view))
+    colour = colour * (1 + colour * 0.12) / (1 + colour * 0.62)  # film: bright tones are compressed
+    return np.sqrt(_clip(colour * 1.25)), lit

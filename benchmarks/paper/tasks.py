@@ -1,4 +1,4 @@
-"""The tasks of the benchmark, in one table: what a head must put out, how it is scored, and what the classes are called."""
+"""The tasks in one table: what a head must put out, how it is scored, what the classes are called."""
 
 from dataclasses import dataclass
 

@@ -17,7 +17,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pr
 
 
 class PixelHead(nn.Module):
-    """A 1×1 head: every patch token becomes its own patch of pixels.
+    """The paper's decoder, one 3×3 Conv-BN-ReLU on the grid of patch tokens, then each becomes its patch of pixels.
 
     Args:
         num_features: p, width of the tokens.
@@ -29,14 +29,16 @@ class PixelHead(nn.Module):
     def __init__(self, num_features: int, channels: int, grid: tuple[int, int], patch: int) -> None:
         super().__init__()
         self.grid, self.patch = grid, patch
-        self.norm = nn.LayerNorm(num_features)
-        self.project = nn.Linear(num_features, channels * patch**2)
+        self.mix = nn.Sequential(
+            nn.Conv2d(num_features, num_features, 3, padding=1, bias=False), nn.BatchNorm2d(num_features), nn.ReLU()
+        )
+        self.project = nn.Conv2d(num_features, channels * patch**2, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, p) → (B, C, h * patch, w * patch)."""
         height, width = self.grid
-        pixels = self.project(self.norm(tokens[:, tokens.shape[1] - height * width :]))
-        return F.pixel_shuffle(pixels.mT.unflatten(2, self.grid), self.patch)
+        patches = tokens[:, tokens.shape[1] - height * width :].mT.unflatten(2, self.grid)
+        return F.pixel_shuffle(self.project(self.mix(patches)), self.patch)
 
 
 class Batches:
