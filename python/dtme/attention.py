@@ -11,6 +11,7 @@ it run with its inner product replaced? The attention keeps its own projections,
 import copy
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class NotExpandable(ValueError):
     """A block that task tokens cannot be added to correctly; says why."""
 
 
-class Seam:
+class Seam(ABC):
     """One attention module, seen from its block ``block``."""
 
     def __init__(self, block: str, attention: Any) -> None:
@@ -67,9 +68,9 @@ class Seam:
             raise NotExpandable(f"block {self.block!r}: its attention makes {kinds}")
         return key, value
 
+    @abstractmethod
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         """The attention's own forward, with ``attend`` for its inner product."""
-        raise NotImplementedError
 
 
 def _without_position(rotation: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,8 @@ class ConflictReport:
 
     def __str__(self) -> str:
         plan = self.plan()
-        head = f"Token-space gradient conflicts of {', '.join(self.tasks)}: {self.num_samples:,} samples, r = {self.ratio:g}"
+        tasks = ", ".join(self.tasks)
+        head = f"Token-space gradient conflicts of {tasks} over {self.num_samples:,} samples (ratio {self.ratio:g})"
         foot = (
             f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {len(self.blocks)} blocks: "
             f"{plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dtme
+from dtme.blocks import find_blocks
+
 WIDTH, TASKS = 24, ("semseg", "depth", "normals")
 
 
@@ -146,3 +149,14 @@ def _pad_mask(value: Any, count: int) -> Any:
     if not isinstance(value, Tensor) or value.ndim != 4:
         return value
     return F.pad(value, (0, count, 0, count), value=True if value.dtype == torch.bool else 0.0)
+
+
+def mixed_plan(model: dtme.MultiTaskModel) -> dtme.ExpansionPlan:
+    """Streams part at different blocks, and not every task has every module."""
+    first, second, third = find_blocks(model.backbone)
+    modulation = {first: ("depth",), second: TASKS}
+    return dtme.ExpansionPlan(TASKS, 2, modulation, {second: TASKS, third: ("depth", "normals")})
+
+
+def same_predictions(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[task], b[task]) for task in a)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dtme
-from tests.dtme.clients import CLIENTS, TASKS, WIDTH, concatenated, make_input
+from tests.dtme.clients import CLIENTS, TASKS, WIDTH, concatenated, make_input, mixed_plan
 
 
 @pytest.fixture
@@ -51,3 +51,16 @@ def naive() -> Callable[..., Any]:
             return model(x, task)[task]
 
     return predict
+
+
+@pytest.fixture
+def expanded(build, randomise) -> Callable[..., tuple[dtme.MultiTaskModel, Any]]:
+    """expanded(client) → a model expanded by ``mixed_plan``, away from the identity, and an input."""
+
+    def make(client: str = "transformers ViT") -> tuple[dtme.MultiTaskModel, Any]:
+        model, x = build(client)
+        dtme.expand(model, mixed_plan(model))
+        randomise(model)
+        return model, x
+
+    return make
