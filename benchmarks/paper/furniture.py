@@ -44,7 +44,7 @@ class Piece:
     bottom: float = 0.0
     appeal: float = 1.0  # how much it draws the eye, for saliency
     support: bool = False  # small things may stand on it
-    flat: bool = False  # casts no shadow and takes no room
+    flat: bool = False  # on a wall, the floor or the ceiling: no shadow, no parts
     clear: float = 0.0
 
 

@@ -1,0 +1,26 @@
+"""Operations of token-space gradient conflicts and their resolution, for tensors: no model is known here."""
+
+from .attention import expanded_attention, modulate_concat_attention
+from .conflicts import ConflictCounts, count_conflicts, projected_dots
+from .covariance import token_covariance, token_covariance_
+from .modulation import modulate, modulate_layer_norm
+from .streaming_covariance import StreamingCovariance
+from .token_space import TokenSpace, split_token_space
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConflictCounts",
+    "StreamingCovariance",
+    "TokenSpace",
+    "__version__",
+    "count_conflicts",
+    "expanded_attention",
+    "modulate",
+    "modulate_concat_attention",
+    "modulate_layer_norm",
+    "projected_dots",
+    "split_token_space",
+    "token_covariance",
+    "token_covariance_",
+]

@@ -1,0 +1,55 @@
+"""What is kept of a conflict analysis: counts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ConflictCounts:
+    """Counts over tokens for every pair of tasks; ``a + b`` adds them.
+
+    Attributes:
+        range: (K, K) int64, symmetric, zero diagonal: conflicts in the range space.
+        null: the same in the null space.
+        valid: the same of the tokens at which the pair was compared at all, the denominator.
+        tokens: tokens seen.
+        nonfinite_pairs: () int64, (token, pair)s left out for a NaN or Inf. ``nonfinite`` is the same as an int; it
+            waits for the device.
+    """
+
+    range: Tensor
+    null: Tensor
+    valid: Tensor
+    tokens: int
+    nonfinite_pairs: Tensor
+
+    @property
+    def nonfinite(self) -> int:
+        """(token, pair)s left out because a gradient holds NaN or Inf."""
+        return int(self.nonfinite_pairs)
+
+    def rate(self, space: Literal["range", "null"]) -> float:
+        """Conflicts over valid (token, pair)s, all pairs together; NaN where none is valid.
+
+        Raises:
+            ValueError: ``space`` is not ``"range"`` or ``"null"``.
+        """
+        if space not in ("range", "null"):
+            raise ValueError(f"space must be 'range' or 'null', got {space!r}")
+        valid = int(self.valid.sum())
+        return int(getattr(self, space).sum()) / valid if valid else float("nan")
+
+    def __add__(self, other: "ConflictCounts") -> "ConflictCounts":
+        if not isinstance(other, ConflictCounts):
+            return NotImplemented
+        if other.range.shape != self.range.shape:
+            raise ValueError(f"cannot add counts of {len(self.range)} and of {len(other.range)} tasks")
+        return ConflictCounts(
+            self.range + other.range,
+            self.null + other.null,
+            self.valid + other.valid,
+            self.tokens + other.tokens,
+            self.nonfinite_pairs + other.nonfinite_pairs,
+        )

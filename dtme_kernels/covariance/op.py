@@ -1,0 +1,42 @@
+"""Schemas, shapes, gradient and dispatch of ``torch.ops.dtme.token_covariance`` and its in-place sibling."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import Operator
+from . import reference
+
+
+def _fake(tokens: Tensor) -> Tensor:
+    p = tokens.shape[-1]
+    return tokens.new_empty((p, p), dtype=torch.promote_types(tokens.dtype, torch.float32))
+
+
+def _backward_fake(grad: Tensor, tokens: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+def _in_place_fake(accumulator: Tensor, tokens: list[Tensor]) -> None:
+    return None
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    return token_covariance_backward.overload(grad, *ctx.saved_tensors)
+
+
+token_covariance = Operator("token_covariance(Tensor tokens) -> Tensor", reference.token_covariance, _fake)
+token_covariance_backward = Operator(
+    "token_covariance_backward(Tensor grad, Tensor tokens) -> Tensor",
+    reference.token_covariance_backward,
+    _backward_fake,
+)
+token_covariance.differentiate(_setup, _backward, once=token_covariance_backward)
+token_covariance_ = Operator(
+    "token_covariance_(Tensor(a!) accumulator, Tensor[] tokens) -> ()", reference.token_covariance_, _in_place_fake
+)

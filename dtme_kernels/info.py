@@ -1,0 +1,57 @@
+"""``python -m dtme_kernels.info``: versions, devices, and what every operation runs on here."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import dtme_kernels
+
+from .registry import OPERATORS
+
+
+def report() -> str:
+    """Versions and devices; for each operation what ``auto`` takes on CPU and CUDA, and why a kernel is missing."""
+    reasons: list[str] = []
+
+    def missing(name: str) -> str:
+        notes = []
+        for impl in ("triton", "cpp"):
+            if why := OPERATORS[name].missing(impl):
+                if why not in reasons:
+                    reasons.append(why)
+                notes.append(f"{impl} [{reasons.index(why) + 1}]")
+        return ", ".join(notes) or "-"
+
+    names = [name for name in OPERATORS if not name.endswith("_backward")]
+    rows = [("operation", "auto on CPU", "auto on CUDA", "missing")]
+    rows += [
+        (name, OPERATORS[name].automatic("cpu"), OPERATORS[name].automatic("cuda"), missing(name)) for name in names
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    notes = [f"[{i}] {why}" for i, why in enumerate(reasons, 1)]
+    return "\n".join([*_versions(), "", *table, "", *notes])
+
+
+def _versions() -> list[str]:
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [
+        f"dtme_kernels {dtme_kernels.__version__}",
+        f"torch        {torch.__version__}",
+        f"triton       {_triton()}",
+        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"cpu          {torch.get_num_threads()} threads",
+        f"cuda         {', '.join(devices) or 'no device'}",
+    ]
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print(report())

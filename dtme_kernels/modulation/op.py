@@ -1,0 +1,77 @@
+"""Schemas, shapes, gradients and dispatch of ``torch.ops.dtme.modulate`` and ``modulate_layer_norm``."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..registry import Operator
+from . import reference
+
+
+def _modulate_fake(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return tokens.new_empty((weight.shape[0], *tokens.shape[-3:]))
+
+
+def _modulate_backward_fake(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _modulate_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    tokens, weight, _ = inputs
+    ctx.save_for_backward(tokens, weight)
+
+
+def _modulate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return modulate_backward.overload(grad, *ctx.saved_tensors)
+
+
+modulate = Operator("modulate(Tensor tokens, Tensor weight, Tensor bias) -> Tensor", reference.modulate, _modulate_fake)
+modulate_backward = Operator(
+    "modulate_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)",
+    reference.modulate_backward,
+    _modulate_backward_fake,
+)
+modulate.differentiate(_modulate_setup, _modulate_backward, once=modulate_backward)
+
+
+def _norm_fake(
+    tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    return _modulate_fake(tokens, weight, bias), _modulate_fake(tokens, weight, bias)
+
+
+def _norm_backward_fake(
+    grad_modulated: Tensor,
+    grad_normalized: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (tokens, weight, bias, norm_weight, norm_weight))
+
+
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tokens, weight, bias, norm_weight, _, ctx.eps = inputs
+    ctx.save_for_backward(tokens, weight, bias, norm_weight)
+
+
+def _norm_backward(ctx: Any, grad_modulated: Tensor, grad_normalized: Tensor) -> tuple[Tensor | None, ...]:
+    grads = modulate_layer_norm_backward.overload(grad_modulated, grad_normalized, *ctx.saved_tensors, ctx.eps)
+    return *grads, None
+
+
+modulate_layer_norm = Operator(
+    "modulate_layer_norm(Tensor tokens, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias,"
+    " float eps=1e-06) -> (Tensor modulated, Tensor normalized)",
+    reference.modulate_layer_norm,
+    _norm_fake,
+)
+modulate_layer_norm_backward = Operator(
+    "modulate_layer_norm_backward(Tensor grad_modulated, Tensor grad_normalized, Tensor tokens, Tensor weight,"
+    " Tensor bias, Tensor norm_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.modulate_layer_norm_backward,
+    _norm_backward_fake,
+)
+modulate_layer_norm.differentiate(_norm_setup, _norm_backward, once=modulate_layer_norm_backward)

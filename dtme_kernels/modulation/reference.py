@@ -1,0 +1,65 @@
+"""The definition. Everything else is measured against it."""
+
+import torch
+from torch import Tensor
+
+
+def modulate(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """y_t = w_t * x + b_t for every task stream t, in at least float32."""
+    return _modulate(tokens, weight, bias).to(tokens.dtype).contiguous()
+
+
+def modulate_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = w dy, summed over the streams that share x; dw = sum over a stream's tokens of dy x; db = sum of dy."""
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    g, x = grad.to(wide), tokens.to(wide)
+    d_tokens = g * weight.to(wide)[:, None, None]
+    if tokens.dim() == 3:
+        d_tokens = d_tokens.sum(0)
+    return (
+        d_tokens.to(tokens.dtype).contiguous(),
+        (g * x).sum((1, 2)).to(weight.dtype),
+        g.sum((1, 2)).to(weight.dtype),
+    )
+
+
+def modulate_layer_norm(
+    tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """y = w_t * x + b_t and z = (y - mean y) / sqrt(var y + eps) * norm_weight + norm_bias."""
+    y = _modulate(tokens, weight, bias)
+    normalized = _standardize(y.to(tokens.dtype).to(y.dtype), eps)[0] * norm_weight.to(y.dtype) + norm_bias.to(y.dtype)
+    return y.to(tokens.dtype).contiguous(), normalized.to(tokens.dtype).contiguous()
+
+
+def modulate_layer_norm_backward(
+    grad_modulated: Tensor,
+    grad_normalized: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """With s = (y - mean) / std and ds = norm_weight dz: dy += (ds - mean ds - s mean(ds s)) / std."""
+    s, inverse_std = _standardize(_modulate(tokens, weight, bias), eps)
+    dz = grad_normalized.to(s.dtype)
+    ds = dz * norm_weight.to(s.dtype)
+    ds = ds - ds.mean(-1, keepdim=True) - s * (ds * s).mean(-1, keepdim=True)
+    dy = grad_modulated.to(s.dtype) + ds * inverse_std
+    d_norm = ((dz * s).sum((0, 1, 2)), dz.sum((0, 1, 2)))
+    return *modulate_backward(dy, tokens, weight), *(x.to(norm_weight.dtype) for x in d_norm)
+
+
+def _modulate(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, N, p) or (T, B, N, p), (T, p), (T, p) -> (T, B, N, p), not yet rounded to the dtype of tokens."""
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    return tokens.to(wide) * weight.to(wide)[:, None, None] + bias.to(wide)[:, None, None]
+
+
+def _standardize(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y - mean) / sqrt(var + eps) and 1 / sqrt(var + eps). Two passes: E[y^2] - E[y]^2 would cancel."""
+    centred = y - y.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)  # the rounding of a large mean
+    inverse_std = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return centred * inverse_std, inverse_std

@@ -1,0 +1,117 @@
+"""The operators of ``torch.ops.dtme``: one library, and one table of implementations read by ``impl=`` and by info."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("dtme", "DEF")
+
+# The reference answers on every device; a kernel overrides it under its own key, and a missing one is a missing key.
+DISPATCH_KEYS = {"reference": "CompositeExplicitAutograd", "triton": "CUDA", "cpp": "CPU"}
+OPERATORS: dict[str, "Operator"] = {}
+
+
+class Operator:
+    """One operator: its schema, its implementations, and what ``impl=`` may ask for.
+
+    Args:
+        schema: as ``torch.library.Library.define`` takes it.
+        reference: plain torch, the definition.
+        fake: shapes, dtypes and strides of the outputs.
+        composite: plain torch calling other operators. It then is what ``auto`` runs, and autograd, fake tensors and
+            autocast see its parts; ``reference`` and ``fake`` are not registered.
+        low_precision: under autocast, cast the arguments as ``scaled_dot_product_attention`` has them cast. All other
+            operators leave dtypes alone: sums of squares and signs of dot products do not survive bfloat16.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any] | None = None,
+        *,
+        composite: Callable[..., Any] | None = None,
+        low_precision: bool = False,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.low_precision = low_precision
+        self.composite = composite
+        self.implementations: dict[str, Callable[..., Any]] = {}
+        library.define(schema)
+        self.overload = getattr(torch.ops.dtme, self.name).default
+        if composite:
+            library.impl(self.name, composite, "CompositeImplicitAutograd")
+            self.implementations["reference"] = reference
+        else:
+            self.implement("reference", reference)
+            torch.library.register_fake(f"dtme::{self.name}", fake, lib=library)
+            for device in ("cpu", "cuda"):
+                library.impl(self.name, self._autocast_kernel(device), f"Autocast{device.upper()}")
+        OPERATORS[self.name] = self
+
+    def implement(self, impl: str, function: Callable[..., Any]) -> None:
+        """Let the dispatcher, and ``impl=``, have ``function``."""
+        library.impl(self.name, function, DISPATCH_KEYS[impl])
+        self.implementations[impl] = function
+
+    def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any], once: "Operator") -> None:
+        """Register the gradient; ``once`` is the operator that ``backward`` calls, which has no gradient of its own."""
+
+        def refuse(ctx: Any, *grads: Tensor) -> None:
+            raise RuntimeError(f"dtme::{self.name} is differentiable once; impl='reference' as often as torch is")
+
+        torch.library.register_autograd(f"dtme::{self.name}", backward, setup_context=setup, lib=library)
+        torch.library.register_autograd(f"dtme::{once.name}", refuse, lib=library)
+
+    def missing(self, impl: str) -> str | None:
+        """Why ``impl`` cannot run here, or None where it can."""
+        if impl in self.implementations:
+            return None
+        if impl == "triton" and not self.composite and find_spec("triton") is None:
+            return "Triton is not installed (on Linux it comes with a CUDA build of torch)"
+        if self.composite and impl in DISPATCH_KEYS:
+            return "it has no kernel of its own: auto runs the operators it is composed of"
+        if impl in DISPATCH_KEYS:
+            return f"this version has no {'Triton' if impl == 'triton' else 'C++'} kernel for it"
+        raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
+
+    def automatic(self, device: str) -> str:
+        """What ``impl="auto"`` runs on ``"cpu"`` or ``"cuda"``."""
+        kernel = {"cpu": "cpp", "cuda": "triton"}[device]
+        return "composite" if self.composite else kernel if kernel in self.implementations else "reference"
+
+    def __call__(self, impl: str, *args: Any) -> Any:
+        """Run the named implementation on ``args``, the first of them a tensor; only ``auto`` may choose."""
+        if impl == "auto":
+            return self.overload(*args)
+        if why := self.missing(impl):
+            raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
+        if self.composite:
+            return self.implementations[impl](*args)
+        return self._outside_autocast(self.implementations[impl], args[0].device.type, args)
+
+    def _autocast_kernel(self, device: str) -> Callable[..., Any]:
+        return lambda *args: self._outside_autocast(self.overload, device, args)
+
+    def _outside_autocast(self, function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
+        """Otherwise autocast would reach the matrix products inside ``function``."""
+        if not autocast_enabled(device):
+            return function(*args)
+        if self.low_precision:
+            dtype = torch.get_autocast_dtype(device)
+            args = tuple(_cast(x, dtype) for x in args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+
+def autocast_enabled(device: str) -> bool:
+    """Of a device type; ``"meta"`` and the like have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    """Autocast's own rule: every floating-point tensor but float64."""
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x

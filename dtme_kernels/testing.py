@@ -1,0 +1,66 @@
+"""Inputs that break kernels and the error they are allowed: shared by tests and benchmarks."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, *LOW_PRECISION)
+
+# Each keeps the shape, (..., p) with at least two dimensions; only "expanded" changes values.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every second channel": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "odd offset": lambda x: F.pad(x, (1, 2))[..., 1:-2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+def make(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: str = "contiguous",
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> Tensor:
+    """Standard normal values, the same on every device, in one of ``LAYOUTS``."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return LAYOUTS[layout](values.to(device, dtype)).requires_grad_(requires_grad)
+
+
+def orthogonal(p: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A (p, p) basis."""
+    return torch.linalg.qr(make(p, p, dtype=torch.float64, seed=seed)).Q.to(dtype)
+
+
+def exact(*tensors: Tensor) -> list[np.ndarray]:
+    """The values a kernel is given, in NumPy's float64."""
+    return [x.detach().cpu().double().numpy() for x in tensors]
+
+
+def assert_accurate(got: Tensor, want: np.ndarray | Tensor, plain: Tensor, terms: int = 1) -> None:
+    """``max|got - want| <= 2 max|plain - want| + sqrt(terms) eps max|want|``, eps that of the dtype of ``got``.
+
+    Args:
+        got: what is tested.
+        want: the exact value, float64.
+        plain: what plain torch makes of the same problem in the same dtype.
+        terms: additions in a long sum: M for a sum over M tokens.
+
+    Raises:
+        AssertionError: over budget, another shape, or a NaN.
+    """
+    want = torch.as_tensor(want, dtype=torch.float64)
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    error, of_plain, size = (_largest(x) for x in (got.cpu() - want, plain.cpu() - want, want))
+    budget = 2 * of_plain + terms**0.5 * torch.finfo(got.dtype).eps * size
+    assert error <= budget, f"error {error:.3g} is over the budget {budget:.3g} (plain torch: {of_plain:.3g})"
+
+
+def _largest(x: Tensor) -> float:
+    return x.detach().abs().max().item() if x.numel() else 0.0

@@ -1,0 +1,98 @@
+"""The token space of a block, split into range and null space (Eq. 1-3)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["TokenSpace", "split_token_space"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSpace:
+    """Eigenvectors and eigenvalues of one block's tokens, or of D blocks', and the ranks that split them.
+
+    Attributes:
+        basis: (..., p, p), orthonormal columns, eigenvalues descending. The largest entry of a column is positive.
+        eigenvalues: (..., p), not negative.
+        rank: m, number of leading columns that span the range space, in [1, p-1]; (D,) int64 for D blocks.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    rank: int | Tensor
+
+    @property
+    def range_basis(self) -> Tensor:
+        """U_R, (p, m). Raises ValueError for more than one block: their ranks differ."""
+        return self.basis[:, : self._single_rank()]
+
+    @property
+    def null_basis(self) -> Tensor:
+        """U_N, (p, p - m). Raises ValueError for more than one block: their ranks differ."""
+        return self.basis[:, self._single_rank() :]
+
+    def to(self, device: torch.device | str) -> "TokenSpace":
+        """The same split on another device."""
+        rank = self.rank.to(device) if isinstance(self.rank, Tensor) else self.rank
+        return TokenSpace(self.basis.to(device), self.eigenvalues.to(device), rank)
+
+    def _single_rank(self) -> int:
+        if isinstance(self.rank, Tensor):
+            raise ValueError(f"range_basis and null_basis are for one block, this space holds {len(self.rank)}")
+        return self.rank
+
+
+def split_token_space(covariance: Tensor, ratio: float = 100.0) -> TokenSpace:
+    """Split the token space where the leading eigenvalues outweigh the rest ``ratio`` times.
+
+    ``C = U diag(l) U^T``; m counts the leading k with ``(l_1 + ... + l_k) / (l_k+1 + ... + l_p) < ratio`` (Eq. 3),
+    clamped to [1, p-1]. The scale of C does not matter. The decomposition is float64 whatever the dtype of C.
+
+    Args:
+        covariance: (p, p) or (D, p, p), symmetric, p >= 2, float32 or float64.
+        ratio: r > 0, energy of the range space over energy of the null space.
+
+    Returns:
+        ``TokenSpace`` in the dtype of ``covariance``.
+
+    Raises:
+        TypeError: ``covariance`` is not a float32 or float64 tensor.
+        ValueError: not square, p < 2, not symmetric, NaN or Inf (the layers are named); ``ratio`` is not positive.
+    """
+    _check(covariance, ratio)
+    symmetric = covariance.detach().double()
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    # an eigenvector is free up to its sign
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
+
+    head = values.cumsum(-1)
+    # summed from the small end: "total minus head" would be rounding error just where the split falls
+    tail = F.pad(values[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    rank = (head / tail < ratio).sum(-1).clamp(1, values.shape[-1] - 1)
+    return TokenSpace(vectors.to(covariance.dtype), values.to(covariance.dtype), int(rank) if rank.dim() == 0 else rank)
+
+
+def _check(covariance: Tensor, ratio: float) -> None:
+    if not isinstance(covariance, Tensor):
+        raise TypeError(f"covariance must be a tensor, got {type(covariance).__name__}")
+    if covariance.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"covariance must be float32 or float64, got {covariance.dtype}")
+    shape = tuple(covariance.shape)
+    if len(shape) not in (2, 3) or shape[-1] != shape[-2] or shape[-1] < 2:
+        raise ValueError(f"covariance must be (p, p) or (D, p, p) with p >= 2, got {shape}")
+    if not ratio > 0:
+        raise ValueError(f"ratio must be > 0, got {ratio}")
+
+    def refuse(layers: Tensor, problem: str) -> None:
+        if layers.any():
+            where = f" of layers {layers.nonzero().flatten().tolist()}" if layers.dim() else ""
+            raise ValueError(f"covariance{where} {problem}")
+
+    refuse(~covariance.isfinite().flatten(-2).all(-1), "holds NaN or Inf")
+    asymmetry = (covariance - covariance.mT).abs().amax((-2, -1))
+    tolerance = torch.finfo(covariance.dtype).eps ** 0.5 * covariance.abs().amax((-2, -1))
+    refuse(asymmetry > tolerance, "is not symmetric")

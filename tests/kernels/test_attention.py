@@ -1,0 +1,314 @@
+"""Expanded attention against softmax written out in NumPy, and the whole block against real concatenation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtme_kernels import expanded_attention, modulate_concat_attention
+from dtme_kernels.attention import reference
+from dtme_kernels.testing import DTYPES, LAYOUTS, assert_accurate, exact, make
+
+
+def problem(lead=(3, 2), heads=2, key_heads=2, queries=5, keys=5, t=2, d=4, dtype=torch.float32, grad=False):
+    """query, key, value, task_key, task_value."""
+    shared = [(*lead, heads, queries, d), *[(*lead, key_heads, keys, d)] * 2]
+    task = [(*lead[:-1], key_heads, t, d)] * 2
+    return [make(*shape, dtype=dtype, seed=s, requires_grad=grad) for s, shape in enumerate(shared + task)]
+
+
+def masks(*shape, dtype=torch.float32):
+    """Bool and additive masks that broadcast to (T, B, H, N, S), no row of them all hidden."""
+    visible = make(*shape, seed=7) > 0
+    return visible, torch.where(visible, make(*shape, seed=8, dtype=dtype), -math.inf).to(dtype)
+
+
+def concatenated(query, key, value, task_key, task_value, attn_mask=None, is_causal=False, scale=None):
+    """key, value and an additive mask over both kinds of keys, in NumPy's float64, with as many heads as query."""
+    q, k, v, tk, tv = exact(query, key, value, task_key, task_value)
+    groups = q.shape[-3] // k.shape[-3]
+    k, v = (
+        np.concatenate([x, np.broadcast_to(y[..., None, :, :, :], (*x.shape[:-2], *y.shape[-2:]))], -2).repeat(
+            groups, -3
+        )
+        for x, y in ((k, tk), (v, tv))
+    )
+    bias = np.zeros((*q.shape[:-1], k.shape[-2]))
+    num_keys = key.shape[-2]
+    if is_causal:
+        bias[..., :num_keys] += np.where(np.arange(num_keys) <= np.arange(q.shape[-2])[:, None], 0, -np.inf)
+    elif attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias[..., :num_keys] += np.where(attn_mask.numpy(), 0, -np.inf)
+    elif attn_mask is not None:
+        bias[..., :num_keys] += exact(attn_mask)[0]
+    return q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, bias
+
+
+def oracle(*args, **options):
+    q, k, v, bias = concatenated(*args, **options)
+    scores = q @ np.swapaxes(k, -1, -2) + bias
+    p = np.exp(scores - scores.max(-1, keepdims=True, initial=-1e300))
+    return p / p.sum(-1, keepdims=True) @ v
+
+
+def plain(*args, **options):
+    q, k, v, bias = (torch.from_numpy(x).to(args[0].dtype) for x in concatenated(*args, **options))
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
+
+
+def check(args, impl, **options):
+    got = expanded_attention(*args, impl=impl, **options)
+    assert got.dtype == args[0].dtype
+    assert got.transpose(-3, -2).is_contiguous()
+    assert_accurate(got, oracle(*args, **options), plain(*args, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lead", [(3, 2), (1, 1), (4,), (1,)])
+@pytest.mark.parametrize("t", [0, 1, 6])
+def test_matches_oracle(impl, lead, t, dtype):
+    check(problem(lead, t=t, dtype=dtype), impl)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"heads": 6, "key_heads": 2},
+        {"heads": 4, "key_heads": 1, "keys": 9},
+        {"queries": 1, "keys": 8},
+        {"queries": 7, "keys": 3},
+        {"keys": 0},
+        {"queries": 0},
+        {"lead": (2, 0)},
+        {"d": 1},
+        {"d": 33, "queries": 65, "keys": 130},
+    ],
+    ids=str,
+)
+def test_sizes(impl, sizes):
+    check(problem(**sizes), impl)
+    check(problem(**sizes), impl, scale=0.7)
+    check(problem(**sizes), impl, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 5), (5,), (1, 5), (5, 1), (2, 5, 5), (2, 1, 5, 5), (1, 1, 5, 5), (3, 1, 1, 1, 5), (3, 2, 2, 5, 5)]
+)
+def test_masks_broadcast_from_the_right(impl, shape):
+    for mask in masks(*shape):
+        check(problem(), impl, attn_mask=mask)
+        if len(shape) < 5:
+            check(problem((2,)), impl, attn_mask=mask)
+            check(problem((2,), heads=4), impl, attn_mask=mask.repeat(2, 1, 1) if len(shape) == 3 else mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_of_every_dtype(impl, dtype):
+    for mask in masks(2, 1, 5, 5, dtype=dtype):
+        check(problem(dtype=dtype), impl, attn_mask=mask)
+
+
+def test_task_keys_are_seen_where_every_shared_key_is_masked(impl):
+    args = problem(grad=True)
+    for mask in (torch.zeros(5, 5, dtype=torch.bool), torch.full((5, 5), -math.inf)):
+        got = expanded_attention(*args, attn_mask=mask, impl=impl)
+        alone = F.scaled_dot_product_attention(args[0], *(x.unsqueeze(1).expand(3, 2, 2, 2, 4) for x in args[3:]))
+        torch.testing.assert_close(got, alone)
+        grads = torch.autograd.grad(got.square().sum(), args)
+        assert all(grad.isfinite().all() for grad in grads)
+        assert not grads[1].any()
+        assert not grads[2].any()
+
+
+def test_a_row_that_sees_nothing_is_zero(impl):
+    args = problem(t=0, grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[3] = False
+    got = expanded_attention(*args, attn_mask=mask, impl=impl)
+    assert not got[..., 3, :].any()
+    grads = torch.autograd.grad(got.square().sum(), args[:3])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lead", [(3, 2), (2,)])
+def test_layouts(impl, lead, layout):
+    args = [LAYOUTS[layout](x) for x in problem(lead, key_heads=1)]
+    check(args, impl, attn_mask=LAYOUTS[layout](make(5, 5)))
+    packed = make(3, 2, 5, 3, 2, 4).permute(3, 0, 1, 4, 2, 5)  # as a fused qkv projection leaves it
+    check([*packed, *problem()[3:]], impl)
+
+
+@given(
+    lead=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    key_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 4), st.integers(1, 9)),
+    dtype=st.sampled_from(DTYPES),
+    is_causal=st.booleans(),
+)
+def test_any_shape(lead, key_heads, groups, sizes, dtype, is_causal):
+    queries, keys, t, d = sizes
+    check(problem(tuple(lead), key_heads * groups, key_heads, queries, keys, t, d, dtype), "auto", is_causal=is_causal)
+
+
+@pytest.mark.parametrize("lead", [(2, 2), (2,)])
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("shape", [None, (2, 3), (2, 1, 1, 3), (1, 2, 2, 1)])
+def test_gradients(impl, lead, key_heads, shape, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 1)  # one image at a time
+    args = problem(lead, key_heads=key_heads, queries=2, keys=3, t=1, d=2, dtype=torch.float64, grad=True)
+    mask = None if shape is None else make(*shape, dtype=torch.float64, seed=7, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *a: expanded_attention(*a[:5], attn_mask=a[5], scale=0.7, impl=impl), (*args, mask)
+    )
+
+
+@pytest.mark.parametrize("sizes", [{"t": 0}, {"keys": 0}, {"queries": 0}, {"lead": (2, 0)}, {"queries": 3}], ids=str)
+def test_gradients_of_a_causal_or_empty_problem(impl, sizes):
+    args = problem(**{"d": 2, "keys": 3, "dtype": torch.float64, "grad": True} | sizes)
+    assert torch.autograd.gradcheck(lambda *a: expanded_attention(*a, is_causal=True, impl=impl), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_as_right_as_plain_torch(dtype):
+    def gradients(impl, args):
+        out = expanded_attention(*args[:5], attn_mask=args[5], impl=impl)
+        return torch.autograd.grad((out * make(*out.shape, dtype=dtype, seed=9)).sum(), args)
+
+    args = [*problem(heads=4, queries=20, keys=30, dtype=dtype), make(2, 1, 20, 30, dtype=dtype, seed=7)]
+    args = [x.requires_grad_() for x in args]
+    want = gradients("reference", [x.detach().double().requires_grad_() for x in args])
+    for got, exactly, by_torch in zip(gradients("auto", args), want, gradients("reference", args), strict=True):
+        assert got.dtype == dtype
+        assert_accurate(got, exactly, by_torch)
+
+
+def test_dropout(impl):
+    args = problem(t=3, grad=True)
+    torch.manual_seed(0)
+    got = expanded_attention(*args, dropout_p=0.5, impl=impl)
+    torch.manual_seed(0)
+    assert torch.equal(got, expanded_attention(*args, dropout_p=0.5, impl=impl))
+    assert not torch.allclose(got, expanded_attention(*args, impl=impl))
+    assert all(x.isfinite().all() for x in torch.autograd.grad(got.sum(), args))
+    ones = [torch.ones_like(x) for x in problem(keys=2000, t=2000)]  # kept probabilities are scaled by 1 / (1 - p)
+    assert abs(expanded_attention(*ones, dropout_p=0.5, impl=impl).mean() - 1) < 0.02
+
+
+Q, K, V, TK, TV = problem()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"query": None}, TypeError, "query must be a tensor, got NoneType"),
+        ({"value": V.long()}, TypeError, "value must be float16.*got torch.int64"),
+        ({"key": K.double()}, TypeError, "key must be torch.float32 like query, got torch.float64"),
+        ({"task_value": TV.to("meta")}, ValueError, "task_value must be on cpu like query, got meta"),
+        ({"query": Q[0, 0]}, ValueError, r"query must be \(T, B, H, N, d\) or \(B, H, N, d\)"),
+        ({"key": K[0]}, ValueError, r"key must be \(T, B, H, S, d\) like query"),
+        ({"key": K[:, :1]}, ValueError, r"key must be .* = \(3, 2, 2, 5, 4\), got \(3, 1, 2, 5, 4\)"),
+        ({"key": K[..., :3]}, ValueError, r"key must be .* = \(3, 2, 2, 5, 4\), got \(3, 2, 2, 5, 3\)"),
+        ({"value": V[..., :4, :]}, ValueError, r"value must be .* = \(3, 2, 2, 5, 4\), got \(3, 2, 2, 4, 4\)"),
+        ({"key": K.repeat(1, 1, 2, 1, 1)}, ValueError, "key heads must divide the 2 heads of query, got 4"),
+        ({"task_key": TK[0]}, ValueError, r"task_key must be \(T, H, t, d\)"),
+        ({"task_key": TK[:2]}, ValueError, r"task_key must be .* = \(3, 2, 2, 4\), got \(2, 2, 2, 4\)"),
+        ({"task_key": TK[:, :1]}, ValueError, r"task_key must be .* = \(3, 2, 2, 4\), got \(3, 1, 2, 4\)"),
+        ({"task_value": TV[:, :, :1]}, ValueError, r"task_value must be .* = \(3, 2, 2, 4\), got \(3, 2, 1, 4\)"),
+        ({"attn_mask": [1]}, TypeError, "attn_mask must be a tensor, got list"),
+        ({"attn_mask": torch.ones(5, 5).int()}, TypeError, "attn_mask must be bool or floating point"),
+        ({"attn_mask": torch.ones(5, 7)}, ValueError, r"attn_mask must broadcast to \(3, 2, 2, 5, 5\), got \(5, 7\)"),
+        ({"attn_mask": torch.ones(3, 1, 5, 5)}, ValueError, "attn_mask must broadcast"),
+        ({"attn_mask": torch.ones(5, 5, device="meta")}, ValueError, "attn_mask must be on cpu like query, got meta"),
+        ({"attn_mask": torch.ones(5, 5), "is_causal": True}, ValueError, "is_causal must be False with an attn_mask"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_bad_attention(change, error, says):
+    args = {"query": Q, "key": K, "value": V, "task_key": TK, "task_value": TV} | change
+    with pytest.raises(error, match=says):
+        expanded_attention(**args)
+
+
+def block(tokens=(2, 5, 8), num_streams=3, t=2, heads=2, bias=True, dtype=torch.float32, grad=False):
+    """Arguments of modulate_concat_attention."""
+    p = tokens[-1]
+    shapes = {
+        "tokens": tokens,
+        "weight": (num_streams, p),
+        "bias": (num_streams, p),
+        "task_tokens": (num_streams, t, p),
+    }
+    shapes |= {"norm_weight": (p,), "norm_bias": (p,), "qkv_weight": (3 * p, p), "qkv_bias": (3 * p,)}
+    args = {
+        name: make(*shape, dtype=dtype, seed=s, requires_grad=grad) for s, (name, shape) in enumerate(shapes.items())
+    }
+    args["qkv_weight"] = (args["qkv_weight"].detach() * p**-0.5).requires_grad_(grad)
+    return args | {"num_heads": heads} | ({} if bias else {"qkv_bias": None})
+
+
+def block_oracle(tokens, weight, bias, task_tokens, norm_weight, norm_bias, qkv_weight, qkv_bias, num_heads):
+    """Modulate, append, norm, qkv, attention over N + t tokens; drop the last t outputs."""
+    x, w, b, task, g, c, qkv = exact(tokens, weight, bias, task_tokens, norm_weight, norm_bias, qkv_weight)
+    y = w[:, None, None] * x + b[:, None, None]
+    num_streams, num_images, num_tokens, p = y.shape
+    whole = np.concatenate([y, np.broadcast_to(task[:, None], (num_streams, num_images, *task.shape[1:]))], 2)
+    centred = whole - whole.mean(-1, keepdims=True)
+    z = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * g + c
+    out = z @ qkv.T + (0 if qkv_bias is None else exact(qkv_bias)[0])
+    q, k, v = np.moveaxis(out.reshape(*out.shape[:-1], 3, num_heads, p // num_heads), (3, 4), (0, 3))
+    scores = q @ np.swapaxes(k, -1, -2) * (p // num_heads) ** -0.5
+    probabilities = np.exp(scores - scores.max(-1, keepdims=True))
+    attended = (probabilities / probabilities.sum(-1, keepdims=True)) @ v
+    return np.moveaxis(attended, 2, 3)[:, :, :num_tokens].reshape(y.shape), y
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"t": 0}, {"tokens": (3, 2, 5, 8)}, {"bias": False}, {"heads": 8}, {"num_streams": 1}, {"tokens": (2, 1, 6)}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_block_matches_concatenation(impl, options, dtype):
+    args = block(**options, dtype=dtype)
+    concatenation = modulate_concat_attention(**args, impl="reference")
+    for got, want, by_torch in zip(
+        modulate_concat_attention(**args, impl=impl), block_oracle(**args), concatenation, strict=True
+    ):
+        assert got.dtype == dtype
+        assert_accurate(got, want, by_torch)
+
+
+def test_block_gradients(impl):
+    args = block((2, 3, 4), 2, dtype=torch.float64, grad=True)
+    names, tensors = zip(*((name, x) for name, x in args.items() if isinstance(x, torch.Tensor)), strict=True)
+    function = lambda *a: modulate_concat_attention(**args | dict(zip(names, a, strict=True)), scale=0.4, impl=impl)  # noqa: E731
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"tokens": make(5, 8)}, ValueError, "tokens must be"),
+        ({"task_tokens": make(2, 8)}, ValueError, r"task_tokens must be \(T, t, p\), got \(2, 8\)"),
+        ({"task_tokens": make(2, 2, 8)}, ValueError, r"task_tokens must be .* = \(3, 2, 8\), got \(2, 2, 8\)"),
+        ({"norm_weight": make(7)}, ValueError, r"norm_weight must be \(p,\) = \(8,\)"),
+        ({"norm_bias": make(8).double()}, TypeError, "norm_bias must be torch.float32 like norm_weight"),
+        ({"qkv_weight": make(8, 8)}, ValueError, r"qkv_weight must be \(3p, p\) = \(24, 8\), got \(8, 8\)"),
+        ({"qkv_weight": make(24, 8).half()}, TypeError, "qkv_weight must be torch.float32 like tokens"),
+        ({"qkv_bias": make(8)}, ValueError, r"qkv_bias must be \(3p,\) = \(24,\), got \(8,\)"),
+        ({"qkv_bias": "no"}, TypeError, "qkv_bias must be a tensor, got str"),
+        ({"num_heads": 3}, ValueError, "num_heads must divide p = 8, got 3"),
+        ({"num_heads": 0}, ValueError, "num_heads must divide p = 8, got 0"),
+        ({"num_heads": 2.0}, TypeError, "num_heads must be an int, got 2.0"),
+    ],
+)
+def test_bad_block(change, error, says):
+    with pytest.raises(error, match=says):
+        modulate_concat_attention(**block() | change)

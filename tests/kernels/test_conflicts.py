@@ -1,0 +1,264 @@
+"""Conflict counts and dots against Eq. 4 as the paper writes it: projectors, in NumPy's float64."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtme_kernels import ConflictCounts, count_conflicts, projected_dots, split_token_space, token_covariance
+from dtme_kernels.conflicts import reference
+from dtme_kernels.testing import DTYPES, LAYOUTS, assert_accurate, exact, make, orthogonal
+
+SHAPES = [(2, 5, 4), (3, 4, 7, 33), (4, 2, 1, 9), (5, 6), (2, 0, 3, 8), (11, 20, 12)]
+
+
+def dots_oracle(grads, basis, rank):
+    """(P, ...) of <P_R g_i, P_R g_j> and of <P_N g_i, P_N g_j>."""
+    g, u = exact(grads, basis)
+    dots = []
+    for part in (u[:, :rank], u[:, rank:]):
+        projected = g @ (part @ part.T)
+        dots.append([np.sum(a * b, -1) for a, b in itertools.combinations(projected, 2)])
+    return np.array(dots)
+
+
+def counts_oracle(grads, basis, rank, count_zero_gradients=False):
+    """range, null and valid, (K, K), and the number of pairs that are not finite."""
+    (g,) = exact(grads)
+    with np.errstate(invalid="ignore"):
+        peak = np.abs(g).max(-1)
+        g = g / np.where(peak > 0, peak, 1)[..., None]
+        dots = dots_oracle(torch.from_numpy(g), basis, rank)
+    counts, nonfinite = np.zeros((3, len(g), len(g)), int), 0
+    for pair, (i, j) in enumerate(itertools.combinations(range(len(g)), 2)):
+        finite = np.isfinite(peak[i]) & np.isfinite(peak[j])
+        valid = finite if count_zero_gradients else finite & (peak[i] > 0) & (peak[j] > 0)
+        for space, mask in enumerate((dots[0, pair] <= 0, dots[1, pair] <= 0, np.ones_like(valid))):
+            counts[space, i, j] = counts[space, j, i] = (mask & valid).sum()
+        nonfinite += (~finite).sum()
+    return *counts, nonfinite
+
+
+def check(got, want):
+    for name, counts in zip(("range", "null", "valid"), want, strict=False):
+        assert getattr(got, name).dtype == torch.int64
+        np.testing.assert_array_equal(getattr(got, name), counts, err_msg=name)
+    assert got.nonfinite == want[3]
+    assert isinstance(got.nonfinite, int)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_counts_match_oracle(impl, shape, dtype):
+    grads, basis, rank = make(*shape, dtype=dtype), orthogonal(shape[-1]), shape[-1] // 3
+    got = count_conflicts(grads, basis, rank, impl=impl)
+    check(got, counts_oracle(grads, basis, rank))
+    assert got.tokens == math.prod(shape[1:-1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(impl, layout):
+    grads, basis = make(4, 6, 5, 8, layout=layout), orthogonal(8, dtype=torch.float32).T
+    check(count_conflicts(grads, basis, 3, impl=impl), counts_oracle(grads, basis, 3))
+    permuted = grads.permute(2, 1, 0, 3)
+    check(count_conflicts(permuted, basis, 3, impl=impl), counts_oracle(permuted, basis, 3))
+
+
+@given(
+    num_tasks=st.integers(2, 6),
+    lead=st.lists(st.integers(0, 5), max_size=3),
+    p=st.integers(2, 24),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_any_shape(num_tasks, lead, p, dtype, seed, data):
+    rank = data.draw(st.integers(1, p - 1))
+    grads, basis = make(num_tasks, *lead, p, dtype=dtype, seed=seed), orthogonal(p, seed)
+    check(count_conflicts(grads, basis, rank), counts_oracle(grads, basis, rank))
+
+
+def test_chunks_do_not_show(impl, monkeypatch):
+    grads, basis = make(3, 40, 7, 8), orthogonal(8)
+    want = counts_oracle(grads, basis, 3)
+    for chunk in (1, 1000, 3 * 7 * 8 * 9):
+        monkeypatch.setattr(reference, "CHUNK", chunk)
+        check(count_conflicts(grads, basis, 3, impl=impl), want)
+
+
+def test_a_weak_null_space_keeps_its_signs(impl):
+    """Range over null amplitude 1000: "total minus range" gets about 2 % of these signs wrong."""
+    p, rank = 192, 64
+    basis = orthogonal(p)
+    amplitude = torch.cat([torch.full((rank,), 1000.0), torch.ones(p - rank)]).double()
+    grads = ((make(4, 4000, p, dtype=torch.float64) * amplitude) @ basis.T).float()
+    range_dots, null_dots = projected_dots(grads, basis, rank, impl=impl)
+    truth = dots_oracle(grads, basis, rank)[1]
+    wrong = ((null_dots.numpy() <= 0) != (truth <= 0)).mean()
+    assert wrong < 2e-4
+    total = torch.stack([(a * b).sum(-1) for a, b in itertools.combinations(grads, 2)])
+    assert (((total - range_dots).numpy() <= 0) != (truth <= 0)).mean() > 5e-3
+    got = count_conflicts(grads, basis, rank, impl=impl)
+    want = counts_oracle(grads, basis, rank)
+    np.testing.assert_array_equal(got.range, want[0])
+    assert np.abs(got.null.numpy() - want[1]).sum() < 2e-4 * want[2].sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_magnitude_does_not_matter(impl, dtype):
+    """Loss scales differ by task and gradients shrink with image size; a sign must not depend on either."""
+    grads, basis = make(4, 30, 16, dtype=dtype), orthogonal(16)
+    tiny = torch.finfo(dtype).tiny
+    for scales in ([1e-30] * 4, [1e30] * 4, [1e-37, 1e37, 1e-20, 1], [tiny, 2.0**120, 2.0**-120, tiny]):
+        scaled = (grads.double() * torch.tensor(scales, dtype=torch.float64)[:, None, None]).to(dtype)
+        check(count_conflicts(scaled, basis, 5, impl=impl), counts_oracle(scaled, basis, 5))
+
+
+def test_the_smallest_and_the_largest_numbers(impl):
+    smallest, largest = 2.0**-149, torch.finfo(torch.float32).max
+    grads = torch.tensor([[[1.0, 1.0]], [[smallest, 2 * smallest]], [[largest, largest]]])
+    counts = count_conflicts(grads, torch.eye(2), 1, impl=impl)
+    assert counts.rate("range") == counts.rate("null") == 0
+    counts = count_conflicts(grads * torch.tensor([1.0, -1]), torch.eye(2), 1, impl=impl) + counts
+    assert counts.valid.sum() == 12
+
+
+def test_zero_gradients_are_not_conflicts(impl):
+    grads = make(3, 10, 6)
+    grads[0, :4] = 0
+    grads[1, 2:6] = -0.0
+    basis = orthogonal(6)
+    for count_zero in (False, True):
+        got = count_conflicts(grads, basis, 2, count_zero_gradients=count_zero, impl=impl)
+        check(got, counts_oracle(grads, basis, 2, count_zero))
+    got = count_conflicts(grads[:2, :4], basis, 2, impl=impl)
+    assert math.isnan(got.rate("range"))
+    assert math.isnan(got.rate("null"))
+    letter = count_conflicts(grads[:2, :4], basis, 2, count_zero_gradients=True, impl=impl)
+    assert letter.rate("range") == letter.rate("null") == 1
+
+
+def test_orthogonal_gradients_conflict(impl):
+    """A dot of exactly zero is a conflict (<= 0), in the space where it is zero."""
+    grads = torch.tensor([[[1.0, 0, 1]], [[0, 1, 1]]])
+    got = count_conflicts(grads, torch.eye(3), 2, impl=impl)
+    assert (got.rate("range"), got.rate("null")) == (1, 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("count_zero", [False, True])
+def test_nonfinite_gradients_are_left_out_and_counted(impl, bad, count_zero):
+    grads, basis = make(4, 9, 6), orthogonal(6)
+    grads[1, 2, 3] = bad
+    grads[1, 5] = bad
+    grads[2, 5, 0] = bad
+    grads[0, 2] = 0
+    got = count_conflicts(grads, basis, 2, count_zero_gradients=count_zero, impl=impl)
+    check(got, counts_oracle(grads, basis, 2, count_zero))
+    assert got.nonfinite == 3 + 5
+
+
+def test_from_tokens_to_counts(impl):
+    """The three steps together, float64 basis and float32 gradients."""
+    tokens, grads = make(8, 5, 16) * torch.linspace(4, 0.1, 16), make(3, 8, 5, 16, seed=1)
+    space = split_token_space(token_covariance(tokens.double()), 10)
+    got = count_conflicts(grads, space.basis, space.rank, impl=impl)
+    check(got, counts_oracle(grads, space.basis, space.rank))
+    layers = split_token_space(token_covariance(tokens).expand(2, 16, 16), 10)
+    again = count_conflicts(grads, layers.basis[1], layers.rank[1], impl=impl)
+    assert torch.equal(again.null, got.null)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dots_match_oracle(impl, shape, dtype):
+    grads, basis, rank = make(*shape, dtype=dtype), orthogonal(shape[-1]), max(1, shape[-1] // 3)
+    wide = torch.promote_types(dtype, torch.float32)
+    parts = [grads.to(wide) @ u @ u.T for u in basis.to(wide).split([rank, shape[-1] - rank], 1)]
+    plain = [torch.stack([(a * b).sum(-1) for a, b in itertools.combinations(part, 2)]) for part in parts]
+    for got, want, by_torch in zip(
+        projected_dots(grads, basis, rank, impl=impl), dots_oracle(grads, basis, rank), plain, strict=True
+    ):
+        assert got.dtype == wide
+        assert_accurate(got, want, by_torch)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"expanded"}))
+def test_gradients_of_dots(impl, layout):
+    grads = make(3, 2, 3, 5, dtype=torch.float64, layout=layout, requires_grad=True)
+    basis = make(5, 5, dtype=torch.float64, layout=layout, seed=1, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g, u: projected_dots(g, u, 2, impl=impl), (grads, basis))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_of_dots_agree_with_plain_autograd(dtype):
+    leaves = make(4, 3, 6, dtype=dtype, requires_grad=True), make(6, 6, seed=1, requires_grad=True)
+    got, plain = (
+        torch.autograd.grad(sum(x.sum() for x in projected_dots(*leaves, 2, impl=impl)), leaves)
+        for impl in ("auto", "reference")
+    )
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    want = torch.autograd.grad(sum(x.sum() for x in projected_dots(*wide, 2, impl="reference")), wide)
+    for leaf, a, b, c in zip(leaves, got, want, plain, strict=True):
+        assert a.dtype == leaf.dtype
+        assert_accurate(a, b, c)
+
+
+def counts_of(*shape, seed=0):
+    return count_conflicts(make(*shape, seed=seed), orthogonal(shape[-1]), 2)
+
+
+def test_counts_add():
+    whole, rest = counts_of(3, 7, 5), counts_of(3, 4, 5, seed=1)
+    both = whole + rest
+    assert both.tokens == 11
+    for name in ("range", "null", "valid"):
+        assert torch.equal(getattr(both, name), getattr(whole, name) + getattr(rest, name))
+    pairs = np.triu_indices(3, 1)
+    assert both.rate("range") == both.range.numpy()[pairs].sum() / both.valid.numpy()[pairs].sum()
+    assert (both.range.diagonal() == 0).all()
+    with pytest.raises(ValueError, match="counts of 3 and of 2 tasks"):
+        whole + counts_of(2, 4, 5)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        whole + 1
+
+
+def test_counts_are_frozen_and_know_two_spaces():
+    counts = counts_of(3, 7, 5)
+    assert isinstance(counts, ConflictCounts)
+    with pytest.raises(AttributeError):
+        counts.tokens = 3
+    with pytest.raises(ValueError, match="space must be 'range' or 'null', got 'valid'"):
+        counts.rate("valid")
+    assert math.isnan(counts_of(3, 0, 5).rate("null"))
+
+
+G, U = make(3, 7, 5), make(5, 5)
+
+
+@pytest.mark.parametrize("function", [count_conflicts, projected_dots])
+@pytest.mark.parametrize(
+    ("grads", "basis", "rank", "error", "says"),
+    [
+        ([G], U, 2, TypeError, "grads must be a tensor, got list"),
+        (G.long(), U, 2, TypeError, "grads must be float16.*got torch.int64"),
+        (G, U.long(), 2, TypeError, "basis must be float16"),
+        (G[0, 0], U, 2, ValueError, r"grads must be \(K, \.\.\., p\) with K >= 2.*got \(5,\)"),
+        (G[:1], U, 2, ValueError, r"K >= 2.*got \(1, 7, 5\)"),
+        (G[..., :1], U, 1, ValueError, "p >= 2"),
+        (G, U[:4], 2, ValueError, r"basis must be \(p, p\) = \(5, 5\), got \(4, 5\)"),
+        (G, U.to("meta"), 2, ValueError, "basis must be on cpu like grads, got meta"),
+        (G, U, 0, ValueError, r"rank must be in \[1, p-1\] = \[1, 4\], got 0"),
+        (G, U, 5, ValueError, r"rank must be in \[1, p-1\] = \[1, 4\], got 5"),
+        (G, U, 2.0, TypeError, "rank must be an int, got 2.0"),
+        (G, U, True, TypeError, "rank must be an int, got True"),
+        (G, U, None, TypeError, "rank must be an int, got None"),
+    ],
+)
+def test_bad_input(function, grads, basis, rank, error, says):
+    with pytest.raises(error, match=says):
+        function(grads, basis, rank)

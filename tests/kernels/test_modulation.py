@@ -1,0 +1,173 @@
+"""Modulation and its layer norm against NumPy in float64."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtme_kernels import modulate, modulate_layer_norm
+from dtme_kernels.testing import DTYPES, LAYOUTS, LOW_PRECISION, assert_accurate, exact, make
+
+EPS = 1e-6
+SHAPES = [(2, 5, 33), (3, 2, 5, 8), (1, 1, 1), (3, 0, 4, 6), (2, 0, 7), (4, 1, 5)]
+
+
+def problem(*shape, num_streams=3, dtype=torch.float32, layout="contiguous", parameters=None, grad=False):
+    """tokens, weight, bias, norm_weight, norm_bias."""
+    p, parameters = shape[-1], parameters or dtype
+    tokens = make(*shape, dtype=dtype, layout=layout, requires_grad=grad)
+    streams = (make(num_streams, p, dtype=parameters, seed=s, requires_grad=grad) for s in (1, 2))
+    return tokens, *streams, *(make(p, dtype=parameters, seed=s, requires_grad=grad) for s in (3, 4))
+
+
+def oracle(tokens, weight, bias, norm_weight, norm_bias):
+    x, w, b, g, c = exact(tokens, weight, bias, norm_weight, norm_bias)
+    y = w[:, None, None] * x + b[:, None, None]
+    variance = ((y - y.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True)
+    return y, (y - y.mean(-1, keepdims=True)) / np.sqrt(variance + EPS) * g + c
+
+
+def plain(tokens, weight, bias, norm_weight, norm_bias):
+    """As one would write it, parameters cast to the tokens' dtype."""
+    w, b, *norm = (x.to(tokens.dtype) for x in (weight, bias, norm_weight, norm_bias))
+    y = tokens * w[:, None, None] + b[:, None, None]
+    return y, F.layer_norm(y, y.shape[-1:], *norm, EPS)
+
+
+def check(args, impl):
+    modulated = modulate(*args[:3], impl=impl)
+    pair = modulate_layer_norm(*args, EPS, impl=impl)
+    assert torch.equal(modulated, pair[0])
+    for got, want, by_torch in zip(pair, oracle(*args), plain(*args), strict=True):
+        assert got.dtype == args[0].dtype
+        assert got.is_contiguous()
+        assert_accurate(got, want, by_torch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_oracle(impl, shape, dtype):
+    check(problem(*shape, num_streams=3 if len(shape) == 3 else shape[0], dtype=dtype), impl)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 5, 9), (3, 2, 5, 9)])
+def test_layouts(impl, shape, layout):
+    args = [LAYOUTS[layout](x) if x.dim() > 1 else x for x in problem(*shape)]
+    check(args, impl)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_low_precision_tokens_with_float32_parameters(impl, dtype):
+    check(problem(2, 5, 16, dtype=dtype, parameters=torch.float32), impl)
+
+
+@given(
+    shared=st.booleans(),
+    sizes=st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(0, 5), st.integers(1, 40)),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(shared, sizes, layout, dtype):
+    num_streams, *shape = sizes
+    shape = shape if shared else sizes
+    check(problem(*shape, num_streams=num_streams, layout=layout, dtype=dtype), "auto")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_identity_is_exact(impl, dtype):
+    tokens = make(2, 5, 8, dtype=dtype, layout="transposed")
+    got = modulate(tokens, torch.ones(3, 8), torch.zeros(3, 8), impl=impl)
+    assert torch.equal(got, tokens.expand(3, 2, 5, 8))
+
+
+def test_a_large_mean_does_not_eat_the_variance(impl):
+    tokens, *parameters = problem(2, 50, 192)
+    tokens = tokens + 1000  # E[y^2] - E[y]^2 would be wrong in the second digit
+    args = (tokens, torch.ones(1, 192), torch.zeros(1, 192), *parameters[2:])
+    got, want = modulate_layer_norm(*args, EPS, impl=impl)[1], oracle(*args)[1]
+    assert_accurate(got, want, plain(*args)[1])
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"expanded"}))
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 3, 5)])
+def test_gradients(impl, shape, layout):
+    args = problem(*shape, dtype=torch.float64, layout=layout, grad=True)
+    assert torch.autograd.gradcheck(lambda *a: modulate(*a, impl=impl), args[:3])
+    assert torch.autograd.gradcheck(lambda *a: modulate_layer_norm(*a, impl=impl), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("shape", [(4, 50, 16), (3, 4, 50, 16)])
+def test_gradients_are_as_right_as_plain_torch(shape, dtype):
+    args = problem(*shape, dtype=dtype, parameters=torch.float32, grad=True)
+    weights = [make(3, 4, 50, 16, dtype=dtype, seed=s) for s in (5, 6)]
+
+    def gradients(function, args):
+        outputs = function(*args)
+        return torch.autograd.grad(sum((a * b.to(a.dtype)).sum() for a, b in zip(outputs, weights, strict=True)), args)
+
+    got = gradients(modulate_layer_norm, args)
+    want = gradients(plain, [x.detach().double().requires_grad_() for x in args])
+    for leaf, a, b, c in zip(args, got, want, gradients(plain, args), strict=True):
+        assert a.dtype == leaf.dtype
+        assert_accurate(a, b, c)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_parameter_gradients_are_summed_in_float32(dtype):
+    """4096 ones and then some: neither half type counts that far in steps of one."""
+    tokens = torch.ones(4, 2049, 1, dtype=dtype)
+    weight, bias = (torch.ones(2, 1, requires_grad=True) for _ in range(2))
+    modulate(tokens, weight, bias).sum(dtype=torch.float32).backward()
+    assert weight.grad.tolist() == bias.grad.tolist() == [[8196.0]] * 2
+
+
+def test_only_one_output_used(impl):
+    args = problem(2, 3, 5, dtype=torch.float64, grad=True)
+    for output in range(2):
+        assert torch.autograd.gradcheck(lambda *a, i=output: modulate_layer_norm(*a, impl=impl)[i], args)
+
+
+X, W, V = make(2, 5, 6), make(3, 6), make(6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weight", "bias", "error", "says"),
+    [
+        (None, W, W, TypeError, "tokens must be a tensor, got NoneType"),
+        (X.int(), W, W, TypeError, "tokens must be float16.*got torch.int32"),
+        (X, W.int(), W, TypeError, "weight must be float16"),
+        (X, W, W.double(), TypeError, "bias must be torch.float32 like weight, got torch.float64"),
+        (X[0], W, W, ValueError, r"tokens must be \(B, N, p\) or \(T, B, N, p\).*got \(5, 6\)"),
+        (X[..., :0], W[:, :0], W[:, :0], ValueError, "p >= 1"),
+        (X, V, W, ValueError, r"weight must be \(T, p\) with T >= 1, got \(6,\)"),
+        (X, W[:0], W[:0], ValueError, r"T >= 1, got \(0, 6\)"),
+        (X, W[:, :5], W, ValueError, r"weight must be \(T, p\) = \(3, 6\), got \(3, 5\)"),
+        (X, W, W[:2], ValueError, r"bias must be \(T, p\) = \(3, 6\), got \(2, 6\)"),
+        (X.expand(2, 2, 5, 6), W, W, ValueError, r"weight must be \(T, p\) = \(2, 6\), got \(3, 6\)"),
+        (X, W.to("meta"), W, ValueError, "weight must be on cpu like tokens, got meta"),
+    ],
+)
+def test_bad_modulation(tokens, weight, bias, error, says):
+    with pytest.raises(error, match=says):
+        modulate(tokens, weight, bias)
+    with pytest.raises(error, match=says):
+        modulate_layer_norm(tokens, weight, bias, V, V)
+
+
+@pytest.mark.parametrize(
+    ("norm_weight", "norm_bias", "error", "says"),
+    [
+        (None, V, TypeError, "norm_weight must be a tensor"),
+        (V, V[:5], ValueError, r"norm_bias must be \(p,\) = \(6,\), got \(5,\)"),
+        (W, V, ValueError, r"norm_weight must be \(p,\) = \(6,\), got \(3, 6\)"),
+        (V, V.half(), TypeError, "norm_bias must be torch.float32 like norm_weight"),
+        (V, V.to("meta"), ValueError, "norm_bias must be on cpu like tokens"),
+    ],
+)
+def test_bad_norm(norm_weight, norm_bias, error, says):
+    with pytest.raises(error, match=says):
+        modulate_layer_norm(X, W, W, norm_weight, norm_bias)

@@ -1,0 +1,219 @@
+"""What torch asks of an operator: schema, fake tensors, autograd, autocast, one graph for every batch size."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import dtme_kernels as dk
+from dtme_kernels.registry import OPERATORS
+from dtme_kernels.testing import make
+
+T, P, RANK, HEADS = 3, 6, 2, 2
+SHAPES = {
+    "token_covariance": lambda batch: [(batch, 5, P)],
+    "count_conflicts": lambda batch: [(T, batch, 5, P), (P, P)],
+    "projected_dots": lambda batch: [(T, batch, 5, P), (P, P)],
+    "modulate": lambda batch: [(batch, 5, P), (T, P), (T, P)],
+    "modulate_layer_norm": lambda batch: [(batch, 5, P), (T, P), (T, P), (P,), (P,)],
+    "expanded_attention": lambda batch: [(T, batch, 2, 5, 4)] * 3 + [(T, 2, 2, 4)] * 2,
+    "modulate_concat_attention": lambda batch: [
+        *[(batch, 5, P), (T, P), (T, P), (T, 2, P)],
+        *[(P,), (P,), (3 * P, P), (3 * P,)],
+    ],
+}
+NUMBERS = {"count_conflicts": [RANK], "projected_dots": [RANK], "modulate_concat_attention": [HEADS]}
+
+
+def arguments(name, batch=2, dtype=torch.float32, grad=True):
+    """Positional arguments of an operator."""
+    shapes = SHAPES[name](batch)
+    tensors = [make(*shape, dtype=dtype, seed=s, requires_grad=grad) for s, shape in enumerate(shapes)]
+    return [*tensors, *NUMBERS.get(name, [])]
+
+
+def call(name, *args, **options):
+    """The public function, on an operator's positional arguments."""
+    if name == "modulate_concat_attention":
+        names = ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "num_heads")
+        options, args = options | dict(zip(names, args[4:], strict=True)), args[:4]
+    result = getattr(dk, name)(*args, **options)
+    if name == "count_conflicts":
+        return result.range, result.null, result.valid
+    return (result,) if isinstance(result, torch.Tensor) else result
+
+
+def gradients(outputs, args):
+    """Of the sum of squares of all outputs; none of integers."""
+    loss = sum(out.double().square().sum() for out in outputs if out.is_floating_point())
+    leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    return torch.autograd.grad(loss, leaves) if isinstance(loss, torch.Tensor) else ()
+
+
+def backward_arguments(name, *grads, keep=None):
+    """Arguments of a backward operator: the gradients of the outputs, then what was saved."""
+    return [*(make(*shape, layout="expanded") for shape in grads), *arguments(name, grad=False)[:keep]]
+
+
+TOKENS, OUT, MASK = (2, 5, P), (T, 2, 5, P), make(2, 1, 5, 5, seed=5)
+ATTENTION, ATTENTION_BACKWARD = (
+    arguments("expanded_attention"),
+    backward_arguments("expanded_attention", (T, 2, 2, 5, 4)),
+)
+SAMPLES = {name: [arguments(name), arguments(name, dtype=torch.bfloat16, grad=False)] for name in SHAPES}
+SAMPLES["token_covariance"] += [[make(0, P)], [make(P)]]
+SAMPLES["token_covariance_"] = [
+    [torch.zeros(P, P, dtype=torch.float64), [make(*TOKENS)]],
+    [torch.zeros(2, P, P), [make(*TOKENS), make(3, P, dtype=torch.float16)]],
+]
+SAMPLES["token_covariance_backward"] = [[make(P, P), make(*TOKENS, layout="transposed")]]
+SAMPLES["count_conflicts"] += [[*arguments("count_conflicts", batch=0), True]]
+SAMPLES["projected_dots"] += [[make(2, P, layout="transposed"), make(P, P), 1]]
+SAMPLES["projected_dots_backward"] = [backward_arguments("projected_dots", (T, 2, 5), (T, 2, 5))]
+SAMPLES["modulate"] += [[make(*OUT, layout="transposed"), *arguments("modulate")[1:]]]
+SAMPLES["modulate_backward"] = [backward_arguments("modulate", OUT, keep=2)]
+SAMPLES["modulate_layer_norm_backward"] = [[*backward_arguments("modulate_layer_norm", OUT, OUT, keep=4), 1e-6]]
+SAMPLES["expanded_attention"] += [
+    [x.detach()[0] for x in ATTENTION],
+    [*ATTENTION, MASK],
+    [*ATTENTION, MASK.clone().requires_grad_()],
+    [*ATTENTION, MASK > 0],
+    [*ATTENTION, None, True, 0.3],
+]
+SAMPLES["expanded_attention_backward"] = [
+    [*ATTENTION_BACKWARD, None, False, None, False],
+    [*ATTENTION_BACKWARD, MASK, False, 0.5, True],
+    [*ATTENTION_BACKWARD, MASK > 0, False, None, False],
+]
+SAMPLES["modulate_concat_attention"] += [[*arguments("modulate_concat_attention")[:7], None, 3, 1e-5, 0.2]]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    for args in SAMPLES[name]:
+        torch.library.opcheck(OPERATORS[name].overload, tuple(args))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_graph_for_every_batch_size(name):
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (8, 9, 13):
+        args = arguments(name, batch)
+        with torch._dynamo.config.patch(error_on_recompile=batch != 8):
+            got = compiled(name, *args)
+        want = call(name, *args)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradients(got, args), gradients(want, args))
+
+
+def test_inductor_runs_everything_in_one_graph():
+    def everything(*args):
+        attended, modulated = call("modulate_concat_attention", *args)
+        covariance = dk.token_covariance(modulated)
+        return attended, covariance, *dk.projected_dots(modulated, covariance, RANK)
+
+    args = arguments("modulate_concat_attention")
+    got, want = torch.compile(everything, fullgraph=True)(*args), everything(*args)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients(got, args), gradients(want, args), rtol=1e-4, atol=1e-4)
+
+
+def test_accumulation_compiles():
+    accumulator, layers = torch.zeros(2, P, P, dtype=torch.float64), [make(2, 5, P), make(2, 3, P, seed=1)]
+    torch.compile(dk.token_covariance_, fullgraph=True, backend="aot_eager")(accumulator, layers)
+    torch.testing.assert_close(accumulator, torch.stack([dk.token_covariance(x) for x in layers]).double())
+
+
+def autocast(active=True):
+    return torch.autocast("cpu", torch.bfloat16) if active else nullcontext()
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"expanded_attention", "modulate_concat_attention"}))
+def test_autocast_leaves_float32_alone(name, impl):
+    args = arguments(name)
+    want = call(name, *args, impl=impl)
+    with autocast():
+        got = call(name, *args, impl=impl)
+    # the backward operators are called under autocast too; plain autograd's matrix products would follow it
+    with autocast(impl == "auto"):
+        got_grads = gradients(got, args)
+    for a, b in zip([*got, *got_grads], [*want, *gradients(want, args)], strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_autocast_leaves_accumulators_alone(impl):
+    tokens, accumulator = make(20, P), torch.zeros(P, P)
+    with autocast():
+        dk.token_covariance_(accumulator, tokens, impl=impl)
+    assert torch.equal(accumulator, dk.token_covariance(tokens))
+
+
+def test_autocast_lowers_attention_and_its_mask(impl):
+    args = [*arguments("expanded_attention"), make(5, 5, seed=5, requires_grad=True)]
+    low = [x.detach().bfloat16().requires_grad_() for x in args]
+    want = dk.expanded_attention(*low[:5], attn_mask=low[5], impl=impl)
+    with autocast():
+        got = dk.expanded_attention(*args[:5], attn_mask=args[5], impl=impl)
+    with autocast(impl == "auto"):
+        got_grads = gradients([got], args)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want)
+    for a, b in zip(got_grads, gradients([want], low), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b.float())
+
+
+def test_autocast_takes_mixed_dtypes_in_a_block(impl):
+    args = arguments("modulate_concat_attention")
+    args[6] = args[6].detach().bfloat16()  # qkv_weight
+    with autocast():
+        attended, modulated = call("modulate_concat_attention", *args, impl=impl)
+    assert attended.dtype == torch.bfloat16
+    assert modulated.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["token_covariance", "projected_dots", "modulate_layer_norm", "expanded_attention"])
+def test_second_derivative_is_refused_not_wrong(name):
+    args = arguments(name, dtype=torch.float64)
+
+    def penalty(impl):
+        loss = sum(out.square().sum() for out in call(name, *args, impl=impl))
+        (grad,) = torch.autograd.grad(loss, args[0], create_graph=True)
+        return grad.square().sum()
+
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        penalty("auto").backward()
+    with sdpa_kernel(SDPBackend.MATH):  # the others are differentiable once themselves
+        penalty("reference").backward()
+    assert args[0].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(dk.__all__) & OPERATORS.keys()))
+def test_a_named_implementation_never_falls_back(name):
+    operator = OPERATORS[name]
+    for impl in ("triton", "cpp"):
+        if operator.missing(impl):
+            with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run {name}: "):
+                operator(impl, *SAMPLES[name][0])
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        operator("cuda", *SAMPLES[name][0])
+
+
+def test_import_touches_no_device_and_info_says_what_runs():
+    script = (
+        "import dtme_kernels, sys, torch; assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    info = subprocess.run([sys.executable, "-m", "dtme_kernels.info"], check=True, capture_output=True, text=True)
+    lines = info.stdout.splitlines()
+    assert lines[0] == f"dtme_kernels {dk.__version__}"
+    for name in set(dk.__all__) & OPERATORS.keys():
+        (row,) = (line.split() for line in lines if line.startswith(f"{name} "))
+        assert row[1] == OPERATORS[name].automatic("cpu")
+        assert row[2] == OPERATORS[name].automatic("cuda")
+        for reason in filter(None, map(OPERATORS[name].missing, ("triton", "cpp"))):
+            assert reason in info.stdout

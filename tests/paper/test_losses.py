@@ -1,0 +1,89 @@
+"""Every loss against its formula by hand, and zero with a graph where nothing is valid."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.paper.losses import LOSSES
+from benchmarks.paper.tasks import IGNORE, TASKS
+
+RNG = np.random.default_rng(0)
+CLASS_TASKS = [task for task, info in TASKS.items() if info.classes]
+
+
+def example(task):
+    """Prediction (2, C, 5, 6), and a target of which about a third is invalid."""
+    channels = TASKS[task].channels
+    prediction, hole = RNG.normal(size=(2, channels, 5, 6)), RNG.random((2, 5, 6)) < 0.35
+    if task in CLASS_TASKS:
+        return prediction, np.where(hole, IGNORE, RNG.integers(0, channels, (2, 5, 6)))
+    if task == "edges":
+        return prediction, np.where(hole, IGNORE, RNG.random((2, 5, 6)) < 0.3)[:, None].astype(float)
+    target = RNG.normal(size=(2, channels, 5, 6))
+    target = np.abs(target) if task == "depth" else target / np.linalg.norm(target, axis=1, keepdims=True)
+    return prediction, target * ~hole[:, None]
+
+
+def log_softmax(x):
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def by_hand(task, p, y):
+    if task in CLASS_TASKS:
+        valid = y != IGNORE
+        loss = -np.take_along_axis(log_softmax(p), np.where(valid, y, 0)[:, None], 1)[:, 0][valid]
+        if task == "saliency":
+            positive = (y[valid] == 1).mean()
+            loss = loss * np.where(y[valid] == 1, 1 - positive, positive)
+        return loss.mean()
+    if task == "edges":
+        valid, q = y != IGNORE, 1 / (1 + np.exp(-p))
+        return -(0.95 * y * np.log(q) + 0.05 * (1 - y) * np.log(1 - q))[valid].mean()
+    if task == "normals":
+        valid = (y != 0).any(1)
+        return np.abs(p / np.linalg.norm(p, axis=1, keepdims=True) - y).sum(1)[valid].mean()
+    return np.abs(p - y)[y > 0].mean()
+
+
+def tensors(task, prediction, target):
+    return (
+        torch.tensor(prediction, dtype=torch.float32, requires_grad=True),
+        torch.tensor(target, dtype=torch.int64 if task in CLASS_TASKS else torch.float32),
+    )
+
+
+@pytest.mark.parametrize("task", LOSSES)
+def test_matches_the_formula(task):
+    arrays = example(task)
+    p, y = tensors(task, *arrays)
+    loss = LOSSES[task](p, y)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(by_hand(task, *arrays), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, p)
+    invalid = (y == IGNORE) if task in (*CLASS_TASKS, "edges") else (y == 0).all(1)
+    assert gradient.movedim(1, -1)[invalid.reshape(2, 5, 6)].abs().max() == 0 and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("task", LOSSES)
+def test_nothing_valid_is_zero_with_a_graph(task):
+    prediction, target = example(task)
+    p, y = tensors(task, prediction, np.full_like(target, 0 if task in ("depth", "normals") else IGNORE))
+    loss = LOSSES[task](p, y)
+    loss.backward()
+    assert loss.item() == 0 and (p.grad == 0).all()
+
+
+@pytest.mark.parametrize("task", LOSSES)
+def test_half_precision_predictions_are_scored_in_float32(task):
+    p, y = tensors(task, *example(task))
+    half = p.detach().bfloat16()
+    assert LOSSES[task](half, y).item() == LOSSES[task](half.float(), y).item()
+
+
+def test_one_class_alone_weighs_nothing():
+    p, y = torch.randn(1, 2, 4, 4, requires_grad=True), torch.zeros(1, 4, 4, dtype=torch.int64)
+    assert LOSSES["saliency"](p, y).item() == 0
+
+
+def test_a_loss_for_every_task():
+    assert LOSSES.keys() == TASKS.keys()
