@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# attention scores held at a time in the backward pass: 8 MB in float32
-CHUNK = 2**21
+# attention scores held at a time in the backward pass: 2 MB in float32
+CHUNK = 2**19
 
 
 def expanded_attention(
@@ -84,10 +84,12 @@ def _softmax_backward(
     wide = torch.promote_types(query.dtype, torch.float32)
     g, q, k, v = rows(grad).to(wide), rows(query).to(wide), key.to(wide), value.to(wide)
     scores = heads(q @ k.mT) * scale
-    if mask is not None:
+    if mask is None:
+        p = rows(scores.softmax(-1))
+    else:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    # a row that sees no key at all gives zeros, as in scaled_dot_product_attention
-    p = rows(scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0))
+        # a row that sees no key at all gives zeros, as in scaled_dot_product_attention
+        p = rows(scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0))
     dp = g @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
     return heads(ds @ k) * scale, ds.mT @ q * scale, p.mT @ g, heads(ds)

@@ -1,6 +1,7 @@
 """The definition. Everything else is measured against it."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,10 +27,10 @@ def modulate_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Ten
 def modulate_layer_norm(
     tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """y = w_t * x + b_t and z = (y - mean y) / sqrt(var y + eps) * norm_weight + norm_bias."""
+    """y_t = w_t * x + b_t and z = (y - mean y) / sqrt(var y + eps) * norm_weight + norm_bias."""
     y = _modulate(tokens, weight, bias)
-    normalized = _standardize(y.to(tokens.dtype).to(y.dtype), eps)[0] * norm_weight.to(y.dtype) + norm_bias.to(y.dtype)
-    return y.to(tokens.dtype).contiguous(), normalized.to(tokens.dtype).contiguous()
+    z = F.layer_norm(y, y.shape[-1:], norm_weight.to(y.dtype), norm_bias.to(y.dtype), eps)
+    return y.to(tokens.dtype).contiguous(), z.to(tokens.dtype).contiguous()
 
 
 def modulate_layer_norm_backward(
@@ -42,7 +43,8 @@ def modulate_layer_norm_backward(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """With s = (y - mean) / std and ds = norm_weight dz: dy += (ds - mean ds - s mean(ds s)) / std."""
-    s, inverse_std = _standardize(_modulate(tokens, weight, bias), eps)
+    y = _modulate(tokens, weight, bias)
+    s, _, inverse_std = torch.native_layer_norm(y, y.shape[-1:], None, None, eps)
     dz = grad_normalized.to(s.dtype)
     ds = dz * norm_weight.to(s.dtype)
     ds = ds - ds.mean(-1, keepdim=True) - s * (ds * s).mean(-1, keepdim=True)
@@ -55,11 +57,3 @@ def _modulate(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, N, p) or (T, B, N, p), (T, p), (T, p) -> (T, B, N, p), not yet rounded to the dtype of tokens."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return tokens.to(wide) * weight.to(wide)[:, None, None] + bias.to(wide)[:, None, None]
-
-
-def _standardize(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y - mean) / sqrt(var + eps) and 1 / sqrt(var + eps). Two passes: E[y^2] - E[y]^2 would cancel."""
-    centred = y - y.mean(-1, keepdim=True)
-    centred = centred - centred.mean(-1, keepdim=True)  # the rounding of a large mean
-    inverse_std = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return centred * inverse_std, inverse_std

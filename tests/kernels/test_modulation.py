@@ -91,6 +91,14 @@ def test_a_large_mean_does_not_eat_the_variance(impl):
     assert_accurate(got, want, plain(*args)[1])
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_the_norm_is_taken_before_rounding(impl, dtype):
+    tokens, weight, bias, *norm = problem(2, 50, 16, dtype=dtype, parameters=torch.float32)
+    args = (tokens, weight, bias + 100, *norm)  # steps of 0.5 in bfloat16, a good part of the standard deviation
+    got, want = modulate_layer_norm(*args, EPS, impl=impl)[1], oracle(*args)[1]
+    assert_accurate(got, want, torch.from_numpy(want))
+
+
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"expanded"}))
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 3, 5)])
 def test_gradients(impl, shape, layout):
