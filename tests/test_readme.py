@@ -22,7 +22,7 @@ def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
         "backbone": CLIENTS["transformers ViT"](),
         "heads": {task: nn.Linear(WIDTH, c) for task, c in channels.items()},
         "losses": dict.fromkeys(channels, F.mse_loss),
-        "loader": [(torch.randn(2, 3, 16, 16), {t: torch.randn(2, 5, c) for t, c in channels.items()}) for _ in range(2)],
+        "loader": [(torch.randn(2, 3, 16, 16), {t: torch.randn(2, 5, c) for t, c in channels.items()})] * 2,
     }
     exec(code, names)
     assert "range rate" in capsys.readouterr().out

@@ -96,14 +96,8 @@ class _Analysis:
         device: torch.device,
         group: Any,
     ) -> None:
-        self.model, self.losses, self.ratio, self.zero, self.device, self.group = (
-            model,
-            losses,
-            ratio,
-            zero,
-            device,
-            group,
-        )
+        self.model, self.losses, self.device = model, losses, device
+        self.ratio, self.zero, self.group = ratio, zero, group
         self.inputs = BlockInputs(blocks)
         self.names = list(blocks)
         self.tasks: tuple[str, ...] = tuple(losses) if isinstance(losses, Mapping) else ()
@@ -305,7 +299,8 @@ def _batches(loader: Iterable[Any], limit: int | None, name: str, progress: bool
 
     total = len(loader) if isinstance(loader, Sized) else None
     total = limit if total is None else min(total, limit or total)
-    yield from tqdm(islice(loader, limit), desc=f"{name:11}", total=total, unit="batch", disable=not progress)
+    quiet = not progress or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0)
+    yield from tqdm(islice(loader, limit), desc=f"{name:11}", total=total, unit="batch", disable=quiet)
 
 
 def _check_arguments(
