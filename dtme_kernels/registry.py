@@ -68,15 +68,15 @@ class Operator:
 
     def missing(self, impl: str) -> str | None:
         """Why ``impl`` cannot run here, or None where it can."""
+        if impl not in DISPATCH_KEYS:
+            raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
         if impl in self.implementations:
             return None
-        if impl == "triton" and not self.composite and find_spec("triton") is None:
-            return "Triton is not installed (on Linux it comes with a CUDA build of torch)"
-        if self.composite and impl in DISPATCH_KEYS:
+        if self.composite:
             return "it has no kernel of its own: auto runs the operators it is composed of"
-        if impl in DISPATCH_KEYS:
-            return f"this version has no {'Triton' if impl == 'triton' else 'C++'} kernel for it"
-        raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
+        if impl == "triton" and find_spec("triton") is None:
+            return "Triton is not installed (on Linux it comes with a CUDA build of torch)"
+        return f"this version has no {'Triton' if impl == 'triton' else 'C++'} kernel for it"
 
     def automatic(self, device: str) -> str:
         """What ``impl="auto"`` runs on ``"cpu"`` or ``"cuda"``."""

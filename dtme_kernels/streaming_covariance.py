@@ -125,7 +125,7 @@ class StreamingCovariance:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``. Raises ValueError, with nothing loaded, where it does not fit."""
-        if state.keys() != self.state_dict().keys():
+        if state.keys() != {"accumulator", "num_samples", "num_tokens"}:
             raise ValueError(f"state must hold accumulator, num_samples and num_tokens, got {sorted(state)}")
         accumulator, counts = state["accumulator"], (state["num_samples"], state["num_tokens"])
         shape = tuple(getattr(accumulator, "shape", ()))

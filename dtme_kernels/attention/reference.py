@@ -46,32 +46,40 @@ def expanded_attention_backward(
     scale: float | None,
     mask_grad: bool,
 ) -> tuple[Tensor, ...]:
-    """A few images at a time. What a task key gets is the sum over the images that share it."""
-    mask = _join_mask(query, key, task_key, attn_mask, is_causal)
+    """A few images at a time. A task key's gradient is the sum over the images that share it."""
+    lead, num_keys, num_task = query.shape[:-3], key.shape[-2], task_key.shape[-2]
     inputs = [_fold(grad), _fold(query), _join(key, task_key), _join(value, task_value)]
+    mask = _join_mask(query, key, task_key, attn_mask, is_causal)
     if mask is not None:
         inputs.append(mask.expand(len(inputs[0]), -1, -1, -1))
-    scores = prod(query.shape[-3:-1]) * inputs[2].shape[-2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    chunks = []
-    for chunk in zip(*(x.split(max(1, CHUNK // max(1, scores))) for x in inputs), strict=True):
-        *d_qkv, d_scores = _softmax_backward(scale, *chunk)
-        chunks.append((*d_qkv, d_scores if mask_grad else d_scores.new_empty(0)))
-    d_query, d_key, d_value, d_scores = (torch.cat(chunk) for chunk in zip(*chunks, strict=True))
+    scores = prod(query.shape[-3:-1]) * (num_keys + num_task)
+    chunks = zip(*(x.split(max(1, CHUNK // max(1, scores))) for x in inputs), strict=True)
+    parts = [_softmax_backward(scale, mask_grad, *chunk) for chunk in chunks]
+    d_query, d_key, d_value, d_scores = (torch.cat(x) for x in zip(*parts, strict=True))
 
-    lead, sizes = query.shape[:-3], [key.shape[-2], task_key.shape[-2]]
-    d_key, d_task_key = d_key.unflatten(0, lead).split(sizes, -2)
-    d_value, d_task_value = d_value.unflatten(0, lead).split(sizes, -2)
-    grads = [d_query.unflatten(0, lead), d_key, d_value, d_task_key.sum(-4), d_task_value.sum(-4), d_scores]
+    d_key, d_task_key = d_key.unflatten(0, lead).split([num_keys, num_task], -2)
+    d_value, d_task_value = d_value.unflatten(0, lead).split([num_keys, num_task], -2)
+    grads = (d_query.unflatten(0, lead), d_key, d_value, d_task_key.sum(-4), d_task_value.sum(-4))
+    d_mask = query.new_empty(0)
     if mask_grad and attn_mask is not None:
-        grads[-1] = d_scores[..., : sizes[0]].unflatten(0, lead).sum_to_size(attn_mask.shape).to(attn_mask.dtype)
-    return *(x.to(query.dtype).contiguous() for x in grads[:-1]), grads[-1].contiguous()
+        d_mask = d_scores[..., :num_keys].unflatten(0, lead).sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    return *(x.to(query.dtype).contiguous() for x in grads), d_mask.contiguous()
 
 
 def _softmax_backward(
-    scale: float, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    scale: float,
+    mask_grad: bool,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dV = P^T dO, dS = P (dP - rowsum(P dP)) with dP = dO V^T, dQ = dS K, dK = dS^T Q; in at least float32."""
+    """dV = P^T dO, dS = P (dP - rowsum(P dP)) with dP = dO V^T, dQ = dS K, dK = dS^T Q; in at least float32.
+
+    (b, H, N, d) -> dQ, dK, dV and, where the mask wants it, dS.
+    """
     num_queries, key_heads, groups = query.shape[2], key.shape[1], query.shape[1] // key.shape[1]
 
     def rows(x: Tensor) -> Tensor:
@@ -92,7 +100,7 @@ def _softmax_backward(
         p = rows(scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0))
     dp = g @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    return heads(ds @ k) * scale, ds.mT @ q * scale, p.mT @ g, heads(ds)
+    return heads(ds @ k) * scale, ds.mT @ q * scale, p.mT @ g, heads(ds) if mask_grad else ds.new_empty(0)
 
 
 def _fold(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import dtme_kernels
 
 from .attention import KeysValues, NotExpandable, Seam, Site
 from .blocks import Arguments, find_tokens, replace_argument
-from .streams import Layout, Streams, layout, recomputing, repeat_rows, sources
+from .streams import Layout, Streams, layout, recomputing, repeat_rows, sources, unfold
 from .trees import map_tensors
 
 
@@ -26,13 +26,16 @@ class BlockAdapter(nn.Module):
     Args:
         name: the block's name, for messages.
         streams: the state all adapters of a backbone share.
-        separated: tasks with a stream of their own before this block.
+        previous: the adapter of the block before, None for the first.
     """
 
-    def __init__(self, name: str, block: nn.Module, streams: Streams, separated: frozenset[str]) -> None:
+    def __init__(self, name: str, block: nn.Module, streams: Streams, previous: "BlockAdapter | None") -> None:
         super().__init__()
         self.name, self.streams = name, streams
-        self.separated_before = self.separated_after = separated
+        self.previous = previous.name if previous else None
+        # the tasks that have a stream of their own before and after this block's modules
+        self.separated_before: frozenset[str] = frozenset() if previous is None else previous.separated_after
+        self.separated_after: frozenset[str] = self.separated_before
         self.weight, self.bias, self.tokens = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.running_mean: TaskBuffers | None = None  # of the batch-norm modulator
         self.running_var: TaskBuffers | None = None
@@ -72,6 +75,9 @@ class BlockAdapter(nn.Module):
         )
         self.seam.install(self.attention_forward)
         self.separated_after |= frozenset(tasks)
+        self._layout = ((tasks[0],),)
+        with torch.no_grad():  # what cannot be projected is refused now rather than in the first forward
+            self.task_keys_values()
 
     def close(self) -> None:
         """Make this the last block: in its output every selected task has rows of its own."""
@@ -90,11 +96,14 @@ class BlockAdapter(nn.Module):
         if task in self.tokens:
             self._layout = ((task,),)
             with torch.no_grad():
-                self.task_key, self.task_value = (tensor.clone() for tensor in self.task_keys_values({}))
+                self.task_key, self.task_value = (tensor.clone() for tensor in self.task_keys_values())
         self.tokens = nn.ParameterDict()
+        modulated = task in self.weight
         for name in ("weight", "bias"):
-            kept = {key: value for key, value in getattr(self, name).items() if key == task}
-            setattr(self, name, nn.ParameterDict(kept))
+            setattr(self, name, nn.ParameterDict({task: getattr(self, name)[task]} if modulated else {}))
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean = TaskBuffers({task: self.running_mean[task]}) if modulated else None
+            self.running_var = TaskBuffers({task: self.running_var[task]}) if modulated else None
 
     # --- the block's input: streams and modulation ----------------------------------------------------------------
 
@@ -104,19 +113,27 @@ class BlockAdapter(nn.Module):
         self.selected = self.streams.current(tokens, self.name)
         before, after = layout(self.selected, self.separated_before), layout(self.selected, self.separated_after)
         self._layout = after
-        if tokens.shape[0] % len(before):
-            rows = f"{tokens.shape[0]} rows, which {len(before)} task streams do not divide"
-            raise ValueError(f"block {self.name!r} got {rows}")
         batch = tokens.shape[0] // len(before)
+        if not recomputing():
+            self.streams.follow(self.name, self.previous)
+            if self.previous is None:
+                self.streams.num_rows = batch
         index = sources(before, after)
         modulated = any(stream[0] in self.weight for stream in after)
         changed = (self.modulate if modulated else repeat_rows)(tokens, index, len(before))
 
         def by_image(tensor: Tensor) -> Tensor:
             # built for B images before the streams parted; two-dimensional floats are positions, not images
-            built = tensor.ndim >= 3 or (tensor.ndim == 2 and not tensor.is_floating_point())
-            repeated = built and tensor.shape[0] == batch and tensor is not tokens
-            return repeat_rows(tensor, [0] * len(after), 1) if repeated else tensor
+            flat = tensor.ndim == 2 and not tensor.is_floating_point()
+            if tensor is tokens or tensor.shape[:1] != (batch,) or not (tensor.ndim >= 3 or flat):
+                return tensor
+            if flat and tensor.shape == (batch, tokens.shape[1]) and batch == tokens.shape[1] > 1:
+                got = f"a {tuple(tensor.shape)} {tensor.dtype} tensor"
+                raise ValueError(
+                    f"block {self.name!r} got {got} with as many images as tokens: "
+                    "it may be by image or not; give it four dimensions or another batch size"
+                )
+            return repeat_rows(tensor, [0] * len(after), 1)
 
         if len(after) > 1:
             args = map_tensors(by_image, args)
@@ -136,18 +153,19 @@ class BlockAdapter(nn.Module):
         if num_streams == 1:
             streams = tokens.flatten(1, -2)
         else:
-            streams = repeat_rows(tokens, index, num_streams).flatten(1, -2).unflatten(0, (len(index), -1))
-        return dtme_kernels.modulate(streams, weight, bias).reshape(-1, *shape)
+            streams = unfold(repeat_rows(tokens, index, num_streams).flatten(1, -2), len(index))
+        return dtme_kernels.modulate(streams, weight, bias).flatten(0, 1).view(-1, *shape)
 
     def _batch_norm(self, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
-        streams = list(tokens.unflatten(0, (len(self._layout), -1)).unbind(0))
+        streams = list(unfold(tokens, len(self._layout)).unbind(0))
         for i, (task, *_) in enumerate(self._layout):
             if task in self.weight:
                 running = self.running_mean[task], self.running_var[task]
-                rows = streams[i].reshape(-1, tokens.shape[-1])
-                rows = F.batch_norm(rows, *running, self.weight[task], self.bias[task], self.training)
-                streams[i] = rows.reshape(streams[i].shape)
+                # statistics, and so everything, in the running ones' float32 or better
+                rows, weight, bias = (x.to(running[0].dtype) for x in (streams[i], self.weight[task], self.bias[task]))
+                rows = F.batch_norm(rows.flatten(0, -2), *running, weight, bias, self.training)
+                streams[i] = rows.view(streams[i].shape).to(tokens.dtype)
         return torch.cat(streams)
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -158,6 +176,7 @@ class BlockAdapter(nn.Module):
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Tasks that still share a stream get a copy each: an output is task-major over all selected tasks."""
+        self.streams.last = None
         if len(self._layout) == len(self.selected):
             return output
         index = sources(self._layout, tuple((task,) for task in self.selected))
@@ -168,14 +187,14 @@ class BlockAdapter(nn.Module):
     def attention_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the attention's own forward."""
         assert self.seam is not None
-        task_kv = self.task_keys_values(kwargs) if self._joined() else None
+        task_kv = self.task_keys_values() if self._joined() else None
         return self.seam.run(partial(self.attend, task_kv), *args, **kwargs)
 
     def _joined(self) -> list[int]:
         """Streams that have task tokens in this block."""
         return [i for i, (task, *_) in enumerate(self._layout) if task in self.tokens or self.task_key is not None]
 
-    def task_keys_values(self, kwargs: Mapping[str, Any]) -> KeysValues:
+    def task_keys_values(self) -> KeysValues:
         """Keys and values of the task tokens, (T, H, t, d) each: once per step, not once per image."""
         if self.task_key is not None and self.task_value is not None:
             return self.task_key, self.task_value
@@ -184,7 +203,7 @@ class BlockAdapter(nn.Module):
         self._projecting = True
         try:
             normed = tokens if self._site.norm is None else self._site.norm(tokens)
-            return self._site.seam.keys_values(normed, kwargs)
+            return self._site.seam.keys_values(normed)
         finally:
             self._projecting = False
 
@@ -210,7 +229,7 @@ class BlockAdapter(nn.Module):
         def part(tensor: Tensor, streams: list[int]) -> Tensor:
             if tensor.shape[0] == 1:  # a mask shared by all rows
                 return tensor.unsqueeze(0)
-            tensor = tensor.unflatten(0, (num_streams, -1))
+            tensor = unfold(tensor, num_streams)
             return tensor if len(streams) == num_streams else tensor[streams]
 
         def run(streams: list[int], task_kv: KeysValues) -> Tensor:

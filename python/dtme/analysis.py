@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .model import MultiTaskModel
 from .plan import check_tasks
 from .report import ConflictReport, stack_if_equal
 from .streams import Layout, layout, sources
-from .trees import batch_size, map_tensors, tensors, to_device
+from .trees import map_tensors, tensors, to_device
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 """``step(model, batch) -> {task: scalar loss}``, for models that own their loop."""
@@ -65,9 +66,7 @@ def analyze(
         TypeError, ValueError: bad arguments; a loss that is not a finite scalar or not connected to the blocks, naming
             the task; tokens or gradients that are not finite, naming the block; a task without a gradient anywhere.
     """
-    _check_arguments(model, loader, losses, max_batches, covariance_batches)
-    if not ratio > 0:  # now rather than after the first pass
-        raise ValueError(f"ratio must be positive, got {ratio}")
+    _check_arguments(model, loader, losses, ratio, max_batches, covariance_batches)
     backbone = model.backbone if isinstance(model, MultiTaskModel) else model
     found = find_blocks(backbone, blocks)
     if device is None:
@@ -88,7 +87,7 @@ class _Analysis:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         losses: Any,
         blocks: dict[str, nn.Module],
         ratio: float,
@@ -110,8 +109,10 @@ class _Analysis:
     # --- first pass ---------------------------------------------------------------------------------------------------
 
     def add_tokens(self, batch: Any) -> None:
-        with self.inputs.record(detach=False) as inputs:
+        with self.inputs.record(gradients=False) as inputs:
             self._forward(to_device(batch, self.device))
+        self.inputs.check(inputs)
+        self.names = list(inputs)  # in the order they ran
         tokens = [self._by_image(name, inputs[name]) for name in self.names]
         widths = [x.shape[-1] for x in tokens]
         if not self.moments:
@@ -130,7 +131,7 @@ class _Analysis:
         return tokens.unflatten(0, (num_streams, -1)).transpose(0, 1).flatten(1, 2) if num_streams > 1 else tokens
 
     def _forward(self, batch: Any) -> None:
-        if isinstance(self.model, MultiTaskModel):
+        if isinstance(self.losses, Mapping):
             self.model.extract(self._unpack(batch)[0], self.tasks)
         else:
             self.losses(self.model, batch)
@@ -165,13 +166,11 @@ class _Analysis:
 
     def add_gradients(self, batch: Any, spaces: dict[str, tuple[Tensor, Tensor, int]]) -> None:
         batch = to_device(batch, self.device)
-        with torch.enable_grad(), self.inputs.record(detach=True) as inputs:
-            if isinstance(self.model, MultiTaskModel):
-                outputs, seeds = self._heads_first(self.model, batch)
-            else:
-                outputs, seeds = self._step(batch)
-        tokens = [inputs[name] for name in self.names]
-        gradients = self._gradients(tokens, outputs, seeds)
+        with torch.enable_grad(), self.inputs.record(gradients=True) as inputs:
+            outputs, seeds = (self._heads_first if isinstance(self.losses, Mapping) else self._step)(batch)
+            self.inputs.check(inputs)
+            tokens = [inputs[name] for name in self.names]
+            gradients = self._gradients(tokens, outputs, seeds)
         nonfinite = []
         for d, name in enumerate(self.names):
             basis, _, rank = spaces[name]
@@ -188,15 +187,14 @@ class _Analysis:
         alive = gradients[0].flatten(1).any(1)
         self.alive = alive if self.alive is None else self.alive | alive
 
-    def _heads_first(self, model: MultiTaskModel, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None]]]:
+    def _heads_first(self, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None]]]:
         """Every head's own graph is walked once and freed; K gradients at the features then go through the encoder."""
+        model = self.model
         x, targets = self._unpack(batch)
         features = model.extract(x, self.tasks)
         leaves = [leaf for leaf in tensors(features) if leaf.requires_grad]
         cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
-        parts = model.split_features(
-            map_tensors(lambda leaf: cut.get(id(leaf), leaf), features), self.tasks, batch_size(x)
-        )
+        parts = model.split_features(map_tensors(lambda leaf: cut.get(id(leaf), leaf), features), self.tasks)
         values = {task: self.losses[task](model.heads[task](parts[task]), targets[task]) for task in self.tasks}
         self._check_losses(values)
         seeds: list[list[Tensor | None]] = [
@@ -304,8 +302,10 @@ def _batches(loader: Iterable[Any], limit: int | None, name: str, progress: bool
 
 
 def _check_arguments(
-    model: nn.Module, loader: Any, losses: Any, max_batches: int | None, covariance_batches: int | None
+    model: nn.Module, loader: Any, losses: Any, ratio: float, max_batches: int | None, covariance_batches: int | None
 ) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not ratio > 0:  # now rather than after the first pass
+        raise ValueError(f"ratio must be a positive number, got {ratio!r}")
     if isinstance(losses, Mapping):
         if not isinstance(model, MultiTaskModel):
             raise TypeError(
@@ -317,6 +317,8 @@ def _check_arguments(
             raise ValueError(
                 f"losses name the unknown task {unknown[0]!r}; the model has heads for {list(model.tasks)}"
             )
+        if broken := [task for task, loss in losses.items() if not callable(loss)]:
+            raise TypeError(f"losses[{broken[0]!r}] must be a function, got {type(losses[broken[0]]).__name__}")
     elif not callable(losses):
         raise TypeError(f"losses must be {{task: loss}} or a function step(model, batch), got {type(losses).__name__}")
     if not isinstance(loader, Iterable):

@@ -12,7 +12,7 @@ import copy
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ class Seam(ABC):
 
     def __init__(self, block: str, attention: Any) -> None:
         self.block, self.attention = block, attention
+        self._required = required_parameters(attention.forward)
+        self._rotary = "position_embeddings" in inspect.signature(attention.forward).parameters
 
     def install(self, forward: Callable[..., Any]) -> None:
         self.attention.forward = forward
@@ -45,17 +47,18 @@ class Seam(ABC):
     def remove(self) -> None:
         del self.attention.forward
 
-    def keys_values(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> KeysValues:
-        """What the attention makes of (T, t, p) tokens; ``kwargs`` are those of the call they join."""
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        """What the attention makes of (T, t, p) tokens."""
         caught: list[KeysValues] = []
 
-        def catch(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        def catch(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
             caught.append((key, value))
             return query
 
-        options = {}
-        if kwargs.get("position_embeddings") is not None:
-            options["position_embeddings"] = _without_position(kwargs["position_embeddings"], tokens.shape[1])
+        options: dict[str, Any] = dict.fromkeys(self._required)
+        if self._rotary:  # cos and sin of tokens that have no position, whatever shape those of the others have
+            still = tokens.new_ones(1, tokens.shape[1], 1)
+            options["position_embeddings"] = still, torch.zeros_like(still)
         try:
             self.run(catch, tokens, **options)
         except (TypeError, RuntimeError) as error:
@@ -73,11 +76,10 @@ class Seam(ABC):
         """The attention's own forward, with ``attend`` for its inner product."""
 
 
-def _without_position(rotation: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of tokens that have a position → those of tokens that have none."""
-    cos, sin = rotation
-    shape = (*([1] * (cos.ndim - 2)), num_tokens, cos.shape[-1])
-    return cos.new_ones(shape), sin.new_zeros(shape)
+def required_parameters(forward: Callable[..., Any]) -> list[str]:
+    """Parameters without a default, but for the first, which takes the tokens."""
+    _, *others = inspect.signature(forward).parameters.values()
+    return [o.name for o in others if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD]
 
 
 class TransformersSeam(Seam):
@@ -108,8 +110,8 @@ class TransformersSeam(Seam):
         self._register()  # a copy may be unpickled where nothing was expanded yet
 
 
-# arguments of transformers' attention functions that do not change what is computed
-_HARMLESS = {"output_attentions", "output_hidden_states", "return_dict", "use_cache", "position_ids", "cache_position"}
+# arguments of transformers' attention functions that do not change what is computed; a sliding window is in the mask
+_HARMLESS = {"output_hidden_states", "return_dict", "use_cache", "position_ids", "cache_position", "sliding_window"}
 
 
 def _transformers_attention(
@@ -125,7 +127,8 @@ def _transformers_attention(
 ) -> tuple[Tensor, None]:
     """transformers' contract: (rows, H, N, d) in; (rows, N, H, d) and the attention weights out."""
     seam = module.forward.__self__.seam
-    if unknown := [name for name, value in options.items() if value is not None and name not in _HARMLESS]:
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if unknown := [name for name in given if name not in _HARMLESS]:
         raise NotExpandable(
             f"block {seam.block!r} passes {unknown[0]!r} to its attention, which task tokens do not support"
         )
@@ -142,7 +145,7 @@ _TIMM = {("timm.layers.attention", "Attention"), ("timm.models.vision_transforme
 
 
 class TimmSeam(Seam):
-    def keys_values(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> KeysValues:
+    def keys_values(self, tokens: Tensor) -> KeysValues:
         return self._project(tokens)[1:]
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +247,7 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
     try:
         arrived, outputs = _probe(block, attention, tokens)
     except Exception as error:
-        raise NotExpandable(f"{title} could not be called on tokens alone: {error}") from error
+        raise NotExpandable(f"{title} does not run on plain (B, N, p) tokens: {error}") from error
     if arrived is tokens:
         return Site(kind(name, attention), None)
     for module, output in outputs:
@@ -268,12 +271,10 @@ def _probe(block: nn.Module, attention: nn.Module, tokens: Tensor) -> tuple[Tens
     training = {module: module.training for module in block.modules()}
     hooks = [module.register_forward_hook(remember) for module in block.modules() if module is not attention]
     hooks.append(attention.register_forward_pre_hook(reach, with_kwargs=True))
-    _, *others = inspect.signature(block.forward).parameters.values()
-    required = {o.name: None for o in others if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD}
     try:
         block.eval()
         with torch.no_grad():
-            block(tokens, **required)  # a mask, say
+            block(tokens, **dict.fromkeys(required_parameters(block.forward)))  # a mask, say
     except _Reached:
         pass
     finally:

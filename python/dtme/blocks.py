@@ -18,32 +18,45 @@ def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | N
             sequence of names or modules.
 
     Raises:
-        ValueError: nothing found, or a name or module that ``backbone`` does not have.
+        ValueError: nothing found, a name or module that ``backbone`` does not have or that is given twice, or a block
+            whose tokens are not batch first.
     """
     if blocks is None:
         found = _detect(backbone)
+        check_batch_first(found)
         if not found:
             raise ValueError(
                 f"no transformer blocks were recognised in {type(backbone).__name__}: name them, for example "
                 "blocks='encoder.layers'"
             )
         return found
-    modules = dict(backbone.named_modules())
+    modules = {name: module for name, module in backbone.named_modules() if name}
     if isinstance(blocks, str):
         if blocks not in modules:
             raise ValueError(f"blocks={blocks!r} is not a module of {type(backbone).__name__}")
-        return {f"{blocks}.{name}": child for name, child in modules[blocks].named_children()} or {
-            blocks: modules[blocks]
-        }
+        found = {f"{blocks}.{name}": child for name, child in modules[blocks].named_children()}
+        check_batch_first(found)
+        return found or {blocks: modules[blocks]}
+    if not isinstance(blocks, Sequence):
+        raise TypeError(f"blocks must be None, a path, or a sequence of names or modules, got {type(blocks).__name__}")
     names = {id(module): name for name, module in modules.items()}
     wanted = [block if isinstance(block, str) else names.get(id(block)) for block in blocks]
     for block, name in zip(blocks, wanted, strict=True):
         if name not in modules:
             shown = repr(block) if isinstance(block, str) else type(block).__name__
             raise ValueError(f"blocks names {shown}, which is not a module of {type(backbone).__name__}")
-    if not wanted:
-        raise ValueError("blocks must name at least one block")
-    return {name: modules[name] for name in wanted if name is not None}
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise ValueError(f"blocks must name one or more different blocks, got {wanted}")
+    found = {name: modules[name] for name in wanted if name is not None}
+    check_batch_first(found)
+    return found
+
+
+def check_batch_first(blocks: Mapping[str, nn.Module]) -> None:
+    """Rows must be images: blocks that take (N, B, p) would have their tasks mixed up."""
+    for name, block in blocks.items():
+        if any(isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in block.modules()):
+            raise ValueError(f"block {name!r} takes its tokens sequence first: build it with batch_first=True")
 
 
 def _detect(backbone: nn.Module) -> dict[str, nn.Module]:

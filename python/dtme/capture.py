@@ -19,29 +19,29 @@ class BlockInputs:
         self.blocks = blocks
 
     @contextmanager
-    def record(self, *, detach: bool) -> Iterator[dict[str, Tensor]]:
-        """Yield {block: (B, ..., p)}, complete when the context ends.
+    def record(self, *, gradients: bool) -> Iterator[dict[str, Tensor]]:
+        """Yield {block: (B, ..., p)}, filled in the order the blocks run; ``check`` it when the forward is done.
 
         Args:
-            detach: start the graph at the first block, so that no gradient is computed below it.
-
-        Raises:
-            ValueError: a block did not run, ran twice, or changed its input in place.
+            gradients: let the graph start at the first block, so that none is computed below it. The hooks then have to
+                stay until the backward pass is done: activation checkpointing runs the blocks again in it.
         """
         seen: dict[str, Tensor] = {}
-        versions: dict[str, int] = {}
+        self._versions: dict[str, int] = {}
+        started: list[Tensor] = []
 
         def hook(name: str) -> Any:
             def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if torch._C._current_graph_task_id() != -1:
-                    return None  # recomputed by activation checkpointing: recorded already
-                if name in seen:
-                    raise ValueError(f"block {name!r} runs more than once in a forward: its tokens are ambiguous")
                 where, tokens = find_tokens(args, kwargs, name)
-                if detach and not tokens.requires_grad:
-                    tokens = tokens.detach().requires_grad_()
-                    args, kwargs = replace_argument(args, kwargs, where, tokens)
-                seen[name], versions[name] = tokens, tokens._version
+                if tokens.is_inference():  # made under inference_mode: takes part in no graph
+                    tokens = tokens.clone()
+                if gradients and not tokens.requires_grad:
+                    started.append(tokens.requires_grad_())
+                args, kwargs = replace_argument(args, kwargs, where, tokens)
+                if torch._C._current_graph_task_id() == -1:  # else recomputed, and recorded already
+                    if name in seen:
+                        raise ValueError(f"block {name!r} runs more than once in a forward: its tokens are ambiguous")
+                    seen[name], self._versions[name] = tokens, tokens._version
                 return args, kwargs
 
             return enter
@@ -55,13 +55,17 @@ class BlockInputs:
         finally:
             for handle in handles:
                 handle.remove()
+            for tokens in started:  # the first block's may be the caller's own tensor
+                tokens.requires_grad_(False)
+
+    def check(self, seen: dict[str, Tensor]) -> None:
+        """ValueError naming a block that did not run, or whose tokens were changed in place."""
         if missing := [name for name in self.blocks if name not in seen]:
             raise ValueError(f"block {missing[0]!r} did not run in a forward")
         for name, tokens in seen.items():
-            if not tokens.is_inference() and tokens._version != versions[name]:
-                raise ValueError(
-                    f"block {name!r} or one before it changes its tokens in place: their gradient cannot be taken"
-                )
+            if tokens._version != self._versions[name]:
+                where = f"block {name!r} or one before it"
+                raise ValueError(f"{where} changes its tokens in place: their gradient cannot be taken")
 
 
 @contextmanager

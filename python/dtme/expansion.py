@@ -7,7 +7,7 @@ from torch import nn
 
 from .adapter import BlockAdapter
 from .attention import Site, find_attention
-from .blocks import block_width, find_blocks
+from .blocks import block_width, check_batch_first, find_blocks
 from .plan import ExpansionPlan
 from .streams import Streams
 
@@ -52,15 +52,16 @@ def expand(
     widths = {name: _width(name, blocks[name], plan) for name in plan.blocks}
     # every block is probed before any is changed: probing calls it
     sites = {name: find_attention(name, blocks[name], widths[name]) for name in plan.expansion}
-    frozen = [parameter for parameter in backbone.parameters() if parameter.requires_grad] if freeze_backbone else []
+    trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+    frozen = trained if freeze_backbone else []
     streams = Streams(tasks, plan, modulator, frozen)
     try:
         _attach(blocks, sites, widths, streams)
     except BaseException:
         _detach(backbone)
         raise
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    for name in frozen:
+        backbone.get_parameter(name).requires_grad_(False)
     backbone._dtme = streams  # type: ignore[assignment]
     return model_or_backbone
 
@@ -76,8 +77,8 @@ def collapse(model_or_backbone: nn.Module) -> Any:
     if streams is None:
         raise RuntimeError(f"{type(backbone).__name__} is not expanded: there is nothing to collapse")
     _detach(backbone)
-    for parameter in streams.frozen:
-        parameter.requires_grad_(True)
+    for name in streams.frozen:
+        backbone.get_parameter(name).requires_grad_(True)
     del backbone._dtme
     return model_or_backbone
 
@@ -115,15 +116,17 @@ def _blocks_of(backbone: nn.Module, plan: ExpansionPlan) -> dict[str, nn.Module]
     for name in [*plan.blocks, *plan.num_features]:
         if name not in modules:
             raise ValueError(f"plan names block {name!r}, which {type(backbone).__name__} does not have")
-    if plan.num_features:
-        return {name: modules[name] for name in plan.num_features} | {name: modules[name] for name in plan.blocks}
     try:
         found = find_blocks(backbone)
     except ValueError:
         found = {}
-    if set(plan.blocks) <= found.keys():
-        return found
-    return {name: module for name, module in modules.items() if name in plan.blocks}
+    if not plan.num_features.keys() | set(plan.blocks) <= found.keys():
+        found = {}  # the plan is about other blocks than those that can be found
+    # a report knows the order in which its blocks ran; other blocks are taken in the order they are registered
+    known = list(plan.num_features) if found.keys() <= plan.num_features.keys() else []
+    names = known or [name for name in modules if name in found or name in plan.num_features or name in plan.blocks]
+    check_batch_first({name: modules[name] for name in names})
+    return {name: modules[name] for name in names}
 
 
 def _width(name: str, block: nn.Module, plan: ExpansionPlan) -> int:
@@ -141,22 +144,21 @@ def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[s
     """An adapter on every block from the first that the plan changes: later ones keep the streams apart too."""
     plan, names = streams.plan, list(blocks)
     first = min((names.index(name) for name in plan.blocks), default=len(names) - 1)
-    separated: frozenset[str] = frozenset()
+    adapter: BlockAdapter | None = None
     for name in names[first:]:
         block = blocks[name]
         if hasattr(block, "dtme"):
             raise RuntimeError(
                 f"block {name!r} is expanded already: call dtme.collapse on the model it belongs to first"
             )
-        block.dtme = adapter = BlockAdapter(name, block, streams, separated)
+        block.dtme = adapter = BlockAdapter(name, block, streams, adapter)
         if name in widths:
             parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
             like = parameter.new_zeros(widths[name])
             adapter.add_modulation(plan.modulation.get(name, ()), like, streams.modulator)
             if name in sites:
                 adapter.add_tokens(plan.expansion[name], plan.num_tokens, like, sites[name])
-        separated = adapter.separated_after
-    if names:
+    if adapter is not None:
         adapter.close()
 
 

@@ -13,7 +13,7 @@ from . import saving
 from .expansion import adapters
 from .plan import check_tasks
 from .streams import Streams, choose, layout, sources, tasks
-from .trees import batch_size, map_tensors
+from .trees import map_tensors
 
 Features = Callable[[nn.Module, Any], Any]
 
@@ -60,7 +60,7 @@ class MultiTaskModel(nn.Module):
             ``{task: prediction}`` in the order asked for, from one batched pass.
         """
         selected = choose(tasks, self.tasks)
-        parts = self.split_features(self.extract(x, selected), selected, batch_size(x))
+        parts = self.split_features(self.extract(x, selected), selected)
         return {task: self.heads[task](parts[task]) for task in selected}
 
     def extract(self, x: Any, selected: Sequence[str]) -> Any:
@@ -72,16 +72,21 @@ class MultiTaskModel(nn.Module):
             tokens = backbone_tokens(self.backbone, x)
             return tokens if self.features == "tokens" else tokens[:, 0]
 
-    def split_features(self, features: Any, selected: tuple[str, ...], num_rows: int) -> dict[str, Any]:
+    def split_features(self, features: Any, selected: tuple[str, ...]) -> dict[str, Any]:
         """{task: its rows}; a feature tapped before the streams parted belongs to every task that shared it."""
+        streams_of: Streams | None = getattr(self.backbone, "_dtme", None)
+        if streams_of is None or streams_of.num_rows is None:
+            return dict.fromkeys(selected, features)
+        num_rows = streams_of.num_rows
         layouts = {1: (selected,), len(selected): tuple((task,) for task in selected)}
         for adapter in adapters(self.backbone):
             streams = layout(selected, adapter.separated_after)
             layouts.setdefault(len(streams), streams)
 
         def part(task: str, tensor: Tensor) -> Tensor:
-            num_streams, rest = divmod(tensor.shape[0] if tensor.ndim else 0, num_rows)
-            if rest or num_streams not in layouts:
+            rows = tensor.shape[0] if tensor.ndim else 0
+            num_streams = next((n for n in sorted(layouts) if rows == n * num_rows), 0)
+            if not num_streams:
                 shape = tuple(tensor.shape)
                 raise ValueError(f"a feature of shape {shape} does not start with {num_rows} rows for each task stream")
             if num_streams == 1:
@@ -143,6 +148,8 @@ class MultiTaskModel(nn.Module):
 
         ``torch.export`` takes it; later changes of this model do not reach it.
         """
+        if not isinstance(task, str):
+            raise TypeError(f"task must be one name, got {task!r}")
         (task,) = choose(task, self.tasks)
         single = copy.deepcopy(self).eval()
         streams: Streams | None = getattr(single.backbone, "_dtme", None)

@@ -44,9 +44,7 @@ class ExpansionPlan:
             object.__setattr__(self, name, self._checked(name))
         if not isinstance(self.num_features, Mapping):
             raise ValueError(f"num_features must map block names to widths, got {self.num_features!r}")
-        for block, width in self.num_features.items():
-            if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-                raise ValueError(f"num_features[{block!r}] must be a positive integer, got {width!r}")
+        _check_widths(self.num_features)
 
     def _checked(self, name: str) -> dict[str, tuple[str, ...]]:
         blocks = getattr(self, name)
@@ -78,6 +76,7 @@ class ExpansionPlan:
                 forward order; None takes the widths the plan itself carries.
         """
         widths = self._widths(num_features)
+        _check_widths(widths)
         total = 0
         for name, per_channel in (("modulation", 2), ("expansion", self.num_tokens)):
             for block, tasks in getattr(self, name).items():
@@ -93,6 +92,8 @@ class ExpansionPlan:
             return dict.fromkeys(self.blocks, num_features)
         if isinstance(num_features, Mapping):
             return num_features
+        if isinstance(num_features, str) or not isinstance(num_features, Sequence):
+            raise TypeError(f"num_features must be a width, a mapping or a sequence of widths, got {num_features!r}")
         blocks = tuple(self.num_features) or self.blocks
         if len(num_features) != len(blocks):
             raise ValueError(
@@ -121,6 +122,12 @@ class ExpansionPlan:
             "expansion": {block: list(tasks) for block, tasks in self.expansion.items()},
             "num_features": dict(self.num_features),
         }
+
+
+def _check_widths(num_features: Mapping[str, int]) -> None:
+    for block, width in num_features.items():
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise ValueError(f"num_features[{block!r}] must be a positive integer, got {width!r}")
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ class ConflictReport:
             if num_tokens not in NUM_TOKENS:
                 raise ValueError(f"num_tokens must be an integer or one of {list(NUM_TOKENS)}, got {num_tokens!r}")
             num_tokens = NUM_TOKENS[num_tokens]
+        if pair_threshold is not None and (not isinstance(pair_threshold, Real) or pair_threshold != pair_threshold):
+            raise ValueError(f"pair_threshold must be None or a rate, got {pair_threshold!r}")
         spaces = STRATEGIES[strategy]
         generator = random.Random(seed)
         chosen = []
@@ -179,19 +182,45 @@ class ConflictReport:
         content = load_json(path, KIND, names)
         try:
             for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
-                content[name] = torch.tensor(content[name], dtype=torch.int64)
+                content[name] = torch.tensor(content[name])
+                if content[name].dtype != torch.int64:
+                    raise ValueError(f"{name} must hold integers")
             values = [torch.tensor(row, dtype=torch.float64) for row in content["eigenvalues"]]
             content |= {"tasks": check_tasks(content["tasks"]), "blocks": tuple(content["blocks"])}
+            if not isinstance(content["num_samples"], int):
+                raise ValueError(f"num_samples must be an integer, got {content['num_samples']!r}")
             content["eigenvalues"] = stack_if_equal(values)
-            num_blocks, num_tasks = len(content["blocks"]), len(content["tasks"])
-            for name in ("range_counts", "null_counts", "valid_counts"):
-                if content[name].shape != (num_blocks, num_tasks, num_tasks):
-                    raise ValueError(f"{name} must be ({num_blocks}, {num_tasks}, {num_tasks})")
-            if content["ranks"].shape != (num_blocks,) or len(values) != num_blocks:
-                raise ValueError(f"ranks and eigenvalues must have one entry for each of {num_blocks} blocks")
-        except (TypeError, ValueError) as error:
+            report = cls(**content)
+            report._check()
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        return cls(**content)
+        return report
+
+    def _check(self) -> None:
+        """ValueError where a file's figures cannot be those of an analysis."""
+        num_blocks, num_tasks = len(self.blocks), len(self.tasks)
+        if len(set(self.blocks)) != num_blocks or not all(isinstance(block, str) for block in self.blocks):
+            raise ValueError(f"blocks must be different names, got {list(self.blocks)}")
+        for name in ("range_counts", "null_counts", "valid_counts"):
+            counts = getattr(self, name)
+            if counts.shape != (num_blocks, num_tasks, num_tasks):
+                raise ValueError(f"{name} must be ({num_blocks}, {num_tasks}, {num_tasks}), got {tuple(counts.shape)}")
+            symmetric = torch.equal(counts, counts.mT) and not counts.diagonal(dim1=1, dim2=2).any()
+            if not symmetric or (counts < 0).any() or (counts > self.valid_counts).any():
+                raise ValueError(f"{name} must be symmetric counts with a zero diagonal, none above valid_counts")
+        widths = list(self.num_features.values())
+        if any(values.ndim != 1 or len(values) < 2 for values in self.eigenvalues):
+            raise ValueError("eigenvalues must be a list of numbers a block")
+        if self.ranks.shape != (num_blocks,) or not all(
+            1 <= m < p for m, p in zip(self.ranks.tolist(), widths, strict=True)
+        ):
+            raise ValueError(
+                f"ranks must be one in [1, p-1] for each of {num_blocks} blocks, got {self.ranks.tolist()}"
+            )
+        for name in ("num_samples", "ratio"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def stack_if_equal(values: Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -205,7 +234,7 @@ def _rates(counts: Tensor, valid: Tensor) -> Tensor:
 
 
 def _quota(name: str, share: float, num_blocks: int) -> int:
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
         raise ValueError(f"{name} must be a share of the blocks in [0, 1], got {share!r}")
     return max(1, round(share * num_blocks)) if share else 0
 

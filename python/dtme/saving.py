@@ -60,9 +60,14 @@ def load(
         raise ValueError(f"{path} was saved with a function for features: give from_pretrained(..., features=function)")
     if list(heads) != config["tasks"] and set(heads) != set(config["tasks"]):
         raise ValueError(f"{path} holds the tasks {config['tasks']}, but heads are for {list(heads)}")
+    if any(tensor.is_meta for module in (backbone, *heads.values()) for tensor in module.parameters()):
+        raise ValueError("backbone and heads must hold real tensors, not meta ones: call to_empty(device=...) first")
     model = cls(backbone, heads, features or config["features"])
     if config["plan"] is not None:
-        plan = ExpansionPlan(**config["plan"])
+        try:
+            plan = ExpansionPlan(**config["plan"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: its plan is not one: {error}") from error
         expand(model, plan, modulator=config["modulator"], freeze_backbone=config["freeze_backbone"])
     try:
         _check_state(path, model, tensors, config["expansion_only"])

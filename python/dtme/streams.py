@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .plan import ExpansionPlan
-from .trees import map_tensors
+from .trees import map_tensors, tensors
 
 Layout = tuple[tuple[str, ...], ...]
 """The streams in the order of their rows; each is the tasks that share it."""
@@ -35,23 +35,44 @@ def repeat_rows(tensor: Tensor, index: Sequence[int], num_streams: int) -> Tenso
     """(num_streams * B, ...) → (len(index) * B, ...), stream ``index[i]`` in place i; itself if nothing moves."""
     if list(index) == list(range(num_streams)):
         return tensor
-    streams = tensor.unflatten(0, (num_streams, -1))
+    streams = unfold(tensor, num_streams)
     if num_streams == 1:
         return streams.expand(len(index), *streams.shape[1:]).flatten(0, 1)
     return torch.cat([streams[i] for i in index])
 
 
+def unfold(tensor: Tensor, num_streams: int) -> Tensor:
+    """(num_streams * B, ...) → (num_streams, B, ...), B may be 0."""
+    return tensor.unflatten(0, (num_streams, tensor.shape[0] // num_streams))
+
+
 class Streams:
     """The tasks of an expanded backbone, those that run now, and how it was expanded; all its adapters share it."""
 
-    def __init__(self, tasks: Iterable[str], plan: ExpansionPlan, modulator: str, frozen: list[nn.Parameter]) -> None:
+    def __init__(self, tasks: Iterable[str], plan: ExpansionPlan, modulator: str, frozen: list[str]) -> None:
         self.tasks = tuple(tasks)
         self.selected = self.tasks
         self.plan, self.modulator, self.frozen = plan, modulator, frozen
+        self.start()
 
-    def choose(self, tasks: str | Sequence[str] | None) -> tuple[str, ...]:
-        """Validate a user's choice of tasks; None means all."""
-        return choose(tasks, self.tasks)
+    def start(self) -> None:
+        """Before a forward: no block has run, and the rows of a stream are not known yet."""
+        self.last: str | None = None
+        self.num_rows: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy made while a choice is in force is not bound by it
+        return {**self.__dict__, "selected": self.tasks, "last": None, "num_rows": None}
+
+    def follow(self, block: str, previous: str | None) -> None:
+        """Every block runs once a forward, in one order: otherwise its rows are not the streams they should be."""
+        if self.last != previous:
+            ran, self.last = self.last, None
+            raise RuntimeError(
+                f"block {block!r} must run once a forward, after {previous!r}, but it ran after {ran!r} "
+                "(if a forward was interrupted before this one, call again)"
+            )
+        self.last = block
 
     def current(self, tokens: Tensor, block: str) -> tuple[str, ...]:
         """The tasks whose rows ``tokens``, on their way into ``block``, hold.
@@ -88,6 +109,8 @@ def choose(tasks: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str
     """``tasks`` as a tuple of names out of ``known``, in the order asked for."""
     if tasks is None:
         return tuple(known)
+    if not isinstance(tasks, (str, Sequence)):
+        raise TypeError(f"tasks must be a name or a sequence of names, got {type(tasks).__name__}")
     chosen = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     unknown = [task for task in chosen if task not in known]
     if unknown or not chosen or len(set(chosen)) != len(chosen):
@@ -113,42 +136,46 @@ class tasks:
     """
 
     def __init__(self, backbone: nn.Module, names: str | Sequence[str]) -> None:
-        backbone = getattr(backbone, "backbone", backbone)
+        backbone = backbone if hasattr(backbone, "_dtme") else getattr(backbone, "backbone", backbone)
         streams = getattr(backbone, "_dtme", None)
         if streams is None:
             raise RuntimeError(f"{type(backbone).__name__} is not expanded: call dtme.expand(backbone, plan) first")
         self.streams: Streams = streams
-        self.names = streams.choose(names)
+        self.names = choose(names, streams.tasks)
+        self.outer: list[tuple[str, ...]] = []
 
     def __enter__(self) -> tuple[str, ...]:
-        self.outer = self.streams.selected
+        self.outer.append(self.streams.selected)
         self.streams.selected = self.names
+        self.streams.start()
         return self.names
 
     def __exit__(self, *error: object) -> None:
-        self.streams.selected = self.outer
+        self.streams.selected = self.outer.pop()
 
 
 def split(output: Any, tasks: str | Sequence[str]) -> dict[str, Any]:
     """Take an expanded backbone's task-major batch apart.
 
     Args:
-        output: a tensor (K * B, ...), or any nesting of sequences, mappings and model outputs of such tensors.
+        output: a tensor (K * B, ...), or any nesting of sequences, mappings and model outputs of such tensors. A tensor
+            of B rows beside others of K * B was made before the streams parted, and belongs to every task.
         tasks: the K names that ran, in the order they were chosen.
 
     Returns:
         ``{task: output}`` with B rows each; views, nothing is copied.
 
     Raises:
-        ValueError: a tensor's leading size is not a multiple of K.
+        ValueError: a tensor has neither K * B nor B rows.
     """
-    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    names = choose(tasks, (tasks,) if isinstance(tasks, str) else tuple(tasks or ()))
+    sizes = [tensor.shape[0] for tensor in tensors(output) if tensor.ndim]
+    num_rows, rest = divmod(max(sizes, default=0), len(names))
 
     def part(index: int, tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or tensor.shape[0] % len(names):
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if rest or rows not in (num_rows, num_rows * len(names)):
             raise ValueError(f"output of shape {tuple(tensor.shape)} does not hold the rows of {len(names)} tasks")
-        return tensor.unflatten(0, (len(names), -1))[index]
+        return tensor if rows == num_rows else tensor[index * num_rows : (index + 1) * num_rows]
 
-    if not names:
-        raise ValueError("tasks must name at least one task")
     return {task: map_tensors(partial(part, i), output) for i, task in enumerate(names)}

@@ -141,8 +141,10 @@ def test_a_step_function_gives_the_same_report(problem):
     want = dtme.analyze(model, loader, LOSSES, progress=False)
     got = dtme.analyze(Whole(), loader, step, blocks="inner.backbone.layers", progress=False)
     assert got.blocks == tuple(f"inner.backbone.{name}" for name in want.blocks)
+    direct = dtme.analyze(model, loader, step, progress=False)
     for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
         assert torch.equal(getattr(got, name), getattr(want, name))
+        assert torch.equal(getattr(direct, name), getattr(want, name))
 
 
 def test_blocks_by_path_name_or_module_and_batch_limits(problem):
@@ -338,6 +340,10 @@ def with_value(value):
             r"task 'depth' at block .* NaN or Inf",
         ),
         ({"ratio": 0.0}, ValueError, "ratio"),
+        ({"ratio": "x"}, ValueError, "ratio"),
+        ({"blocks": 3}, TypeError, "blocks must be"),
+        ({"blocks": ["layers.1", "layers.1"]}, ValueError, "different blocks"),
+        ({"losses": {**LOSSES, "depth": 3}}, TypeError, r"losses\['depth'\] must be a function"),
         ({"max_batches": 0}, ValueError, "max_batches"),
         ({"blocks": "encoder.layers"}, ValueError, "blocks='encoder.layers' is not a module"),
         ({"blocks": ["layers.7"]}, ValueError, "'layers.7'"),

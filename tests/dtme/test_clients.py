@@ -6,7 +6,7 @@ from torch import nn
 
 import dtme
 from dtme.blocks import find_blocks
-from tests.dtme.clients import WIDTH, concatenated
+from tests.dtme.clients import CLIENTS, WIDTH, concatenated
 
 HF = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
 VISION = {**HF, "image_size": 32, "patch_size": 8}
@@ -160,11 +160,69 @@ def test_flash_attention_masks_are_refused_at_once():
         dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
 
 
-def test_attention_arguments_nobody_knows_are_refused_when_they_come():
+def test_attention_arguments_nobody_knows_are_refused():
     model = two_tasks(
         transformers_model("T5Encoder", d_model=WIDTH, num_layers=2, num_heads=3, d_kv=8, d_ff=48, vocab_size=50)
     )
     first = next(iter(find_blocks(model.backbone)))
-    dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
     with pytest.raises(ValueError, match=rf"'{first}' passes 'position_bias'"):
-        model({"input_ids": torch.randint(2, 50, (2, 7))})
+        dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
+    assert not hasattr(model.backbone, "_dtme") and "forward" not in vars(model.backbone.encoder.block[0].layer[0])
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen3"])
+def test_decoders_whose_attention_has_required_arguments(name):
+    config = {**HF, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 50}
+    model = two_tasks(transformers_model(name, **config))
+    first, second = find_blocks(model.backbone)
+    x = make_input("Llama")
+    randomised(model, dtme.ExpansionPlan(("a", "b"), 2, {first: ("a", "b")}, {second: ("a", "b")}))
+    together = model(x)
+    for task in ("a", "b"):
+        torch.testing.assert_close(model(x, task)[task], together[task], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(model.export_task(task)(x), together[task], rtol=1e-10, atol=1e-10)
+
+
+def test_dinov3_equals_prepending_and_exports():
+    """Appended tokens would shift its rotary positions; prepended ones have none."""
+    config = {**VISION, "num_attention_heads": 2}
+    model, x = two_tasks(transformers_model("DINOv3ViT", **config)), make_input("DINOv3")
+    first, second = find_blocks(model.backbone)
+    added = randomised(model, dtme.ExpansionPlan(("a", "b"), 2, {}, {first: ("a",), second: ("a", "b")}))
+    out, single = model(x), model.export_task("a")
+    torch.testing.assert_close(single(x), out["a"], rtol=1e-10, atol=1e-10)
+    dtme.collapse(model)
+    handles = []
+    for name, block in ((first, None), (second, None)):
+        block = model.backbone.get_submodule(name)
+        tokens = added[f"{name}.dtme.tokens.a"]
+
+        def enter(block, args, tokens=tokens):
+            return (torch.cat([tokens.expand(len(args[0]), -1, -1), args[0]], 1), *args[1:])
+
+        handles += [
+            block.register_forward_pre_hook(enter),
+            block.register_forward_hook(lambda block, args, output: output[:, 2:]),
+        ]
+    torch.testing.assert_close(out["a"], model(x)["a"], rtol=1e-10, atol=1e-10)
+
+
+def test_attention_weights_of_an_expanded_block_are_refused_rather_than_lost():
+    model = two_tasks(transformers_model("ViT", **VISION, attn_implementation="eager"))
+    first = next(iter(find_blocks(model.backbone)))
+    dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a", "b")}))
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.backbone(make_input("ViT"), output_attentions=True)
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+def test_analysis_sees_through_timms_own_checkpointing(train_mode):
+
+    model = two_tasks(CLIENTS["timm ViT"]())
+    loader = [(torch.randn(3, 3, 16, 16).double(), {task: torch.randn(3, 5, WIDTH).double() for task in "ab"})]
+    losses = {"a": nn.functional.mse_loss, "b": nn.functional.l1_loss}
+    want = dtme.analyze(model, loader, losses, train_mode=train_mode, progress=False)
+    model.backbone.set_grad_checkpointing(True)
+    got = dtme.analyze(model, loader, losses, train_mode=train_mode, progress=False)
+    assert torch.equal(got.range_counts, want.range_counts) and torch.equal(got.null_counts, want.null_counts)
+    assert not loader[0][0].requires_grad

@@ -241,12 +241,11 @@ def test_attention_that_cannot_take_tokens_is_refused_by_name(build, attention):
     unchanged_after(model, ValueError, "block 'layers.1'", lambda: dtme.expand(model, plan))
 
 
-def test_two_inner_products_are_refused_when_they_run(build):
-    model, x = build("own, generic seam")
+def test_two_inner_products_are_refused(build):
+    model, _ = build("own, generic seam")
     model.backbone.layers[1].attn = TwoCalls().double()
-    dtme.expand(model, dtme.ExpansionPlan(TASKS, 1, {}, {"layers.1": TASKS}))
-    with pytest.raises(ValueError, match=r"block 'layers.1'.* 2 times"):
-        model(x)
+    plan = dtme.ExpansionPlan(TASKS, 1, {"layers.0": TASKS}, {"layers.0": TASKS, "layers.1": TASKS})
+    unchanged_after(model, ValueError, r"block 'layers.1'.* 2 times", lambda: dtme.expand(model, plan))
 
 
 def test_expanding_twice_or_after_a_wrapper_is_refused(build):
@@ -286,3 +285,87 @@ def test_unknown_options_and_tasks(build):
         dtme.tasks(model.backbone, ["pose"])
     with pytest.raises(ValueError, match=r"rows of 2 tasks"):
         dtme.split(torch.zeros(3, 2), ["a", "b"])
+
+
+def test_blocks_named_in_any_order_and_only_some_of_them(build, randomise, naive):
+    """The report follows the order in which they run; blocks that were not analysed keep the streams apart all the
+    same."""
+    for client, pick in (("own, generic seam", [2, 0, 1]), ("transformers BERT", [1, 0])):
+        model, x = build(client)
+        names = list(find_blocks(model.backbone))
+        rows = model(x)["depth"].shape[:2]
+        targets = {task: torch.randn(*rows, 2 + i, dtype=torch.float64) for i, task in enumerate(TASKS)}
+        losses = dict.fromkeys(TASKS, nn.functional.mse_loss)
+        report = dtme.analyze(model, [(x, targets)], losses, blocks=[names[i] for i in pick], progress=False)
+        assert report.blocks == tuple(names[i] for i in sorted(pick))
+        plain = copy.deepcopy(model)
+        dtme.expand(model, report.plan(modulation=0.7, expansion=0.7, num_tokens=2))
+        randomise(model)
+        out, added = model(x), {name: p.detach() for name, p in added_parameters(model).items()}
+        for task in TASKS:
+            torch.testing.assert_close(out[task], naive(plain, added, task, x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_block_that_runs_twice_or_out_of_order_is_refused(build):
+    model, x = build("own, generic seam")
+    layers = model.backbone.layers
+    dtme.expand(model, dtme.ExpansionPlan(TASKS, 1, {"layers.0": TASKS}))
+    want = model(x)
+    for order in ([0, 0, 1, 2], [1, 0, 2], [0, 2]):
+        model.backbone.layers = nn.Sequential(*(layers[i] for i in order))
+        with pytest.raises(RuntimeError, match="must run once a forward"):
+            model(x)
+    model.backbone.layers = layers
+    torch.testing.assert_close(model(x)["depth"], want["depth"])
+
+
+def test_sequence_first_blocks_are_refused():
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 3, 48), 2, enable_nested_tensor=False)
+    with pytest.raises(ValueError, match=r"'layers.0' takes its tokens sequence first"):
+        dtme.expand(layers, dtme.ExpansionPlan(("a", "b"), 1, {"layers.0": ("a",)}))
+
+
+def test_split_gives_what_was_tapped_before_the_streams_parted_to_every_task(build):
+    model, x = build("transformers ViT")
+    second = list(find_blocks(model.backbone))[1]
+    dtme.expand(model, dtme.ExpansionPlan(TASKS, 1, {second: TASKS}))
+    with dtme.tasks(model, TASKS):
+        output = model.backbone(x, output_hidden_states=True)
+    assert [len(state) for state in output.hidden_states] == [3, 3, 9, 9]
+    for task, part in dtme.split(output, TASKS).items():
+        assert [len(state) for state in part.hidden_states] == [3, 3, 3, 3]
+        assert torch.equal(part.hidden_states[0], output.hidden_states[0])
+        torch.testing.assert_close(model.heads[task](part.last_hidden_state), model(x, task)[task])
+
+
+def test_a_copy_made_under_a_choice_is_free_of_it_and_choices_nest(build):
+    model, x = build("own, generic seam")
+    dtme.expand(model, dtme.ExpansionPlan(TASKS, 1, {"layers.0": TASKS}))
+    chosen = dtme.tasks(model, "depth")
+    with chosen:
+        other = copy.deepcopy(model)
+        with dtme.tasks(model.backbone, ["semseg", "normals"]), chosen:
+            assert len(model.backbone(x)) == 3
+        assert len(model.backbone(x)) == 3
+    assert len(other.backbone(x)) == 9 == len(model.backbone(x))
+
+
+def test_features_of_any_batch_reach_the_heads(build):
+    """Unexpanded features go to the heads as they are; expanded ones are cut by the rows the blocks saw, not by x."""
+    model, x = build("own, generic seam")
+    listed = dtme.MultiTaskModel(
+        model.backbone, dict(model.heads), lambda backbone, images: backbone(torch.stack(images))
+    )
+    want = listed(list(x))
+    torch.testing.assert_close(want["depth"], model(x)["depth"])
+    dtme.expand(listed, dtme.ExpansionPlan(TASKS, 1, {"layers.1": TASKS}))
+    torch.testing.assert_close(listed(list(x))["depth"], want["depth"])
+
+
+def test_collapse_thaws_replaced_parameters(build):
+    model, _ = build("own, generic seam")
+    plan = dtme.ExpansionPlan(TASKS, 1, {"layers.1": TASKS})
+    dtme.expand(model, plan, freeze_backbone=True)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    dtme.collapse(model)
+    assert all(p.requires_grad for p in model.parameters())

@@ -234,7 +234,6 @@ def test_printing_parameters(build, capsys):
         (nn.Identity(), {"a.b": nn.Identity()}, "tokens", ValueError, "without dots"),
         (nn.Identity(), {"a": nn.Identity()}, "patches", ValueError, "features must be"),
         (nn.Flatten(), {"a": nn.Identity()}, "tokens", TypeError, r"needs a backbone that returns \(B, N, p\)"),
-        (nn.Identity(), {"a": nn.Identity()}, lambda b, x: x[:1], ValueError, "does not start with 2 rows"),
     ],
 )
 def test_bad_models_say_what_is_wrong(backbone, heads, features, error, says):

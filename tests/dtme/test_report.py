@@ -185,6 +185,15 @@ def test_damaged_plan_files_name_the_file_and_the_field(tmp_path, edit, says):
         lambda c: c | {"range_counts": "many"},
         lambda c: c | {"eigenvalues": c["eigenvalues"][:2]},
         lambda c: c | {"tasks": ["a", "a"]},
+        lambda c: c | {"ranks": [1.5, 2, 3, 4]},
+        lambda c: c | {"ranks": [0, 2, 3, 4]},
+        lambda c: c | {"ranks": [1, 2, 3, 99]},
+        lambda c: c | {"blocks": "abcd"[:2] * 2},
+        lambda c: c | {"num_samples": "x"},
+        lambda c: c | {"ratio": -1},
+        lambda c: c | {"eigenvalues": [[1.0]] * 4},
+        lambda c: c | {"range_counts": [[[1] * 4] * 4] * 4},
+        lambda c: c | {"valid_counts": [[[0] * 4] * 4] * 4},
     ],
 )
 def test_damaged_report_files_are_refused(tmp_path, edit):
@@ -205,6 +214,7 @@ def test_damaged_report_files_are_refused(tmp_path, edit):
         ({"strategy": "best"}, "strategy must be one of"),
         ({"num_tokens": "some"}, "num_tokens must be"),
         ({"num_tokens": 0}, "num_tokens must be"),
+        ({"pair_threshold": float("nan")}, "pair_threshold must be"),
     ],
 )
 def test_bad_plan_options(options, says):
@@ -230,6 +240,9 @@ def test_plans_are_frozen_and_tell_missing_widths():
         plan.num_tokens = 3
     with pytest.raises(ValueError, match="no width for block 'a'"):
         plan.added_parameters()
+    for wrong, error in ((-1, ValueError), (True, ValueError), ({"a": 10, "b": "4"}, ValueError), (10.5, TypeError)):
+        with pytest.raises(error, match="num_features"):
+            plan.added_parameters(wrong)
     with pytest.raises(ValueError, match="one width for each of 2 blocks"):
         plan.added_parameters([8])
     assert plan.added_parameters({"a": 10, "b": 4}) == 4 * 2 * 10 + 2 * 4

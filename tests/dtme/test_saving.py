@@ -179,3 +179,11 @@ def test_training_resumes_bit_for_bit(build, tmp_path):
     again.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     train(resumed, again, 2, x)
     assert same_predictions(straight(x), resumed(x))
+
+
+def test_meta_models_are_refused(expanded, tmp_path):
+    model, _ = expanded()
+    model.save_pretrained(tmp_path)
+    backbone, heads = fresh("transformers ViT")
+    with pytest.raises(ValueError, match="not meta"):
+        dtme.MultiTaskModel.from_pretrained(tmp_path, backbone.to("meta"), heads)

@@ -288,7 +288,10 @@ def test_block_matches_concatenation(impl, options, dtype):
 def test_block_gradients(impl):
     args = block((2, 3, 4), 2, dtype=torch.float64, grad=True)
     names, tensors = zip(*((name, x) for name, x in args.items() if isinstance(x, torch.Tensor)), strict=True)
-    function = lambda *a: modulate_concat_attention(**args | dict(zip(names, a, strict=True)), scale=0.4, impl=impl)  # noqa: E731
+
+    def function(*tensors):
+        return modulate_concat_attention(**args | dict(zip(names, tensors, strict=True)), scale=0.4, impl=impl)
+
     assert torch.autograd.gradcheck(function, tensors)
 
 

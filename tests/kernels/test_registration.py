@@ -84,6 +84,7 @@ SAMPLES["expanded_attention"] += [
     [*ATTENTION, None, True, 0.3],
 ]
 SAMPLES["expanded_attention_backward"] = [
+    [*(x.bfloat16() for x in ATTENTION_BACKWARD), None, True, None, False],
     [*ATTENTION_BACKWARD, None, False, None, False],
     [*ATTENTION_BACKWARD, MASK, False, 0.5, True],
     [*ATTENTION_BACKWARD, MASK > 0, False, None, False],
@@ -115,10 +116,10 @@ def test_inductor_runs_everything_in_one_graph():
         covariance = dk.token_covariance(modulated)
         return attended, covariance, *dk.projected_dots(modulated, covariance, RANK)
 
-    args = arguments("modulate_concat_attention")
+    args = arguments("modulate_concat_attention", dtype=torch.float64)
     got, want = torch.compile(everything, fullgraph=True)(*args), everything(*args)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(gradients(got, args), gradients(want, args), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradients(got, args), gradients(want, args))
 
 
 def test_accumulation_compiles():
