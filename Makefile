@@ -1,5 +1,4 @@
-# `make demo` and `make test` are all a newcomer needs; each sets up .venv by itself.
-# The GPU targets use the python3 they are given and install nothing: PYTHON=python3 make gpu
+# `make demo` and `make test` are all a newcomer needs; every target sets up .venv by itself.
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -7,13 +6,17 @@ TORCH := torch==2.13.0
 WORKERS ?= 2
 DEMO ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks.paper demo $(DEMO)
 
 test: $(READY)
 	$(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile
+
+bench: $(READY)
+	$(RUN) -m pytest benchmarks/kernels -q -o python_files='bench_*.py' --benchmark-json=benchmarks/results/cpu.json \
+		--benchmark-max-time=0.5 --benchmark-group-by=func,param:shape,param:backward --benchmark-columns=median,iqr,rounds
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -43,7 +43,7 @@ def expand(
         raise ValueError(f"modulator must be one of {list(MODULATORS)}, got {modulator!r}")
     _refuse_wrapped(model_or_backbone)
     backbone = _backbone(model_or_backbone)
-    if hasattr(backbone, "_dtme"):
+    if adapters(backbone):
         raise RuntimeError(f"{type(backbone).__name__} is expanded already: call dtme.collapse(model) first")
     tasks = tuple(getattr(model_or_backbone, "heads", None) or plan.tasks)
     if unknown := [task for task in plan.tasks if task not in tasks]:
@@ -147,10 +147,6 @@ def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[s
     adapter: BlockAdapter | None = None
     for name in names[first:]:
         block = blocks[name]
-        if hasattr(block, "dtme"):
-            raise RuntimeError(
-                f"block {name!r} is expanded already: call dtme.collapse on the model it belongs to first"
-            )
         block.dtme = adapter = BlockAdapter(name, block, streams, adapter)
         if name in widths:
             parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
