@@ -16,7 +16,7 @@ test: $(READY)
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks/kernels -q -o python_files='bench_*.py' --benchmark-json=benchmarks/results/cpu.json \
-		--benchmark-max-time=0.5 --benchmark-group-by=func,param:shape,param:backward --benchmark-columns=median,iqr,rounds
+		--benchmark-max-time=0.5 --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 lint: $(READY)
 	$(RUN) -m ruff check .

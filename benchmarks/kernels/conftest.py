@@ -21,11 +21,12 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "ViT-T, 224²": Shape(8, 197, 192, 3),
-    "ViT-S, 224²": Shape(4, 197, 384, 6),
-    "ViT-B, 224²": Shape(2, 197, 768, 12),
-    "ViT-T, 512²": Shape(2, 1024, 192, 3),
+    "ViT-T, 224 px": Shape(8, 197, 192, 3),
+    "ViT-S, 224 px": Shape(4, 197, 384, 6),
+    "ViT-B, 224 px": Shape(2, 197, 768, 12),
+    "ViT-T, 512 px": Shape(2, 1024, 192, 3),
 }
+RIVALS = {"printed", "eager", "concatenated", "ours"}
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
@@ -35,19 +36,24 @@ def shape(request) -> Shape:
 
 
 @pytest.fixture(autouse=True)
-def _facts(benchmark) -> None:
+def _facts(benchmark, request) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     benchmark.extra_info |= {
-        "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "python": platform.python_version(),
         "commit": commit or "unknown",
     }
+    # rivals are compared within a group: same operation, shape and direction
+    labels = [label for label in request.node.callspec.id.split("-") if label not in RIVALS]
+    benchmark.group = ", ".join([request.node.originalname.removeprefix("test_"), "-".join(labels)])
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
-    machine_info.pop("node", None)  # the name of somebody's machine is no fact about the figures
+    """What a figure depends on, and nothing else about somebody's machine."""
+    cpu = machine_info["cpu"]
+    facts = {"cpu": cpu.get("brand_raw", "unknown"), "cores": cpu.get("count"), "python": platform.python_version()}
+    machine_info.clear()
+    machine_info |= facts
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:

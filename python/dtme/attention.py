@@ -1,10 +1,11 @@
-"""Three ways into a block's attention, so that task keys and values reach it without a token being concatenated.
+"""Four ways into a block's attention, so that task keys and values reach it without a token being concatenated.
 
 Every seam answers the same two questions: which keys and values does this attention make of given tokens, and how does
 it run with its inner product replaced? The attention keeps its own projections, norms and masks.
 
 * ``TransformersSeam``: the library's attention interface, set on this one attention module.
 * ``TimmSeam``: timm's common ``Attention``, written out.
+* ``TorchSeam``: ``nn.MultiheadAttention`` (torchvision, ``nn.TransformerEncoder``), written out.
 * ``GenericSeam``: any attention that calls ``scaled_dot_product_attention`` exactly once, caught while it does.
 """
 
@@ -168,6 +169,51 @@ class TimmSeam(Seam):
         return attention.proj_drop(attention.proj(out))
 
 
+class TorchSeam(Seam):
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        return self._project(tokens)[1:]
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention = self.attention
+        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
+
+    def run(
+        self,
+        attend: Attend,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        if need_weights or key is not query or value is not query:
+            raise NotExpandable(f"block {self.block!r}: its attention must be self-attention that returns no weights")
+        attention = self.attention
+        mask = self._mask(len(query), key_padding_mask, attn_mask)
+        dropout = attention.dropout if attention.training else 0.0
+        out = attend(*self._project(query), attn_mask=mask, dropout_p=dropout)
+        return attention.out_proj(out.transpose(1, 2).flatten(2)), None
+
+    def _mask(self, rows: int, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """torch's two masks, whose True means hidden, as one additive mask (1 or rows, 1 or H, 1 or N, S)."""
+        dtype = self.attention.in_proj_weight.dtype
+        padding, mask = (
+            m if m is None or m.is_floating_point() else torch.zeros_like(m, dtype=dtype).masked_fill(m, -torch.inf)
+            for m in (padding, mask)
+        )
+        if mask is not None:
+            mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (-1, self.attention.num_heads))
+        if padding is None:
+            return mask
+        padding = padding.repeat(rows // len(padding), 1)[:, None, None]  # built before the streams parted
+        return padding if mask is None else padding + mask
+
+
 class GenericSeam(Seam):
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         calls = []
@@ -209,6 +255,8 @@ def seam_class(module: nn.Module) -> type[Seam] | None:
         return TransformersSeam
     if (type(module).__module__, type(module).__name__) in _TIMM:
         return TimmSeam
+    if type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim and module.bias_k is None:
+        return TorchSeam
     return GenericSeam if "scaled_dot_product_attention" in names else None
 
 

@@ -42,10 +42,11 @@ def expand(
     if modulator not in MODULATORS:
         raise ValueError(f"modulator must be one of {list(MODULATORS)}, got {modulator!r}")
     _refuse_wrapped(model_or_backbone)
-    backbone = _backbone(model_or_backbone)
+    backbone, heads = _parts(model_or_backbone)
     if adapters(backbone):
         raise RuntimeError(f"{type(backbone).__name__} is expanded already: call dtme.collapse(model) first")
-    tasks = tuple(getattr(model_or_backbone, "heads", None) or plan.tasks)
+    # a head that was not analysed runs in the stream it shares with every task that has no modules
+    tasks = heads or plan.tasks
     if unknown := [task for task in plan.tasks if task not in tasks]:
         raise ValueError(f"plan names the unknown task {unknown[0]!r}; the model has heads for {list(tasks)}")
     blocks = _blocks_of(backbone, plan)
@@ -72,7 +73,7 @@ def collapse(model_or_backbone: nn.Module) -> Any:
     Raises:
         RuntimeError: it is not expanded.
     """
-    backbone = _backbone(model_or_backbone)
+    backbone, _ = _parts(model_or_backbone)
     streams: Streams | None = getattr(backbone, "_dtme", None)
     if streams is None:
         raise RuntimeError(f"{type(backbone).__name__} is not expanded: there is nothing to collapse")
@@ -87,10 +88,11 @@ def adapters(backbone: nn.Module) -> list[BlockAdapter]:
     return [module for module in backbone.modules() if isinstance(module, BlockAdapter)]
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The backbone and the tasks that have heads; a bare backbone has none."""
     from .model import MultiTaskModel
 
-    return model.backbone if isinstance(model, MultiTaskModel) else model
+    return (model.backbone, model.tasks) if isinstance(model, MultiTaskModel) else (model, ())
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -121,14 +121,8 @@ def test_llama_equals_a_prefix_in_its_key_value_cache():
             ),
             "SwinTransformerBlock",
         ),
-        (
-            lambda: nn.TransformerEncoder(
-                nn.TransformerEncoderLayer(WIDTH, 3, 48, batch_first=True), 2, enable_nested_tensor=False
-            ),
-            "found none",
-        ),
     ],
-    ids=["transformers Swin", "timm Swin", "nn.TransformerEncoder"],
+    ids=["transformers Swin", "timm Swin"],
 )
 def test_task_tokens_are_refused_by_name_but_modulation_works(make, says):
     backbone = make().double().eval()
@@ -226,3 +220,47 @@ def test_analysis_sees_through_timms_own_checkpointing(train_mode):
     got = dtme.analyze(model, loader, losses, train_mode=train_mode, progress=False)
     assert torch.equal(got.range_counts, want.range_counts) and torch.equal(got.null_counts, want.null_counts)
     assert not loader[0][0].requires_grad
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("masks", ["none", "padding", "causal and padding"])
+def test_torchs_own_encoder_equals_concatenation(norm_first, masks):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 3, 48, 0.0, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().eval()
+    x, hidden = torch.randn(3, 5, WIDTH).double(), torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    options = {} if masks == "none" else {"src_key_padding_mask": hidden}
+    if "causal" in masks:
+        options["mask"] = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    names, tasks = ("layers.0", "layers.1"), ("a", "b")
+    added = randomised(encoder, dtme.ExpansionPlan(tasks, 2, {names[0]: tasks}, {names[0]: ("a",), names[1]: tasks}))
+    out = dtme.split(encoder(x, **options), tasks)
+    dtme.collapse(encoder)
+    longer = {"src_key_padding_mask": nn.functional.pad(hidden, (0, 2))} if options else {}
+    if "mask" in options:
+        longer["src_mask"] = nn.functional.pad(options["mask"], (0, 2, 0, 2))
+    for task in tasks:
+        y = x
+        for name, block in zip(names, encoder.layers, strict=True):
+            w, b, tokens = (added.get(f"{name}.dtme.{kind}.{task}") for kind in ("weight", "bias", "tokens"))
+            y = y if w is None else y * w + b
+            if tokens is None:
+                short = {"src_key_padding_mask": options.get("src_key_padding_mask"), "src_mask": options.get("mask")}
+                y = block(y, **short)
+            else:
+                y = block(torch.cat([y, tokens.expand(3, -1, -1)], 1), **longer)[:, :5]
+        torch.testing.assert_close(out[task], y, rtol=1e-10, atol=1e-10)
+
+
+def test_torchvisions_vit_equals_concatenation():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(32, 8, 2, 3, WIDTH, 48, num_classes=4).double().eval()
+    blocks = list(find_blocks(vit))
+    tasks, x = ("a", "b"), torch.randn(2, 3, 32, 32).double()
+    added = randomised(vit, dtme.ExpansionPlan(tasks, 2, {blocks[0]: tasks}, {blocks[0]: ("a",), blocks[1]: tasks}))
+    out = dtme.split(vit(x), tasks)
+    dtme.collapse(vit)
+    for task in tasks:
+        with concatenated(vit, added, task):
+            torch.testing.assert_close(out[task], vit(x), rtol=1e-10, atol=1e-10)
