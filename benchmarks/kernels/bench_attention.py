@@ -17,9 +17,13 @@ def concatenated(query, key, value, task_key, task_value):
     return F.scaled_dot_product_attention(query.flatten(0, 1), keys, values).view_as(query)
 
 
+RIVALS = {"concatenated": concatenated, "ours": expanded_attention}
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
-@pytest.mark.parametrize("rival", [concatenated, expanded_attention], ids=["concatenated", "ours"])
-def test_attention(benchmark, shape, rival, backward):
+@pytest.mark.parametrize("name", RIVALS)
+def test_attention(benchmark, shape, name, backward):
+    rival = RIVALS[name]
     head = shape.channels // shape.heads
     shared = [torch.randn(shape.tasks, shape.images, shape.heads, shape.tokens, head) for _ in range(3)]
     task = [torch.randn(shape.tasks, shape.heads, shape.task_tokens, head) for _ in range(2)]
