@@ -15,6 +15,7 @@ from .plan import check_tasks
 from .streams import Streams, choose, layout, sources, tasks
 from .trees import map_tensors
 
+Heads = Mapping[str, nn.Module] | nn.ModuleDict
 Features = Callable[[nn.Module, Any], Any]
 
 
@@ -32,11 +33,9 @@ class MultiTaskModel(nn.Module):
         ValueError: no heads, a task name that cannot name a parameter, or unknown ``features``.
     """
 
-    def __init__(
-        self, backbone: nn.Module, heads: Mapping[str, nn.Module], features: str | Features = "tokens"
-    ) -> None:
+    def __init__(self, backbone: nn.Module, heads: Heads, features: str | Features = "tokens") -> None:
         super().__init__()
-        if not isinstance(heads, Mapping):
+        if not isinstance(heads, (Mapping, nn.ModuleDict)):
             raise TypeError(f"heads must map task names to modules, got {type(heads).__name__}")
         check_tasks(list(heads))
         if isinstance(features, str) and features not in ("tokens", "cls"):
@@ -129,7 +128,7 @@ class MultiTaskModel(nn.Module):
         cls,
         path: str | os.PathLike[str],
         backbone: nn.Module,
-        heads: Mapping[str, nn.Module],
+        heads: Heads,
         features: str | Features | None = None,
     ) -> "MultiTaskModel":
         """Rebuild what ``save_pretrained`` wrote, around a backbone and heads of the same architecture.

@@ -15,7 +15,7 @@ from .files import load_json, save_json, write_beside
 from .plan import ExpansionPlan
 
 if TYPE_CHECKING:
-    from .model import MultiTaskModel
+    from .model import Heads, MultiTaskModel
 
 KIND = "dtme.MultiTaskModel"
 CONFIG, WEIGHTS = "dtme_config.json", "model.safetensors"
@@ -52,7 +52,7 @@ def load(
     cls: "type[MultiTaskModel]",
     path: str | os.PathLike[str],
     backbone: nn.Module,
-    heads: Mapping[str, nn.Module],
+    heads: "Heads",
     features: Any,
 ) -> "MultiTaskModel":
     config, tensors = _read(Path(path))

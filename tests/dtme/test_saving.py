@@ -34,7 +34,7 @@ def test_expansion_only_is_small_and_goes_into_the_same_pretrained_model(build, 
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "added")]
     assert sizes[1] < sizes[0] / 5
     pretrained, _ = build()
-    again = dtme.MultiTaskModel.from_pretrained(tmp_path / "added", pretrained.backbone, dict(pretrained.heads)).eval()
+    again = dtme.MultiTaskModel.from_pretrained(tmp_path / "added", pretrained.backbone, pretrained.heads).eval()
     assert same_predictions(model(x), again(x))
 
 
