@@ -41,7 +41,7 @@ class MultiTaskModel(nn.Module):
         if isinstance(features, str) and features not in ("tokens", "cls"):
             raise ValueError(f"features must be 'tokens', 'cls' or a function, got {features!r}")
         self.backbone = backbone
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict(dict(heads.items()))
         self.features = features
 
     @property
