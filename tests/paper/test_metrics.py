@@ -73,7 +73,7 @@ CASES = {
     "mean angle": ("normals", NormalsError, angle),
     "edge F": ("edges", EdgeF, edge_f),
     "edge F, same pixel": ("edges", lambda: EdgeF(0), lambda p, y: edge_f(p, y, 0)),
-    "edge F, other threshold": ("edges", lambda: EdgeF(1, 0.8), lambda p, y: edge_f(p - math.log(4), y)),
+    "edge F, other threshold": ("edges", lambda: EdgeF(1, 0.3), lambda p, y: edge_f(p - math.log(3 / 7), y)),
     "maxF": ("saliency", MaxF, max_f),
     "maxF, InvPT": ("saliency", lambda: MaxF("invpt"), lambda p, y: max_f(p, y, True)),
 }
