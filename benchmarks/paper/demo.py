@@ -7,6 +7,7 @@ expanded and once not. Whatever comes out is printed.
 import argparse
 import copy
 import itertools
+import math
 import os
 import time
 from pathlib import Path
@@ -121,14 +122,16 @@ def load_scenes(split: str, args: argparse.Namespace, size: int, device: torch.d
 def comparison(scores: dict[str, dict[str, float]], steps: int) -> str:
     """The table of held-out metrics; Δm is against the run that was not expanded, not against single-task models."""
     joint, plain, expanded = (scores[name] for name in ("joint", "not expanded", "expanded"))
-    total, terms = delta_m(expanded, plain, LOWER_IS_BETTER)
+    # a model that hardly trained may find no edge at all, and nothing can be relative to 0
+    known = [task for task in joint if plain[task] and math.isfinite(plain[task])]
+    total, terms = delta_m({t: expanded[t] for t in known}, {t: plain[t] for t in known}, LOWER_IS_BETTER)
     rows = [["task", "metric", "joint", "not expanded", "expanded", "difference", "Δm"]]
-    for task, term in terms.items():
-        info = TASKS[task]
+    for task in joint:
+        info, term = TASKS[task], f"{terms[task]:+.2f} %" if task in terms else "–"
         metric = f"{info.metric} {info.unit} {'↓' if info.lower_is_better else '↑'}"
         values = [f"{score[task]:.3f}" for score in (joint, plain, expanded)]
-        rows.append([task, metric, *values, f"{expanded[task] - plain[task]:+.3f}", f"{term:+.2f} %"])
-    rows.append(["mean", "", "", "", "", "", f"{total:+.2f} %"])
+        rows.append([task, metric, *values, f"{expanded[task] - plain[task]:+.3f}", term])
+    rows.append(["mean", "", "", "", "", "", f"{total:+.2f} %" if len(known) == len(joint) else "–"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [
         [f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows
