@@ -1,5 +1,7 @@
 """What every public function asks of its tensors. No device is touched: shapes, dtypes and devices only."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,14 @@ def check_shape(name: str, tensor: Tensor, symbols: str, expected: tuple[int, ..
     """``weight must be (T, p) = (4, 192), got (4, 191)``."""
     if tensor.shape != expected:
         raise ValueError(f"{name} must be {symbols} = {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def check_number(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """A real number in [low, high); NaN is in no range."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {value}")
 
 
 def check_dtypes(**tensors: Tensor) -> None:

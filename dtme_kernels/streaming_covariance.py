@@ -1,6 +1,6 @@
 """The second moments of a whole data set, one batch at a time (Eq. 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,11 @@ class StreamingCovariance:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         for name, size in (("num_features", num_features), ("num_layers", num_layers)):
-            if size is not None and size < 1:
+            if size is None and name == "num_layers":
+                continue
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {size!r}")
+            if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         layers = () if num_layers is None else (num_layers,)
         self.accumulator = torch.zeros(*layers, num_features, num_features, device=device, dtype=dtype)
@@ -125,10 +129,11 @@ class StreamingCovariance:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``. Raises ValueError, with nothing loaded, where it does not fit."""
-        if state.keys() != {"accumulator", "num_samples", "num_tokens"}:
-            raise ValueError(f"state must hold accumulator, num_samples and num_tokens, got {sorted(state)}")
+        if not isinstance(state, Mapping) or state.keys() != {"accumulator", "num_samples", "num_tokens"}:
+            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must hold accumulator, num_samples and num_tokens, got {got}")
         accumulator, counts = state["accumulator"], (state["num_samples"], state["num_tokens"])
-        shape = tuple(getattr(accumulator, "shape", ()))
+        shape = tuple(accumulator.shape) if isinstance(accumulator, Tensor) else type(accumulator).__name__
         if shape != self.accumulator.shape:
             raise ValueError(f"state['accumulator'] must be {tuple(self.accumulator.shape)}, got {shape}")
         if not all(isinstance(count, int) and count >= 0 for count in counts):

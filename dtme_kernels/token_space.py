@@ -1,10 +1,13 @@
 """The token space of a block, split into range and null space (Eq. 1-3)."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .registry import DISPATCH_KEYS
 
 __all__ = ["TokenSpace", "split_token_space"]
 
@@ -44,7 +47,7 @@ class TokenSpace:
         return self.rank
 
 
-def split_token_space(covariance: Tensor, ratio: float = 100.0) -> TokenSpace:
+def split_token_space(covariance: Tensor, ratio: float = 100.0, *, impl: str = "auto") -> TokenSpace:
     """Split the token space where the leading eigenvalues outweigh the rest ``ratio`` times.
 
     ``C = U diag(l) U^T``; m counts the leading k with ``(l_1 + ... + l_k) / (l_k+1 + ... + l_p) < ratio`` (Eq. 3),
@@ -53,14 +56,21 @@ def split_token_space(covariance: Tensor, ratio: float = 100.0) -> TokenSpace:
     Args:
         covariance: (p, p) or (D, p, p), symmetric, p >= 2, float32 or float64.
         ratio: r > 0, energy of the range space over energy of the null space.
+        impl: ``"auto"`` or ``"reference"``, the same here: the eigen-decomposition is torch's.
 
     Returns:
         ``TokenSpace`` in the dtype of ``covariance``.
 
     Raises:
         TypeError: ``covariance`` is not a float32 or float64 tensor.
-        ValueError: not square, p < 2, not symmetric, NaN or Inf (the layers are named); ``ratio`` is not positive.
+        ValueError: not square, p < 2, not symmetric, NaN or Inf (the layers are named); ``ratio`` is not positive;
+            ``impl`` is unknown.
+        RuntimeError: ``impl`` is ``"triton"`` or ``"cpp"``.
     """
+    if impl not in ("auto", *DISPATCH_KEYS):
+        raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
+    if impl not in ("auto", "reference"):
+        raise RuntimeError(f"impl={impl!r} cannot run split_token_space: it has no kernel of its own")
     _check(covariance, ratio)
     symmetric = covariance.detach().double()
     values, vectors = torch.linalg.eigh((symmetric + symmetric.mT) / 2)
@@ -84,6 +94,8 @@ def _check(covariance: Tensor, ratio: float) -> None:
     shape = tuple(covariance.shape)
     if len(shape) not in (2, 3) or shape[-1] != shape[-2] or shape[-1] < 2:
         raise ValueError(f"covariance must be (p, p) or (D, p, p) with p >= 2, got {shape}")
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(f"ratio must be a number, got {ratio!r}")
     if not ratio > 0:
         raise ValueError(f"ratio must be > 0, got {ratio}")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_dtypes, check_shape, check_tensors
+from ..checks import check_dtypes, check_number, check_shape, check_tensors
 from ..modulation import check_modulation, check_norm
 from ..registry import autocast_enabled
 from . import op
@@ -57,8 +57,9 @@ def expanded_attention(
         _check_mask(attn_mask, query, key)
         if is_causal:
             raise ValueError("is_causal must be False with an attn_mask")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    check_number("dropout_p", dropout_p, 0, 1)
+    if scale is not None:
+        check_number("scale", scale, float("-inf"))
     args = (query, key, value, task_key, task_value, attn_mask, bool(is_causal), scale)
     if dropout_p:
         return op.expanded_attention("reference" if impl == "auto" else impl, *args, dropout_p)
@@ -123,6 +124,9 @@ def modulate_concat_attention(
         raise TypeError(f"num_heads must be an int, got {num_heads!r}")
     if num_heads < 1 or p % num_heads:
         raise ValueError(f"num_heads must divide p = {p}, got {num_heads}")
+    check_number("eps", eps, 0)
+    if scale is not None:
+        check_number("scale", scale, float("-inf"))
     tensors = (tokens, weight, bias, task_tokens, norm_weight, norm_bias, qkv_weight, qkv_bias)
     return op.modulate_concat_attention(impl, *tensors, num_heads, float(eps), scale)
 

@@ -29,7 +29,8 @@ def expanded_attention(
         _join_mask(query, key, task_key, attn_mask, is_causal),
         dropout_p,
         scale=scale,
-        enable_gqa=query.shape[-3] != key.shape[-3],
+        # a branch, not the comparison itself: under dynamic shapes that is symbolic, and a bool is wanted
+        enable_gqa=True if query.shape[-3] != key.shape[-3] else False,  # noqa: SIM210
     )
     return out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(0, query.shape[:-3])
 

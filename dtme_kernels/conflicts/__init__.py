@@ -19,7 +19,8 @@ def count_conflicts(
     With ``h_i = U^T g_i``, i and j conflict in the range space where ``sum_{c < m} h_i[c] h_j[c] <= 0`` and in the null
     space where the sum over ``c >= m`` is. A (token, pair) is valid where both gradients have a non-zero entry and
     neither a NaN or Inf. Dots are taken in float32 (float64 for float64), matrix products as exact as
-    ``torch.get_float32_matmul_precision()`` says; no magnitude over- or underflows.
+    ``torch.get_float32_matmul_precision()`` says, of gradients scaled to about 1: their
+    magnitude neither over- nor underflows. In a basis with NaN or Inf no pair is valid.
 
     Args:
         grads: (K, ..., p), K >= 2 tasks, floating point, any strides. No token at all is fine.

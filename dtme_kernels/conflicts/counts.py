@@ -23,7 +23,7 @@ class ConflictCounts:
     null: Tensor
     valid: Tensor
     tokens: int
-    nonfinite_pairs: Tensor
+    nonfinite_pairs: Tensor | int = 0
 
     @property
     def nonfinite(self) -> int:

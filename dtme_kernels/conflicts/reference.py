@@ -14,6 +14,7 @@ def count_conflicts(
     num_tasks, p = grads.shape[0], grads.shape[-1]
     wide = torch.promote_types(grads.dtype, torch.float32)
     basis = basis.to(wide)
+    usable = basis.isfinite().all()  # no pair can be compared in a basis of NaN
     first, second = _pairs(num_tasks, grads.device)
     counts = torch.zeros(4, len(first), dtype=torch.int64, device=grads.device)
     grads = grads if grads.dim() > 2 else grads.unsqueeze(1)
@@ -23,7 +24,7 @@ def count_conflicts(
         # an exact power of two near the peak: no dot product under- or overflows, and none changes sign
         scale = torch.where(peak == 0, 1, peak / (2 * peak.frexp().mantissa))
         range_dots, null_dots = _pair_dots(g / scale.unsqueeze(-1) @ basis, rank)
-        finite = peak.isfinite()[first] & peak.isfinite()[second]
+        finite = peak.isfinite()[first] & peak.isfinite()[second] & usable
         valid = finite if count_zero_gradients else finite & (peak[first] > 0) & (peak[second] > 0)
         counts += torch.stack([(range_dots <= 0) & valid, (null_dots <= 0) & valid, valid, ~finite]).sum(-1)
     range_, null, valid, nonfinite = counts

@@ -47,8 +47,8 @@ def token_covariance_(accumulator: Tensor, tokens: Tensor | Sequence[Tensor], *,
         ``accumulator``. It stays exactly symmetric.
 
     Raises:
-        TypeError: ``accumulator`` is not float32 or float64; tokens are not floating-point tensors, are float64 with a
-            float32 accumulator, or are a sequence with a (p, p) accumulator or the reverse.
+        TypeError: ``accumulator`` is not float32 or float64; tokens are not floating-point tensors, or are a sequence
+            with a (p, p) accumulator or the reverse.
         ValueError: a shape or device does not match, the accumulator requires grad or overlaps itself; ``impl`` is
             unknown.
         RuntimeError: the named ``impl`` cannot run here; the message says why.
@@ -94,6 +94,4 @@ def _check_layers(accumulator: Tensor, tokens: Tensor | Sequence[Tensor]) -> lis
         _check_channels(name, x)
         if x.shape[-1] != p:
             raise ValueError(f"{name} must be (..., p) with p = {p} like accumulator, got {tuple(x.shape)}")
-        if x.dtype == torch.float64 != accumulator.dtype:
-            raise TypeError(f"{name} is float64 and needs a float64 accumulator, got {accumulator.dtype}")
     return [x.detach() for x in layers.values()]

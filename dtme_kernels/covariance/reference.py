@@ -18,6 +18,7 @@ def token_covariance_backward(grad: Tensor, tokens: Tensor) -> Tensor:
     return (rows @ (grad + grad.mT)).to(tokens.dtype).reshape(tokens.shape)
 
 
+@torch.no_grad()
 def token_covariance_(accumulator: Tensor, tokens: list[Tensor]) -> None:
     """C_d += sum over tokens of x x^T, for every layer d."""
     for layer, x in zip(accumulator.view(-1, *accumulator.shape[-2:]), tokens, strict=True):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..checks import check_dtypes, check_shape, check_tensors
+from ..checks import check_dtypes, check_number, check_shape, check_tensors
 from . import op
 
 __all__ = ["modulate", "modulate_layer_norm"]
@@ -59,6 +59,7 @@ def modulate_layer_norm(
     """
     check_modulation(tokens, weight, bias)
     check_norm(tokens, norm_weight, norm_bias)
+    check_number("eps", eps, 0)
     return op.modulate_layer_norm(impl, tokens, weight, bias, norm_weight, norm_bias, float(eps))
 
 

@@ -315,3 +315,23 @@ def test_block_gradients(impl):
 def test_bad_block(change, error, says):
     with pytest.raises(error, match=says):
         modulate_concat_attention(**block() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"scale": "x"}, TypeError), ({"dropout_p": "x"}, TypeError), ({"dropout_p": 1.0}, ValueError)],
+)
+def test_numbers_are_numbers(change, error):
+    shared, task = [torch.randn(2, 3, 4, 5, 8) for _ in range(3)], [torch.randn(2, 4, 2, 8) for _ in range(2)]
+    with pytest.raises(error, match=next(iter(change))):
+        expanded_attention(*shared, *task, **change)
+
+
+def test_reference_compiles_with_dynamic_shapes():
+    shared, task = [torch.randn(2, 3, 4, 5, 8) for _ in range(3)], [torch.randn(2, 4, 2, 8) for _ in range(2)]
+
+    def run(*tensors):
+        return expanded_attention(*tensors, impl="reference")
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*shared, *task), run(*shared, *task))

@@ -262,3 +262,9 @@ G, U = make(3, 7, 5), make(5, 5)
 def test_bad_input(function, grads, basis, rank, error, says):
     with pytest.raises(error, match=says):
         function(grads, basis, rank)
+
+
+def test_a_basis_that_is_not_finite_makes_every_pair_invalid():
+    counts = count_conflicts(torch.randn(3, 9, 4), torch.full((4, 4), float("nan")), 2)
+    assert not counts.valid.any() and not counts.range.any() and counts.nonfinite == 27
+    assert math.isnan(counts.rate("range"))

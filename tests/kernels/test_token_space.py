@@ -154,3 +154,14 @@ def asymmetric(p=4):
 def test_bad_input(covariance, ratio, error, says):
     with pytest.raises(error, match=says):
         split_token_space(covariance, ratio)
+
+
+def test_impl_and_ratio_are_checked():
+    space = split_token_space(torch.eye(3), impl="reference")
+    assert torch.equal(space.basis, split_token_space(torch.eye(3)).basis)
+    with pytest.raises(RuntimeError, match="triton"):
+        split_token_space(torch.eye(3), impl="triton")
+    with pytest.raises(ValueError, match="impl must be"):
+        split_token_space(torch.eye(3), impl="fast")
+    with pytest.raises(TypeError, match="ratio must be a number"):
+        split_token_space(torch.eye(3), "x")
