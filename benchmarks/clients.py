@@ -1,4 +1,4 @@
-"""transformers and timm import torchvision, and PyPI's is a CUDA build that fails beside a CPU build of torch."""
+"""transformers and timm import torchvision, whose published build wants CUDA and fails beside a CPU build of torch."""
 
 import sys
 from importlib.util import find_spec
