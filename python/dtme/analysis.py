@@ -16,7 +16,7 @@ from .capture import BlockInputs, unchanged
 from .model import MultiTaskModel
 from .plan import check_tasks
 from .report import ConflictReport, stack_if_equal
-from .streams import Layout, layout, sources
+from .streams import Layout, layout, sources, unfold
 from .trees import map_tensors, tensors, to_device
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -128,7 +128,7 @@ class _Analysis:
         """(T * B, ..., p), T streams → (B, n, p): all tokens the image has in this block."""
         tokens = tokens.flatten(1, -2)
         num_streams = len(self._streams(block))
-        return tokens.unflatten(0, (num_streams, -1)).transpose(0, 1).flatten(1, 2) if num_streams > 1 else tokens
+        return unfold(tokens, num_streams).transpose(0, 1).flatten(1, 2) if num_streams > 1 else tokens
 
     def _forward(self, batch: Any) -> None:
         if isinstance(self.losses, Mapping):
@@ -171,14 +171,15 @@ class _Analysis:
             self.inputs.check(inputs)
             tokens = [inputs[name] for name in self.names]
             gradients = self._gradients(tokens, outputs, seeds)
-        nonfinite = []
+        nonfinite: list[Tensor] = []
         for d, name in enumerate(self.names):
             basis, _, rank = spaces[name]
             counts = count_conflicts(gradients[d], basis, rank, count_zero_gradients=self.zero)
+            nonfinite.append(torch.as_tensor(counts.nonfinite_pairs))
             self.counts[d] = counts if self.counts[d] is None else self.counts[d] + counts  # type: ignore[operator]
-            nonfinite.append(counts.nonfinite)
-        if any(nonfinite):
-            d = next(i for i in reversed(range(len(nonfinite))) if nonfinite[i])
+        bad_blocks = torch.stack(nonfinite).nonzero().flatten().tolist()  # the one wait for the device
+        if bad_blocks:
+            d = bad_blocks[-1]  # nearest to the loss, where it began
             finite = gradients[d].isfinite().flatten(1).all(1).tolist()
             bad = [task for task, fine in zip(self.tasks, finite, strict=True) if not fine]
             raise ValueError(
@@ -250,7 +251,7 @@ class _Analysis:
                     found.append(tokens[d].new_zeros((len(self.tasks), *size)))
                 if gradient is not None:
                     own = sources(streams, ((task,),))[0] if len(streams) > 1 else 0
-                    found[d][i] = gradient.unflatten(0, (len(streams), -1))[own]
+                    found[d][i] = unfold(gradient, len(streams))[own]
         return found
 
     def _streams(self, block: str) -> Layout:

@@ -21,22 +21,24 @@ def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | N
         ValueError: nothing found, a name or module that ``backbone`` does not have or that is given twice, or a block
             whose tokens are not batch first.
     """
-    if blocks is None:
-        found = _detect(backbone)
-        check_batch_first(found)
-        if not found:
-            raise ValueError(
-                f"no transformer blocks were recognised in {type(backbone).__name__}: name them, for example "
-                "blocks='encoder.layers'"
-            )
-        return found
+    found = _detect(backbone) if blocks is None else _named(backbone, blocks)
+    if not found:
+        raise ValueError(
+            f"no transformer blocks were recognised in {type(backbone).__name__}: name them, for example "
+            "blocks='encoder.layers'"
+        )
+    check_batch_first(found)
+    return found
+
+
+def _named(backbone: nn.Module, blocks: str | Sequence[str | nn.Module]) -> dict[str, nn.Module]:
     modules = {name: module for name, module in backbone.named_modules() if name}
     if isinstance(blocks, str):
         if blocks not in modules:
             raise ValueError(f"blocks={blocks!r} is not a module of {type(backbone).__name__}")
-        found = {f"{blocks}.{name}": child for name, child in modules[blocks].named_children()}
-        check_batch_first(found)
-        return found or {blocks: modules[blocks]}
+        return {f"{blocks}.{name}": child for name, child in modules[blocks].named_children()} or {
+            blocks: modules[blocks]
+        }
     if not isinstance(blocks, Sequence):
         raise TypeError(f"blocks must be None, a path, or a sequence of names or modules, got {type(blocks).__name__}")
     names = {id(module): name for name, module in modules.items()}
@@ -47,9 +49,7 @@ def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | N
             raise ValueError(f"blocks names {shown}, which is not a module of {type(backbone).__name__}")
     if not wanted or len(set(wanted)) != len(wanted):
         raise ValueError(f"blocks must name one or more different blocks, got {wanted}")
-    found = {name: modules[name] for name in wanted if name is not None}
-    check_batch_first(found)
-    return found
+    return {name: modules[name] for name in wanted if name is not None}
 
 
 def check_batch_first(blocks: Mapping[str, nn.Module]) -> None:

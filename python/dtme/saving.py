@@ -28,8 +28,7 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
     streams = getattr(model.backbone, "_dtme", None)
     if expansion_only and streams is None:
         raise RuntimeError("expansion_only=True needs an expanded model: call dtme.expand first")
-    state = {name: value for name, value in model.state_dict().items() if not expansion_only or ".dtme." in name}
-    tensors, aliases = _without_aliases(state)
+    tensors, aliases = _without_aliases(_state(model, expansion_only))
     config: dict[str, Any] = {
         "save": uuid.uuid4().hex,
         "tasks": list(model.tasks),
@@ -58,7 +57,7 @@ def load(
     config, tensors = _read(Path(path))
     if features is None and config["features"] is None:
         raise ValueError(f"{path} was saved with a function for features: give from_pretrained(..., features=function)")
-    if list(heads) != config["tasks"] and set(heads) != set(config["tasks"]):
+    if set(heads) != set(config["tasks"]):
         raise ValueError(f"{path} holds the tasks {config['tasks']}, but heads are for {list(heads)}")
     if any(tensor.is_meta for module in (backbone, *heads.values()) for tensor in module.parameters()):
         raise ValueError("backbone and heads must hold real tensors, not meta ones: call to_empty(device=...) first")
@@ -102,9 +101,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
+def _state(model: nn.Module, expansion_only: bool) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if not expansion_only or ".dtme." in name}
+
+
 def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expansion_only: bool) -> None:
     """Every tensor of the model, or of its expansion, must be there in its shape; nothing else may."""
-    state = {name: value for name, value in model.state_dict().items() if not expansion_only or ".dtme." in name}
+    state = _state(model, expansion_only)
     for name, value in state.items():
         if name not in tensors:
             raise ValueError(f"{path} lacks {name!r}: it was saved from another architecture")

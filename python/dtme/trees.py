@@ -36,11 +36,3 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 def to_device(tree: Any, device: torch.device) -> Any:
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), tree)
-
-
-def batch_size(tree: Any) -> int:
-    """Images (rows) of a model's input: the leading size of its first tensor."""
-    for tensor in tensors(tree):
-        if tensor.ndim:
-            return tensor.shape[0]
-    raise TypeError(f"x must hold at least one tensor with a batch dimension, got {type(tree).__name__}")
