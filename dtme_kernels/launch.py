@@ -1,0 +1,71 @@
+"""What every Triton launcher asks: may it run here, on which device, over which rows. Imports torch only."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Limits(NamedTuple):
+    """Of one device: how many programs it runs side by side, and the shared memory that one of them may take."""
+
+    multiprocessors: int
+    shared_memory: int
+
+
+# for tensors on no GPU, in Triton's interpreter: an H200
+_DEFAULT_LIMITS = Limits(132, 227 * 1024)
+
+
+def limits(device: torch.device) -> Limits:
+    if device.type != "cuda":
+        return _DEFAULT_LIMITS
+    properties = torch.cuda.get_device_properties(device)
+    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, in NumPy on the CPU. Triton reads the variable when imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def cannot_run(*tensors: Tensor) -> str | None:
+    """Why Triton kernels cannot run on these tensors, or None where they can."""
+    if any(x.dtype == torch.float64 for x in tensors):
+        return "the kernels compute in float32; float64 is the reference's"
+    device = tensors[0].device.type
+    if device != ("cpu" if interpreted() else "cuda"):
+        return f"Triton kernels run on CUDA tensors (on the CPU with TRITON_INTERPRET=1), got {device} tensors"
+    return None
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of ``tensor``."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def collapse(tensor: Tensor, keep: int = 0) -> Tensor:
+    """(*kept, ..., p) -> (*kept, outer, inner, p): a view where two strides can address all tokens, else a copy.
+
+    Kernels then find a token at ``(i // inner) * stride_outer + (i % inner) * stride_inner``.
+    """
+    *sizes, p = tensor.shape[keep:]
+    merged = [(1, 0)]
+    for size, stride in zip(sizes, tensor.stride()[keep:-1], strict=True):
+        if size == 1:
+            continue
+        last_size, last_stride = merged[-1]
+        if last_size == 1:
+            merged[-1] = (size, stride)
+        elif last_stride == size * stride:
+            merged[-1] = (last_size * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return collapse(tensor.contiguous(), keep)
+    outer, inner = merged if len(merged) == 2 else [(1, 0), *merged]
+    shape = (*tensor.shape[:keep], outer[0], inner[0], p)
+    strides = (*tensor.stride()[:keep], outer[1], inner[1], tensor.stride(-1))
+    return tensor.as_strided(shape, strides)
