@@ -49,6 +49,8 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 def collapse(tensor: Tensor, keep: int = 0) -> Tensor:
     """(*kept, ..., p) -> (*kept, outer, inner, p): a view where two strides can address all tokens, else a copy.
 
+    Also a copy where the channels of one token lie further apart than 32 bits count.
+
     Kernels then find a token at ``(i // inner) * stride_outer + (i % inner) * stride_inner``.
     """
     *sizes, p = tensor.shape[keep:]
@@ -63,9 +65,14 @@ def collapse(tensor: Tensor, keep: int = 0) -> Tensor:
             merged[-1] = (last_size * size, stride)
         else:
             merged.append((size, stride))
-    if len(merged) > 2:
+    if len(merged) > 2 or p * tensor.stride(-1) >= 2**31:
         return collapse(tensor.contiguous(), keep)
     outer, inner = merged if len(merged) == 2 else [(1, 0), *merged]
     shape = (*tensor.shape[:keep], outer[0], inner[0], p)
     strides = (*tensor.stride()[:keep], outer[1], inner[1], tensor.stride(-1))
     return tensor.as_strided(shape, strides)
+
+
+def in_reach(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy where 32 bits cannot count from its first to its last element."""
+    return matrix if sum(n * s for n, s in zip(matrix.shape, matrix.stride(), strict=True)) < 2**31 else matrix.contiguous()

@@ -1,11 +1,15 @@
 """The operators of ``torch.ops.dtme``: one library, and one table of implementations read by ``impl=`` and by info."""
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .launch import cannot_run
 
 library = torch.library.Library("dtme", "DEF")
 
@@ -40,8 +44,11 @@ class Operator:
         self.low_precision = low_precision
         self.composite = composite
         self.implementations: dict[str, Callable[..., Any]] = {}
+        self.gradient: tuple[Callable[..., None], Callable[..., Any], Operator] | None = None
+        self.unsupported: Callable[..., str | None] = cannot_run
         library.define(schema)
-        self.overload = getattr(torch.ops.dtme, self.name).default
+        name, _, overload = self.name.partition(".")
+        self.overload = getattr(getattr(torch.ops.dtme, name), overload or "default")
         if composite:
             library.impl(self.name, composite, "CompositeImplicitAutograd")
             self.implementations["reference"] = reference
@@ -57,13 +64,39 @@ class Operator:
         library.impl(self.name, function, DISPATCH_KEYS[impl])
         self.implementations[impl] = function
 
+    def implement_triton(self, module: str, unsupported: Callable[..., str | None]) -> None:
+        """Give CUDA tensors to the function of this name in ``module``, which is imported, with Triton, when one comes.
+
+        Args:
+            module: full name.
+            unsupported: of the arguments: why the kernel cannot run on them, or None. The dispatcher then runs the
+                reference, and ``impl="triton"`` raises.
+        """
+        name, reference = self.name.partition(".")[0], self.implementations["reference"]
+
+        def kernel(*args: Any) -> Any:
+            return getattr(import_module(module), name)(*args)
+
+        if find_spec("triton") is not None:
+            self.implement("triton", lambda *args: (reference if unsupported(*args) else kernel)(*args))
+            self.implementations["triton"], self.unsupported = kernel, unsupported
+
     def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any], once: "Operator") -> None:
-        """Register the gradient; ``once`` is the operator that ``backward`` calls, which has no gradient of its own."""
+        """Register the gradient.
+
+        Args:
+            setup: saves in ``ctx`` what the backward needs, of inputs and output.
+            backward: ``backward(call, ctx, *grads)`` returns the gradients of the inputs, by one ``call``.
+            once: the operator that this call is, in the implementation of the forward. It has no gradient of its own.
+        """
 
         def refuse(ctx: Any, *grads: Tensor) -> None:
             raise RuntimeError(f"dtme::{self.name} is differentiable once; impl='reference' as often as torch is")
 
-        torch.library.register_autograd(f"dtme::{self.name}", backward, setup_context=setup, lib=library)
+        self.gradient = setup, backward, once
+        torch.library.register_autograd(
+            f"dtme::{self.name}", partial(backward, once.overload), setup_context=setup, lib=library
+        )
         torch.library.register_autograd(f"dtme::{once.name}", refuse, lib=library)
 
     def missing(self, impl: str) -> str | None:
@@ -91,7 +124,12 @@ class Operator:
             raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
         if self.composite:
             return self.implementations[impl](*args)
-        return self._outside_autocast(self.implementations[impl], args[0].device.type, args)
+        if impl == "triton" and (why := self.unsupported(*args)):
+            raise RuntimeError(f"impl='triton' cannot run {self.name}: {why}")
+        function = self.implementations[impl]
+        if impl != "reference" and self.gradient:
+            function = partial(_Named.apply, self, impl)  # the reference is plain torch, with torch's own gradient
+        return self._outside_autocast(function, args[0].device.type, args)
 
     def _autocast_kernel(self, device: str) -> Callable[..., Any]:
         return lambda *args: self._outside_autocast(self.overload, device, args)
@@ -105,6 +143,25 @@ class Operator:
             args = tuple(_cast(x, dtype) for x in args)
         with torch.autocast(device, enabled=False):
             return function(*args)
+
+
+class _Named(torch.autograd.Function):
+    """A named implementation, forward and backward, past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, impl: str, *args: Any) -> Any:
+        assert operator.gradient
+        setup, backward, once = operator.gradient
+        ctx.backward = partial(backward, partial(once, impl), ctx)
+        output = operator.implementations[impl](*args)
+        setup(ctx, args, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        found = ctx.backward(*grads)
+        return None, None, *(found if isinstance(found, tuple) else (found,))
 
 
 def autocast_enabled(device: str) -> bool:

@@ -45,9 +45,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(call: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     args = (*ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.mask_grad)
-    *grads, d_mask = expanded_attention_backward.overload(grad, *args)
+    *grads, d_mask = call(grad, *args)
     return *grads, d_mask if ctx.mask_grad else None, None, None
 
 

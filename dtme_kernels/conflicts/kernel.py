@@ -1,20 +1,25 @@
-"""Triton: rotate all tasks' gradients at once and take their pairwise dots before anything leaves the chip.
+"""Triton: rotate the gradients of all tasks and take their pairwise dots before anything leaves the chip.
 
 The fewest bytes are one read of the gradients, ``K M p`` numbers; the fewest operations one product with the basis,
-``2 K M p^2``, and ``2 P M p`` for the dots. A program rotates one tile of tokens of all K tasks into a few eigenvectors'
-coordinates, which stay in registers, so that only the P dots of every token leave it: ``P`` numbers a segment of
-eigenvectors, some hundredths of the gradients. The segments give a GPU enough programs, and a rank is a border between
-two of them: any number of ranks costs one rotation. A second kernel adds the segments on either side of the border, looks
-at the signs and counts. Design considered instead: the library's product in chunks that stay in the L2 cache, then the
-counting. It moves ``K M p`` float32 numbers through that cache twice and needs them as memory.
+``2 K M p^2``, and ``2 P M p`` for the dots. A program rotates a tile of tokens of all K tasks into one block of
+eigenvectors. The coordinates stay in its registers, and what leaves it is P numbers a token and block. These blocks
+give a GPU enough programs and even rounds of them, where a program a tile of tokens would leave a quarter of it idle at
+6,144 tokens; a rank is a border between blocks, so that any number of ranks costs one rotation. A second kernel adds
+the blocks on either side of the border, looks at the signs and counts, while those numbers are in the L2 cache: tokens
+are taken in slabs of 16 MB of them.
+
+The other design, the library's product into chunks that stay in the L2 cache and then the counting, moves ``K M p``
+float32 numbers through that cache twice, and cannot have them in less memory than 5 % of bfloat16 gradients without
+launches too small for the chip.
 
 Signs in the null space hang on the last bits of large numbers that cancel (method.md, section 2), so nothing is rounded
-to the gradients' precision. Tensor cores multiply 11-bit numbers exactly: a float32 number is the sum of two float16
-numbers to 22 bits, if its size suits their range, and a power of two per token and per eigenvector sees to that. A
-bfloat16 or float16 gradient is one such number already. So a rotation is 1, 2 or 3 products (``_Plan``).
+to the gradients' precision. Tensor cores multiply 11-bit numbers exactly; ``scaling`` makes float32 numbers such. A
+rotation is 1, 2 or 3 products (``_rotate``), and tensor cores add only short sums.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,37 +27,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import collapse, limits, on_device
+from ..launch import collapse, in_reach, on_device
 from .scaling import inverse, load_scale, scale_tokens, split_basis, token_offset
+from .tiles import TOKENS, tile
+
+Slab = tuple[int, int]
+SLAB = 2**24  # bytes of dots between two kernels: they fit the L2 cache
 
 
 @triton.jit
-def _segment(index, ranks, p, width):
-    """First and last + 1 coordinate of a segment: at most ``width`` of them, on one side of every rank."""
+def _segment(index, ranks, p, BN: tl.constexpr):
+    """First and last + 1 coordinate of a segment: what one block of BN coordinates has between two ranks."""
     first, last, segments, low = 0, 0, 0, 0
     for r in tl.static_range(len(ranks) + 1):
         high = p
         if r < len(ranks):
             high = ranks[r]
-        own = index - segments
-        count = tl.cdiv(high - low, width)
-        within = (own >= 0) & (own < count)
-        first = tl.where(within, low + own * width, first)
-        last = tl.where(within, tl.minimum(low + own * width + width, high), last)
-        segments += count
+        block = low // BN + index - segments
+        within = (index >= segments) & (block * BN < high)
+        first = tl.where(within, tl.maximum(low, block * BN), first)
+        last = tl.where(within, tl.minimum(high, block * BN + BN), last)
+        segments += tl.cdiv(high, BN) - low // BN
         low = high
     return first, last
 
 
 @triton.jit
-def _segments_below(R: tl.constexpr, ranks, p, width):
+def _segments_below(R: tl.constexpr, ranks, p, BN: tl.constexpr):
     """How many segments lie below ranks[R]; below p, all of them, where R is the number of ranks."""
     segments, low = 0, 0
     for r in tl.static_range(R + 1):
         high = p
         if r < len(ranks):
             high = ranks[r]
-        segments += tl.cdiv(high - low, width)
+        segments += tl.cdiv(high, BN) - low // BN
         low = high
     return segments
 
@@ -68,6 +76,7 @@ def _rotate(
     strides,
     basis_strides,
     token,
+    rows,
     first,
     last,
     K: tl.constexpr,
@@ -76,22 +85,21 @@ def _rotate(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """K tiles [BT, BN] of h = U^T g, coordinates first <= c < last and 0 beyond, each token in its own scale.
+    """K tiles [BT, BN] of h = U^T g: the block of coordinates that first is in, 0 outside first <= c < last; scaled.
 
     PASSES: 0, gradients and basis are multiplied as they are. 1, in 11 bits each. 2, an 11-bit gradient with a 22-bit
     basis. 3, 22 bits each.
     """
     inside = token < sizes[0]
-    start = grads + token_offset(token, sizes, strides)  # [BT]
-    column = first + tl.arange(0, BN)  # [BN]
+    column = first // BN * BN + tl.arange(0, BN)  # [BN]: a block, for aligned loads whatever the rank
+    if PASSES >= 1:
+        unit = tl.load(units + column, column < p, 0.0)[None, :]
     b_h = ()
-    b_scale = ()
     for task in tl.static_range(K):
         b_h += (tl.zeros([BT, BN], tl.float32),)
-        b_scale += (load_scale(scales, task, token, sizes)[:, None],)
-    for begin in range(0, p, BK):
-        channel = begin + tl.arange(0, BK)  # [BK]
-        within = (channel < p)[:, None] & (column < last)[None, :]
+    for start in range(0, p, BK):
+        channel = start + tl.arange(0, BK)  # [BK]
+        within = (channel < p)[:, None] & (column < p)[None, :]
         place = basis + channel[:, None] * basis_strides[0] + column[None, :] * basis_strides[1]
         b_u = tl.load(place, within, 0.0)  # [BK, BN]
         if PASSES >= 2:
@@ -99,32 +107,32 @@ def _rotate(
         mask = inside[:, None] & (channel < p)[None, :]
         b_next = ()
         for task in tl.static_range(K):
-            offset = tl.cast(strides[0], tl.int64) * task + channel * strides[3]
-            b_g = tl.load(start[:, None] + offset[None, :], mask, 0.0)  # [BT, BK]
+            own = grads + tl.cast(strides[0], tl.int64) * task
+            b_g = tl.load(own + rows[:, None] + channel[None, :] * strides[3], mask, 0.0)  # [BT, BK]
             if PASSES == 0:
-                b_next += (tl.dot(b_g, b_u, b_h[task]),)
+                b_sum = tl.dot(b_g, b_u, b_h[task])
             else:
-                b_g = b_g.to(tl.float32) * b_scale[task]
+                b_g = b_g.to(tl.float32) * load_scale(scales, task, token, sizes)[:, None]
                 b_high = b_g.to(tl.float16)
-                if PASSES == 1:
-                    b_next += (tl.dot(b_high, b_u, b_h[task]),)
-                else:
-                    # small terms first, and one rounded addition to the sum: a tensor core's own round towards zero
-                    b_part = tl.dot(b_high, b_u_low)
-                    if PASSES == 3:
-                        b_part = tl.dot((b_g - b_high.to(tl.float32)).to(tl.float16), b_u, b_part)
-                    b_next += (b_h[task] + tl.dot(b_high, b_u, b_part),)
+                # tensor cores round towards zero whenever they add: their sums are short, and added with rounding
+                b_sum = b_h[task] + tl.dot(b_high, b_u) * unit
+                if PASSES >= 2:
+                    b_sum += tl.dot(b_high, b_u_low) * unit
+                if PASSES == 3:
+                    b_sum += tl.dot((b_g - b_high.to(tl.float32)).to(tl.float16), b_u) * unit
+            b_next += (b_sum,)
         b_h = b_next
+    own = ((column >= first) & (column < last))[None, :]
     b_rotated = ()
     for task in tl.static_range(K):
+        b_own = tl.where(own, b_h[task], 0.0)
         if PASSES == 0:
-            b_rotated += (b_h[task] * b_scale[task],)
-        else:
-            b_rotated += (b_h[task] * tl.load(units + column, column < p, 0.0)[None, :],)
+            b_own *= load_scale(scales, task, token, sizes)[:, None]
+        b_rotated += (b_own,)
     return b_rotated
 
 
-@triton.jit(do_not_specialize=["sizes", "ranks", "width"])
+@triton.jit(do_not_specialize=["sizes", "ranks", "slab"])
 def _pair_dots(
     grads,
     scales,
@@ -136,7 +144,7 @@ def _pair_dots(
     strides,
     basis_strides,
     ranks,
-    width,
+    slab,
     K: tl.constexpr,
     PASSES: tl.constexpr,
     UNSCALE: tl.constexpr,
@@ -144,32 +152,28 @@ def _pair_dots(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """dots[segment, pair, token] = sum of h_i h_j over the segment's coordinates, in the tokens' scales or without."""
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
-    num_tokens = tl.cast(sizes[0], tl.int64)
-    segment = tl.program_id(1)
-    first, last = _segment(segment, ranks, p, width)
-    for begin in range(first, last, BN):
-        b_h = _rotate(
-            grads, scales, basis, units, sizes, p, strides, basis_strides, token, begin, last, K, PASSES, BT, BN, BK
-        )
-        place = dots + segment * (K * (K - 1) // 2) * num_tokens + token
-        again = token < tl.where(begin > first, num_tokens, 0)
-        for i in tl.static_range(K):
-            for j in tl.static_range(i + 1, K):
-                b_dot = tl.sum(b_h[i] * b_h[j], 1)  # [BT]
-                if UNSCALE:
-                    one, other = (
-                        inverse(load_scale(scales, i, token, sizes)),
-                        inverse(load_scale(scales, j, token, sizes)),
-                    )
-                    b_dot = b_dot * tl.minimum(one, other) * tl.maximum(one, other)  # no overflow on the way
-                tl.store(place, b_dot + tl.load(place, again, 0.0), token < num_tokens)
-                place += num_tokens
-        tl.debug_barrier()  # the next round reads what other threads have stored
+    """dots[segment, pair, token of the slab] = sum of h_i h_j over the segment, in the tokens' scales or without."""
+    token = slab[0] + tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
+    rows = token_offset(token, sizes, strides)  # [BT]
+    first, last = _segment(tl.program_id(1), ranks, p, BN)
+    b_h = _rotate(
+        grads, scales, basis, units, sizes, p, strides, basis_strides,
+        token, rows, first, last, K, PASSES, BT, BN, BK,
+    )  # fmt: skip
+    length = slab[1] - slab[0]
+    place = dots + tl.program_id(1).to(tl.int64) * (K * (K - 1) // 2) * length + token - slab[0]
+    for i in tl.static_range(K):
+        for j in tl.static_range(i + 1, K):
+            b_dot = tl.sum(b_h[i] * b_h[j], 1)  # [BT]
+            if UNSCALE:
+                one = inverse(load_scale(scales, i, token, sizes))
+                other = inverse(load_scale(scales, j, token, sizes))
+                b_dot = b_dot * tl.minimum(one, other) * tl.maximum(one, other)  # no overflow on the way
+            tl.store(place, b_dot, token < slab[1])
+            place += length
 
 
-@triton.jit(do_not_specialize=["sizes", "ranks", "width"])
+@triton.jit(do_not_specialize=["sizes", "ranks", "slab"])
 def _count(
     dots,
     scales,
@@ -180,25 +184,26 @@ def _count(
     sizes,
     p,
     ranks,
-    width,
+    slab,
     K: tl.constexpr,
     COUNT_ZERO: tl.constexpr,
     BT: tl.constexpr,
+    BN: tl.constexpr,
 ):
     """Add what one tile of tokens has of one pair to range_ and null (R, K, K), valid (K, K) and nonfinite."""
     i, j = tl.program_id(1) // K, tl.program_id(1) % K
     if i < j:
-        num_tokens = tl.cast(sizes[0], tl.int64)
-        token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
-        inside = token < num_tokens
+        token = slab[0] + tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
+        inside = token < slab[1]
         compared = inside
         if not COUNT_ZERO:
-            compared = (load_scale(scales, i, token, sizes) != 0) & (load_scale(scales, j, token, sizes) != 0)
-        place = dots + (i * (2 * K - i - 1) // 2 + j - i - 1) * num_tokens + token
-        stride_segment = num_tokens * (K * (K - 1) // 2)
-        segments = _segments_below(len(ranks), ranks, p, width)
+            compared &= (load_scale(scales, i, token, sizes) != 0) & (load_scale(scales, j, token, sizes) != 0)
+        length = tl.cast(slab[1] - slab[0], tl.int64)
+        place = dots + _pair(i, j, K) * length + token - slab[0]
+        stride_segment = length * (K * (K - 1) // 2)
+        segments = _segments_below(len(ranks), ranks, p, BN)
         for r in tl.static_range(len(ranks)):
-            border = _segments_below(r, ranks, p, width)
+            border = _segments_below(r, ranks, p, BN)
             b_range = tl.zeros([BT], tl.float32)
             for segment in range(0, border):
                 b_range += tl.load(place + segment * stride_segment, inside, 0.0)
@@ -228,7 +233,7 @@ def _add(counts, i, j, K: tl.constexpr, mask):
     tl.atomic_add(counts + j * K + i, number, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["sizes", "ranks", "width"])
+@triton.jit(do_not_specialize=["sizes", "ranks", "slab"])
 def _mix(
     grads,
     scales,
@@ -241,7 +246,7 @@ def _mix(
     strides,
     basis_strides,
     ranks,
-    width,
+    slab,
     K: tl.constexpr,
     PASSES: tl.constexpr,
     BT: tl.constexpr,
@@ -249,18 +254,20 @@ def _mix(
     BK: tl.constexpr,
 ):
     """out[i, token] = sum over j of weights[space, pair(i, j), token] h_j[token]: the gradient at h, one segment."""
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
+    token = slab[0] + tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
     num_tokens = tl.cast(sizes[0], tl.int64)
-    first, last = _segment(tl.program_id(1), ranks, p, width)
+    rows = token_offset(token, sizes, strides)  # [BT]
+    first, last = _segment(tl.program_id(1), ranks, p, BN)
     b_h = _rotate(
-        grads, scales, basis, units, sizes, p, strides, basis_strides, token, first, last, K, PASSES, BT, BN, BK
-    )
+        grads, scales, basis, units, sizes, p, strides, basis_strides,
+        token, rows, first, last, K, PASSES, BT, BN, BK,
+    )  # fmt: skip
     b_true = ()
     for task in tl.static_range(K):
         b_true += (b_h[task] * inverse(load_scale(scales, task, token, sizes))[:, None],)
-    column = first + tl.arange(0, BN)  # [BN]
-    inside = token < num_tokens
-    mask = inside[:, None] & (column < last)[None, :]
+    column = first // BN * BN + tl.arange(0, BN)  # [BN]
+    inside = token < slab[1]
+    mask = inside[:, None] & (column >= first)[None, :] & (column < last)[None, :]
     start = weights + tl.where(first < ranks[0], 0, num_tokens * (K * (K - 1) // 2)) + token
     for i in tl.static_range(K):
         b_out = tl.zeros([BT, BN], tl.float32)
@@ -288,11 +295,12 @@ class _Rotation:
         self.num_tokens = outer * inner
         self.sizes = self.num_tokens, inner
         self.passes = _passes(grads.dtype, basis.dtype)
-        self.tile, self.options = _tile(self.num_tasks, grads.dtype, self.passes, grads.device)
+        self.tile = tile(self.num_tasks, grads.dtype, self.passes, grads.device)
         self.scales = grads.new_empty((self.num_tasks, self.num_tokens), dtype=torch.float32)
         grid = (triton.cdiv(self.num_tokens, 8), self.num_tasks)
         block = min(1024, triton.next_power_of_2(self.p))
         scale_tokens[grid](self.grads, self.scales, self.sizes, self.p, self.grads.stride(), BT=8, BC=block)
+        basis = in_reach(basis)
         self.basis, self.units = basis, self.scales  # units belong to a split basis
         if self.passes:
             self.basis = basis.new_empty((2, self.p, self.p), dtype=torch.float16)
@@ -300,29 +308,34 @@ class _Rotation:
             grid = (triton.cdiv(self.p, 16),)
             split_basis[grid](basis, self.basis, self.units, self.p, basis.stride(), BC=64, BN=16)
 
-    def segments(self, ranks: Sequence[int], width: int) -> int:
-        borders = [0, *ranks, self.p]
-        return sum(triton.cdiv(high - low, width) for low, high in zip(borders, borders[1:], strict=False))
+    def segments(self, ranks: Sequence[int]) -> int:
+        width, borders = self.tile.coordinates, [0, *ranks, self.p]
+        return sum(triton.cdiv(high, width) - low // width for low, high in pairwise(borders))
 
-    def launch(self, kernel: Any, pointers: tuple[Tensor, ...], ranks: Sequence[int], width: int, **flags: bool) -> None:
-        kernel[(triton.cdiv(self.num_tokens, self.tile["BT"]), self.segments(ranks, width))](
+    def launch(self, kernel: Any, pointers: tuple[Tensor, ...], ranks: Sequence[int], slab: Slab, **flags: bool) -> None:
+        kernel[(triton.cdiv(slab[1] - slab[0], TOKENS), self.segments(ranks))](
             *(self.grads, self.scales, self.basis, self.units, *pointers),
-            *(self.sizes, self.p, self.grads.stride(), self.basis.stride()[-2:], tuple(ranks), width),
+            *(self.sizes, self.p, self.grads.stride(), self.basis.stride()[-2:], tuple(ranks), slab),
             K=self.num_tasks,
             PASSES=self.passes,
             **flags,
-            **self.tile,
-            **self.options,
+            BT=TOKENS,
+            BN=self.tile.coordinates,
+            BK=self.tile.channels,
+            num_warps=self.tile.warps,
+            num_stages=self.tile.stages,
         )
 
-    def pair_dots(self, ranks: Sequence[int], unscale: bool) -> tuple[Tensor, int]:
-        """(segments, P, tokens) float32, and how many coordinates a segment has: about four rounds of programs."""
-        width = self.tile["BN"]
-        programs = triton.cdiv(self.num_tokens, self.tile["BT"]) * self.segments(ranks, width)
-        width *= max(1, programs // (4 * limits(self.grads.device).multiprocessors))
-        dots = self.scales.new_empty(self.segments(ranks, width), self.num_pairs, self.num_tokens)
-        self.launch(_pair_dots, (dots,), ranks, width, UNSCALE=unscale)
-        return dots, width
+    def pair_dots(self, ranks: Sequence[int], unscale: bool) -> Iterator[tuple[Slab, Tensor]]:
+        """Slabs of tokens, first and last + 1, with their (segments, P, tokens) dots, float32: valid until the next."""
+        lines = self.segments(ranks) * self.num_pairs
+        length = min(self.num_tokens, max(1, SLAB // (4 * lines * TOKENS)) * TOKENS)
+        memory = self.scales.new_empty(lines * length)
+        for start in range(0, self.num_tokens, length):
+            slab = start, min(start + length, self.num_tokens)
+            dots = memory[: lines * (slab[1] - start)]
+            self.launch(_pair_dots, (dots,), ranks, slab, UNSCALE=unscale)
+            yield slab, dots.view(-1, self.num_pairs, slab[1] - start)
 
 
 def _passes(grads: torch.dtype, basis: torch.dtype) -> int:
@@ -330,15 +343,6 @@ def _passes(grads: torch.dtype, basis: torch.dtype) -> int:
     if grads == torch.float32:
         return 3 if torch.get_float32_matmul_precision() == "highest" else 1
     return 0 if grads == basis else 2
-
-
-def _tile(num_tasks: int, dtype: torch.dtype, passes: int, device: torch.device) -> tuple[dict[str, int], ...]:
-    """The largest tile whose K accumulators fit the registers, and as many stages of it as fit the shared memory."""
-    coordinates = 128 if num_tasks <= 5 else 64 if num_tasks <= 8 else 32
-    channels = 32 if dtype == torch.float32 else 64
-    stage = 64 * channels * num_tasks * dtype.itemsize + channels * coordinates * 2 * min(2, max(1, passes))
-    stages = (limits(device).shared_memory - 8192) // stage
-    return {"BT": 64, "BN": coordinates, "BK": channels}, {"num_warps": 8, "num_stages": min(4, max(1, stages))}
 
 
 def count_conflicts(
@@ -351,13 +355,14 @@ def count_conflicts(
     if grads.numel():
         with on_device(grads):
             rotation = _Rotation(grads, basis)
-            dots, width = rotation.pair_dots(ranks, unscale=False)
-            _count[(triton.cdiv(rotation.num_tokens, 1024), num_tasks**2)](
-                *(dots, rotation.scales, *counts, rotation.sizes, rotation.p, tuple(ranks), width),
-                K=num_tasks,
-                COUNT_ZERO=count_zero_gradients,
-                BT=1024,
-            )
+            for slab, dots in rotation.pair_dots(ranks, unscale=False):
+                _count[(triton.cdiv(dots.shape[-1], 1024), num_tasks**2)](
+                    *(dots, rotation.scales, *counts, rotation.sizes, rotation.p, tuple(ranks), slab),
+                    K=num_tasks,
+                    COUNT_ZERO=count_zero_gradients,
+                    BT=1024,
+                    BN=rotation.tile.coordinates,
+                )
     return counts  # type: ignore[return-value]
 
 
@@ -365,13 +370,15 @@ def projected_dots(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Ten
     """(K, ..., p), (p, p) -> range and null dots, (P, ...) float32."""
     num_tasks, *lead, _ = grads.shape
     shape = (num_tasks * (num_tasks - 1) // 2, *lead)
-    if not grads.numel():
-        return grads.new_empty(shape, dtype=torch.float32), grads.new_empty(shape, dtype=torch.float32)
-    with on_device(grads):
-        rotation = _Rotation(grads, basis)
-        dots, width = rotation.pair_dots([rank], unscale=True)
-        border = triton.cdiv(rank, width)
-        return dots[:border].sum(0).view(shape), dots[border:].sum(0).view(shape)
+    both = grads.new_empty((2, shape[0], math.prod(lead)), dtype=torch.float32)
+    if grads.numel():
+        with on_device(grads):
+            rotation = _Rotation(grads, basis)
+            border = triton.cdiv(rank, rotation.tile.coordinates)
+            for (start, stop), dots in rotation.pair_dots([rank], unscale=True):
+                for space, part in enumerate((dots[:border], dots[border:])):
+                    torch.sum(part, 0, out=both[space, :, start:stop])
+    return both[0].view(shape), both[1].view(shape)
 
 
 def projected_dots_backward(
@@ -383,7 +390,7 @@ def projected_dots_backward(
         with on_device(grads):
             rotation = _Rotation(grads, basis)
             weights = torch.stack([grad_range, grad_null]).view(2, rotation.num_pairs, rotation.num_tokens)
-            rotation.launch(_mix, (weights, dh), [rank], rotation.tile["BN"])
+            rotation.launch(_mix, (weights, dh), [rank], (0, rotation.num_tokens))
     u, rows = basis.float(), dh.view(-1, dh.shape[-1])
     d_basis = grads.reshape(rows.shape).float().mT @ rows
     return (dh @ u.mT).to(grads.dtype), d_basis.to(basis.dtype)

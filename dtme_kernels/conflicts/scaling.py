@@ -26,14 +26,14 @@ def _magnitude(x):
 def token_offset(token, sizes, strides):
     """Where a token lies within its task, for gradients (K, outer, inner, p)."""
     _, inner = sizes
-    return (token // inner) * strides[1] + (token % inner) * strides[2]
+    return (token // inner).to(tl.int64) * strides[1] + (token % inner).to(tl.int64) * strides[2]  # may pass 2^31
 
 
 @triton.jit(do_not_specialize=["sizes"])
 def scale_tokens(grads, scales, sizes, p, strides, BT: tl.constexpr, BC: tl.constexpr):
     """scales[task, token]: the power of two for a gradient, 0 for a gradient of zeros, NaN for one with NaN or Inf."""
     num_tokens, _ = sizes
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
+    token = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
     task = tl.program_id(1).to(tl.int64)
     inside = token < num_tokens
     start = grads + task * strides[0] + token_offset(token, sizes, strides)  # [BT]
@@ -71,8 +71,7 @@ def split_basis(basis, terms, units, p, strides, BC: tl.constexpr, BN: tl.conste
 
 @triton.jit
 def load_scale(scales, task, token, sizes):
-    num_tokens = tl.cast(sizes[0], tl.int64)
-    return tl.load(scales + task * num_tokens + token, token < num_tokens, 0.0)  # [BT]
+    return tl.load(scales + task * tl.cast(sizes[0], tl.int64) + token, token < sizes[0], 0.0)  # [BT]
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import collapse, limits, on_device
+from ..launch import collapse, in_reach, limits, on_device
 
 
 @triton.jit
@@ -88,9 +88,9 @@ def _accumulate(accumulators, partials, splits, p, stride_row, stride_column, BC
     for split in range(splits):
         b_sum += tl.load(partials + split * stride_split + place + r * BC + c, below, 0.0)
     inside = below & (i < p) & (j < p)
-    lower = accumulator + i.to(tl.int64) * stride_row + j * stride_column
+    lower = accumulator + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_column
     tl.store(lower, tl.load(lower, inside) + b_sum, inside)
-    upper = tl.trans(accumulator + j.to(tl.int64) * stride_row + i * stride_column)  # [BC, BS]
+    upper = tl.trans(accumulator + j.to(tl.int64) * stride_row + i.to(tl.int64) * stride_column)  # [BC, BS]
     above = tl.trans(inside & (i != j))
     tl.store(upper, tl.load(upper, above) + tl.trans(b_sum), above)
 
@@ -130,14 +130,15 @@ def _multiply_symmetric(
 
 
 class _Tiles:
-    """Tile sizes of ``_multiply``: the largest that the chip holds, smaller where much of the last tile would be empty."""
+    """Tiles of ``_multiply``: 128 channels where the loads can be vectors and little of the last tile would be empty."""
 
     def __init__(self, p: int, dtype: torch.dtype) -> None:
         wide = dtype == torch.float32
-        self.channels = 64 if wide or -(-p // 128) * 128 > -(-p // 64) * 64 * 1.2 else 128
-        self.tokens = 32 if wide else 64
+        large = not wide and p >= 256 and p % 16 == 0 and triton.cdiv(p, 128) * 128 <= 1.2 * triton.cdiv(p, 64) * 64
+        self.channels = 128 if large else 64
+        self.tokens = 64 if large else 32
         self.promote = 64 * (8 if wide else 16) // self.tokens  # after 64 additions of the tensor core
-        self.options = {"num_warps": 8 if self.channels == 128 else 4, "num_stages": 3}
+        self.options = {"num_warps": 8 if large else 4, "num_stages": 3}
         self.precision = "tf32x3" if wide and _highest() else "tf32"
         rows = triton.cdiv(p, self.channels)
         self.lower = rows * (rows + 1) // 2
@@ -198,7 +199,7 @@ def _accumulate_layers(outputs: tuple[Tensor, ...], layers: tuple[Tensor, ...]) 
 
 def token_covariance_backward(grad: Tensor, tokens: Tensor) -> Tensor:
     """(p, p), (..., p) -> (..., p) in the dtype of the tokens, contiguous."""
-    rows = collapse(tokens)
+    rows, grad = collapse(tokens), in_reach(grad)
     outer, inner, p = rows.shape
     out = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     # a gradient of 11 significant bits or fewer needs no more of G; float32 is multiplied as torch would
@@ -217,8 +218,8 @@ def token_covariance_backward(grad: Tensor, tokens: Tensor) -> Tensor:
                 PRECISION=precision,
                 BT=block,
                 BC=block,
-                BK=32,
-                num_warps=4,
+                BK=16 if precision == "ieee" else 32,
+                num_warps=8 if precision == "ieee" else 4,
                 num_stages=3,
             )
     return out

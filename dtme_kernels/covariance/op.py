@@ -5,8 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launch import cannot_run
 from ..registry import Operator
 from . import reference
+
+_KERNELS = f"{__package__}.kernel"
 
 
 def _fake(tokens: Tensor) -> Tensor:
@@ -26,8 +29,8 @@ def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    return token_covariance_backward.overload(grad, *ctx.saved_tensors)
+def _backward(call: Any, ctx: Any, grad: Tensor) -> Tensor:
+    return call(grad, *ctx.saved_tensors)
 
 
 token_covariance = Operator("token_covariance(Tensor tokens) -> Tensor", reference.token_covariance, _fake)
@@ -40,3 +43,6 @@ token_covariance.differentiate(_setup, _backward, once=token_covariance_backward
 token_covariance_ = Operator(
     "token_covariance_(Tensor(a!) accumulator, Tensor[] tokens) -> ()", reference.token_covariance_, _in_place_fake
 )
+token_covariance.implement_triton(_KERNELS, cannot_run)
+token_covariance_backward.implement_triton(_KERNELS, lambda grad, tokens: cannot_run(tokens))
+token_covariance_.implement_triton(_KERNELS, lambda accumulator, tokens: cannot_run(*tokens))

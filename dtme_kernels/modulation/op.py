@@ -21,8 +21,8 @@ def _modulate_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Ten
     ctx.save_for_backward(tokens, weight)
 
 
-def _modulate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return modulate_backward.overload(grad, *ctx.saved_tensors)
+def _modulate_backward(call: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return call(grad, *ctx.saved_tensors)
 
 
 modulate = Operator("modulate(Tensor tokens, Tensor weight, Tensor bias) -> Tensor", reference.modulate, _modulate_fake)
@@ -57,8 +57,8 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.save_for_backward(tokens, weight, bias, norm_weight)
 
 
-def _norm_backward(ctx: Any, grad_modulated: Tensor, grad_normalized: Tensor) -> tuple[Tensor | None, ...]:
-    grads = modulate_layer_norm_backward.overload(grad_modulated, grad_normalized, *ctx.saved_tensors, ctx.eps)
+def _norm_backward(call: Any, ctx: Any, grad_modulated: Tensor, grad_normalized: Tensor) -> tuple[Tensor | None, ...]:
+    grads = call(grad_modulated, grad_normalized, *ctx.saved_tensors, ctx.eps)
     return *grads, None
 
 

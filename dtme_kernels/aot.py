@@ -1,0 +1,152 @@
+"""Compile every kernel, as launched for real shapes, for chips that need not be here: what did the compiler make of it?
+
+The launchers themselves run, on tensors without storage, and every launch ends after its compilation. So what is looked
+at is what ships: tiles, warps, stages, alignment, and the constants of each shape.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launch
+
+# shared memory that a program may have, of one chip per architecture: A100, H100 and H200, B200
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+DOTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "fma.rn.f32": "fma"}
+
+
+class Compiled(NamedTuple):
+    """One kernel of one launch, for one architecture."""
+
+    case: str
+    kernel: str
+    capability: int
+    warps: int
+    registers: int
+    """A thread; 255 are the most."""
+    spilled: int
+    """Bytes a thread keeps in local memory."""
+    shared: int
+    """Bytes a program."""
+    instruction: str
+    """What multiplies matrices: ``wgmma``, ``mma``, ``tcgen05``, or ``fma`` on no tensor core; empty without a product."""
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    """{name: a launch}, over every configuration: widths of ViT-T to ViT-L and odd ones, 2 to 16 tasks, all dtypes."""
+    from .conflicts import kernel as conflicts
+    from .covariance import kernel as covariance
+
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    found: dict[str, Callable[[], object]] = {}
+
+    def tokens(p: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(6, 1024, p, dtype=dtype, device="meta")
+
+    for name, dtype in {**low, "fp32": torch.float32}.items():
+        for p in (192, 768, 321):
+            x, square = tokens(p, dtype), torch.empty(p, p, device="meta")
+            found[f"covariance p={p} {name}"] = _call(covariance.token_covariance, x)
+            found[f"covariance backward p={p} {name}"] = _call(covariance.token_covariance_backward, square, x)
+        layers, sums = [tokens(768, dtype)] * 12, torch.empty(12, 768, 768, dtype=torch.float64, device="meta")
+        found[f"covariance 12 layers p=768 {name}"] = _call(covariance.token_covariance_, sums, layers)
+        for num_tasks in (2, 4, 5, 8, 11, 16):
+            grads, basis = (torch.empty(n, 6144, 768, dtype=dtype, device="meta") for n in (num_tasks, 1))
+            bases = {"basis fp32": basis[0, :768].float()} | ({f"basis {name}": basis[0, :768]} if name in low else {})
+            for label, u in bases.items():
+                found[f"conflicts K={num_tasks} {name}, {label}"] = _call(conflicts.count_conflicts, grads, u, [256])
+            dots = torch.empty(num_tasks * (num_tasks - 1) // 2, 6144, device="meta")
+            found[f"dots K={num_tasks} {name}"] = _call(conflicts.projected_dots, grads, bases["basis fp32"], 256)
+            found[f"dots backward K={num_tasks} {name}"] = _call(
+                conflicts.projected_dots_backward, dots, dots, grads, bases["basis fp32"], 256
+            )
+    grads, basis = torch.empty(5, 6, 49, 81, device="meta"), torch.empty(81, 81, dtype=torch.float64, device="meta")
+    found["conflicts K=5 p=81 fp32, five ranks"] = _call(conflicts.count_conflicts, grads, basis, [2, 9, 20, 30, 40])
+    return found
+
+
+def _call(function: Callable[..., object], *args: Any) -> Callable[[], object]:
+    return lambda: function(*args)
+
+
+def compile_cases(capability: int, only: str = "") -> list[Compiled]:
+    """Compile what the cases whose name contains ``only`` launch. In each the last case that launches it is named once."""
+    seen: dict[str, Compiled] = {}
+    for precision in ("highest", "high"):
+        for name, run in cases().items():
+            if only not in name or (precision == "high" and "fp32" not in name.partition(",")[0]):
+                continue
+            with _compiling(capability, precision) as compiled:
+                run()
+            for kernel in compiled:
+                seen.setdefault(kernel.hash, _inspect(f"{name}{', tf32' * (precision == 'high')}", capability, kernel))
+    return list(seen.values())
+
+
+@contextmanager
+def _compiling(capability: int, precision: str) -> Iterator[list[Any]]:
+    """Yield the kernels that are launched inside: compiled for ``capability``, and not run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Compiler:
+        """What JITFunction.run asks of a driver before it launches."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> str:
+            return f"sm_{capability}"  # a key of Triton's cache of compiled kernels
+
+        def get_current_stream(self, device: str) -> int:
+            return 0
+
+    compiled: list[Any] = []
+    run, limits, active = JITFunction.run, launch._DEFAULT_LIMITS, driver._active
+    before = torch.get_float32_matmul_precision()
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    try:
+        torch.set_float32_matmul_precision(precision)
+        driver.set_active(Compiler())
+        JITFunction.run = compile_only
+        launch._DEFAULT_LIMITS = launch.Limits(MULTIPROCESSORS[capability], SHARED_MEMORY[capability])
+        yield compiled
+    finally:
+        torch.set_float32_matmul_precision(before)
+        JITFunction.run, launch._DEFAULT_LIMITS = run, limits
+        driver._active = active
+
+
+def _inspect(case: str, capability: int, kernel: Any) -> Compiled:
+    text = _resources(kernel.asm["cubin"])
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    name, metadata = kernel.src.name.lstrip("_"), kernel.metadata
+    instruction = next((short for long, short in DOTS.items() if long in kernel.asm["ptx"]), "")
+    if "dot" not in kernel.asm["ttir"].replace("dots", ""):
+        instruction = ""
+    return Compiled(case, name, capability, metadata.num_warps, registers, stack + local, metadata.shared, instruction)
+
+
+def _resources(cubin: bytes) -> str:
+    """What the disassembler says, which comes with Triton."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(program), "--dump-resource-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
