@@ -9,17 +9,18 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import launch
 
 # shared memory that a program may have, of one chip per architecture: A100, H100 and H200, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DOTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "fma.rn.f32": "fma"}
 
 
@@ -41,44 +42,54 @@ class Compiled(NamedTuple):
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """{name: a launch}, over every configuration: widths of ViT-T to ViT-L and odd ones, 2 to 16 tasks, all dtypes."""
-    from .conflicts import kernel as conflicts
-    from .covariance import kernel as covariance
+    """{name: a launch} of every configuration: widths that tile well and ill, every dtype, 2 to 16 tasks."""
+    return _covariance_cases() | _conflict_cases()
 
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+def _covariance_cases() -> dict[str, Callable[[], object]]:
+    from .covariance import kernel
+
     found: dict[str, Callable[[], object]] = {}
-
-    def tokens(p: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(6, 1024, p, dtype=dtype, device="meta")
-
-    for name, dtype in {**low, "fp32": torch.float32}.items():
+    for name, dtype in DTYPES.items():
         for p in (192, 768, 321):
-            x, square = tokens(p, dtype), torch.empty(p, p, device="meta")
-            found[f"covariance p={p} {name}"] = _call(covariance.token_covariance, x)
-            found[f"covariance backward p={p} {name}"] = _call(covariance.token_covariance_backward, square, x)
-        layers, sums = [tokens(768, dtype)] * 12, torch.empty(12, 768, 768, dtype=torch.float64, device="meta")
-        found[f"covariance 12 layers p=768 {name}"] = _call(covariance.token_covariance_, sums, layers)
-        for num_tasks in (2, 4, 5, 8, 11, 16):
-            grads, basis = (torch.empty(n, 6144, 768, dtype=dtype, device="meta") for n in (num_tasks, 1))
-            bases = {"basis fp32": basis[0, :768].float()} | ({f"basis {name}": basis[0, :768]} if name in low else {})
-            for label, u in bases.items():
-                found[f"conflicts K={num_tasks} {name}, {label}"] = _call(conflicts.count_conflicts, grads, u, [256])
-            dots = torch.empty(num_tasks * (num_tasks - 1) // 2, 6144, device="meta")
-            found[f"dots K={num_tasks} {name}"] = _call(conflicts.projected_dots, grads, bases["basis fp32"], 256)
-            found[f"dots backward K={num_tasks} {name}"] = _call(
-                conflicts.projected_dots_backward, dots, dots, grads, bases["basis fp32"], 256
-            )
-    grads, basis = torch.empty(5, 6, 49, 81, device="meta"), torch.empty(81, 81, dtype=torch.float64, device="meta")
-    found["conflicts K=5 p=81 fp32, five ranks"] = _call(conflicts.count_conflicts, grads, basis, [2, 9, 20, 30, 40])
+            tokens, square = torch.empty(6, 1024, p, dtype=dtype, device="meta"), torch.empty(p, p, device="meta")
+            found[f"covariance p={p} {name}"] = partial(kernel.token_covariance, tokens)
+            found[f"covariance backward p={p} {name}"] = partial(kernel.token_covariance_backward, square, tokens)
+        layers = [torch.empty(6, 1024, 768, dtype=dtype, device="meta")] * 12
+        sums = torch.empty(12, 768, 768, dtype=torch.float64, device="meta")
+        found[f"covariance of 12 layers p=768 {name}"] = partial(kernel.token_covariance_, sums, layers)
     return found
 
 
-def _call(function: Callable[..., object], *args: Any) -> Callable[[], object]:
-    return lambda: function(*args)
+def _conflict_cases() -> dict[str, Callable[[], object]]:
+    from .conflicts import kernel
+
+    found: dict[str, Callable[[], object]] = {}
+    for num_tasks in (2, 3, 4, 5, 8, 11, 16):
+        for name, dtype in DTYPES.items():
+            if name == "fp16" and num_tasks != 5:
+                continue  # bfloat16's kernels but for the type
+            grads = torch.empty(num_tasks, 6144, 768, dtype=dtype, device="meta")
+            for basis in {"fp32", name}:
+                u = torch.empty(768, 768, dtype=DTYPES[basis], device="meta")
+                case = f"conflicts K={num_tasks} {name}, basis {basis}"
+                found[case] = partial(kernel.count_conflicts, grads, u, [256])
+        dots, square = torch.empty(num_tasks * (num_tasks - 1) // 2, 6144, device="meta"), u.float()
+        found[f"dots backward K={num_tasks} {name}"] = partial(
+            kernel.projected_dots_backward, dots, dots, grads, square, 256
+        )
+    grads, u = torch.empty(5, 6, 49, 81, device="meta"), torch.empty(81, 81, dtype=torch.float64, device="meta")
+    found["conflicts K=5 p=81 fp32, basis fp64, five ranks"] = partial(
+        kernel.count_conflicts, grads, u, [2, 9, 20, 30, 40]
+    )
+    return found
 
 
 def compile_cases(capability: int, only: str = "") -> list[Compiled]:
-    """Compile what the cases whose name contains ``only`` launch. In each the last case that launches it is named once."""
+    """Compile what the cases whose name contains ``only`` launch; a kernel that several launch has the first one's name.
+
+    Float32 is compiled as ``torch.set_float32_matmul_precision`` "highest" and "high" have it.
+    """
     seen: dict[str, Compiled] = {}
     for precision in ("highest", "high"):
         for name, run in cases().items():

@@ -23,14 +23,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def make(
     *shape: int,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     layout: str = "contiguous",
     seed: int = 0,
     requires_grad: bool = False,
 ) -> Tensor:
-    """Standard normal values, the same on every device, in one of ``LAYOUTS``."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return LAYOUTS[layout](values.to(device, dtype)).requires_grad_(requires_grad)
+    """Standard normal values, the same on every device, in one of ``LAYOUTS``; on torch's default device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return LAYOUTS[layout](values.to(device or torch.get_default_device(), dtype)).requires_grad_(requires_grad)
 
 
 def orthogonal(p: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

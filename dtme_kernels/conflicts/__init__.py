@@ -1,7 +1,9 @@
 """Conflicts between task gradients in the range and in the null space of the tokens (Eq. 4)."""
 
+from collections.abc import Sequence
 from operator import index
 
+import torch
 from torch import Tensor
 
 from ..checks import check_shape, check_tensors
@@ -12,7 +14,12 @@ __all__ = ["ConflictCounts", "count_conflicts", "projected_dots"]
 
 
 def count_conflicts(
-    grads: Tensor, basis: Tensor, rank: int, *, count_zero_gradients: bool = False, impl: str = "auto"
+    grads: Tensor,
+    basis: Tensor,
+    rank: int | Sequence[int],
+    *,
+    count_zero_gradients: bool = False,
+    impl: str = "auto",
 ) -> ConflictCounts:
     """Count, for every pair of tasks, the tokens at which their gradients conflict in each space (Eq. 4).
 
@@ -22,24 +29,39 @@ def count_conflicts(
     ``torch.get_float32_matmul_precision()`` says, of gradients scaled to about 1: their
     magnitude neither over- nor underflows. In a basis with NaN or Inf no pair is valid.
 
+    The Triton kernel is one product of K x tokens x p x p with the dots in its epilogue (``kernel.py`` says why): one
+    pass of the tensor cores where gradients and basis are both float16 or both bfloat16, two for such gradients in a
+    wider basis, three for float32 gradients (one where the precision is not "highest"). A basis rounded to bfloat16 is
+    the fast one and loses the null space where the range is a hundred times stronger.
+
     Args:
         grads: (K, ..., p), K >= 2 tasks, floating point, any strides. No token at all is fine.
         basis: (p, p), eigenvectors as columns, leading ones first. Any floating dtype.
-        rank: m, in [1, p-1].
+        rank: m, in [1, p-1]; or R of them, for the price of one rotation.
         count_zero_gradients: let zero gradients be valid, and so conflict with every task, as Algorithm 1 is written.
-        impl: ``"auto"``, ``"reference"``, ``"triton"`` or ``"cpp"``.
+        impl: ``"auto"``, ``"reference"``, ``"triton"`` (16 tasks, not float64) or ``"cpp"``.
 
     Returns:
-        ``ConflictCounts`` on the device of ``grads``. Nothing waits for the device.
+        ``ConflictCounts`` on the device of ``grads``; of several ranks, with a leading axis: ``counts[r]`` are those of
+        ``rank[r]``. Nothing waits for the device.
 
     Raises:
-        TypeError: a tensor is not a floating-point tensor, ``rank`` is not an integer.
-        ValueError: a shape or device does not match, K < 2, ``rank`` is out of range; ``impl`` is unknown.
+        TypeError: a tensor is not a floating-point tensor, ``rank`` is not an integer or a sequence of them.
+        ValueError: a shape or device does not match, K < 2, a rank is out of range or there is none; ``impl`` is unknown.
         RuntimeError: the named ``impl`` cannot run here; the message says why.
     """
-    rank = _check(grads, basis, rank)
-    counts = op.count_conflicts(impl, grads, basis, rank, bool(count_zero_gradients))
-    range_, null, valid, nonfinite = counts
+    _check_tensors(grads, basis)
+    several = isinstance(rank, Sequence) or (isinstance(rank, Tensor) and rank.dim() > 0)
+    ranks = [_check_rank(f"rank[{r}]", m, grads) for r, m in enumerate(rank)] if several else [_check_rank("rank", rank, grads)]
+    if not ranks:
+        raise ValueError("rank must hold at least one rank, got none")
+    increasing = sorted(set(ranks))
+    range_, null, valid, nonfinite = op.count_conflicts(impl, grads, basis, increasing, bool(count_zero_gradients))
+    if several:
+        range_, null = (torch.stack([x[increasing.index(m)] for m in ranks]) for x in (range_, null))
+        valid = valid.expand_as(range_)
+    else:
+        range_, null = range_[0], null[0]
     return ConflictCounts(range_, null, valid, grads.shape[1:-1].numel(), nonfinite)
 
 
@@ -62,19 +84,24 @@ def projected_dots(grads: Tensor, basis: Tensor, rank: int, *, impl: str = "auto
     Raises:
         As ``count_conflicts``.
     """
-    return op.projected_dots(impl, grads, basis, _check(grads, basis, rank))
+    _check_tensors(grads, basis)
+    return op.projected_dots(impl, grads, basis, _check_rank("rank", rank, grads))
 
 
-def _check(grads: Tensor, basis: Tensor, rank: int) -> int:
+def _check_tensors(grads: Tensor, basis: Tensor) -> None:
     check_tensors(grads=grads, basis=basis)
     if grads.dim() < 2 or grads.shape[0] < 2 or grads.shape[-1] < 2:
         raise ValueError(f"grads must be (K, ..., p) with K >= 2 and p >= 2, got {tuple(grads.shape)}")
     p = grads.shape[-1]
     check_shape("basis", basis, "(p, p)", (p, p))
+
+
+def _check_rank(name: str, rank: object, grads: Tensor) -> int:
+    p = grads.shape[-1]
     if not isinstance(rank, int) and hasattr(rank, "__index__"):  # an entry of TokenSpace.rank, a NumPy integer
         rank = index(rank)
     if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be an int, got {rank!r}")
+        raise TypeError(f"{name} must be an int, got {rank!r}")
     if not 1 <= rank <= p - 1:
-        raise ValueError(f"rank must be in [1, p-1] = [1, {p - 1}], got {rank}")
+        raise ValueError(f"{name} must be in [1, p-1] = [1, {p - 1}], got {rank}")
     return rank

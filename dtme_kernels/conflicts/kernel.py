@@ -20,8 +20,6 @@ rotation is 1, 2 or 3 products (``_rotate``), and tensor cores add only short su
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -147,12 +145,11 @@ def _pair_dots(
     slab,
     K: tl.constexpr,
     PASSES: tl.constexpr,
-    UNSCALE: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """dots[segment, pair, token of the slab] = sum of h_i h_j over the segment, in the tokens' scales or without."""
+    """dots[segment, pair, token of the slab] = sum of h_i h_j over the segment, in the tokens' scales."""
     token = slab[0] + tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
     rows = token_offset(token, sizes, strides)  # [BT]
     first, last = _segment(tl.program_id(1), ranks, p, BN)
@@ -164,12 +161,7 @@ def _pair_dots(
     place = dots + tl.program_id(1).to(tl.int64) * (K * (K - 1) // 2) * length + token - slab[0]
     for i in tl.static_range(K):
         for j in tl.static_range(i + 1, K):
-            b_dot = tl.sum(b_h[i] * b_h[j], 1)  # [BT]
-            if UNSCALE:
-                one = inverse(load_scale(scales, i, token, sizes))
-                other = inverse(load_scale(scales, j, token, sizes))
-                b_dot = b_dot * tl.minimum(one, other) * tl.maximum(one, other)  # no overflow on the way
-            tl.store(place, b_dot, token < slab[1])
+            tl.store(place, tl.sum(b_h[i] * b_h[j], 1), token < slab[1])
             place += length
 
 
@@ -233,50 +225,28 @@ def _add(counts, i, j, K: tl.constexpr, mask):
     tl.atomic_add(counts + j * K + i, number, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["sizes", "ranks", "slab"])
-def _mix(
-    grads,
-    scales,
-    basis,
-    units,
-    weights,
-    out,
-    sizes,
-    p,
-    strides,
-    basis_strides,
-    ranks,
-    slab,
-    K: tl.constexpr,
-    PASSES: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """out[i, token] = sum over j of weights[space, pair(i, j), token] h_j[token]: the gradient at h, one segment."""
-    token = slab[0] + tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
-    num_tokens = tl.cast(sizes[0], tl.int64)
-    rows = token_offset(token, sizes, strides)  # [BT]
-    first, last = _segment(tl.program_id(1), ranks, p, BN)
-    b_h = _rotate(
-        grads, scales, basis, units, sizes, p, strides, basis_strides,
-        token, rows, first, last, K, PASSES, BT, BN, BK,
-    )  # fmt: skip
-    b_true = ()
+@triton.jit(do_not_specialize=["num_tokens", "rank"])
+def _mix(h, weights, num_tokens, p, rank, K: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """h[i] = sum over j of w_ij h[j] in place, w the range weights (pair, token) for c < rank, the null ones above."""
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
+    mask = (token < num_tokens)[:, None] & (channel < p)[None, :]
+    below = (channel < rank)[None, :]
+    own = h + token[:, None] * p + channel[None, :]
+    stride_task = tl.cast(num_tokens, tl.int64) * p
+    b_h = ()
     for task in tl.static_range(K):
-        b_true += (b_h[task] * inverse(load_scale(scales, task, token, sizes))[:, None],)
-    column = first // BN * BN + tl.arange(0, BN)  # [BN]
-    inside = token < slab[1]
-    mask = inside[:, None] & (column >= first)[None, :] & (column < last)[None, :]
-    start = weights + tl.where(first < ranks[0], 0, num_tokens * (K * (K - 1) // 2)) + token
-    for i in tl.static_range(K):
-        b_out = tl.zeros([BT, BN], tl.float32)
+        b_h += (tl.load(own + task * stride_task, mask, 0.0),)  # [BT, BC]
+    for i in range(K):
+        b_sum = tl.zeros([BT, BC], tl.float32)
         for j in tl.static_range(K):
-            if i < j:
-                b_out += tl.load(start + _pair(i, j, K) * num_tokens, inside, 0.0)[:, None] * b_true[j]
-            if i > j:
-                b_out += tl.load(start + _pair(j, i, K) * num_tokens, inside, 0.0)[:, None] * b_true[j]
-        tl.store(out + (i * num_tokens + token)[:, None] * p + column[None, :], b_out, mask)
+            another = token < tl.where(i == j, 0, num_tokens)
+            pair = _pair(tl.minimum(i, j), tl.maximum(i, j), K)
+            place = weights + pair * tl.cast(num_tokens, tl.int64) + token
+            b_range = tl.load(place, another, 0.0)[:, None]
+            b_null = tl.load(place + tl.cast(num_tokens, tl.int64) * (K * (K - 1) // 2), another, 0.0)[:, None]
+            b_sum += tl.where(below, b_range, b_null) * b_h[j]
+        tl.store(own + i * stride_task, b_sum, mask)
 
 
 @triton.jit
@@ -286,7 +256,7 @@ def _pair(i, j, K: tl.constexpr):
 
 
 class _Rotation:
-    """Tiles, launch options and scaled operands of a rotation: what ``_pair_dots`` and ``_mix`` share."""
+    """The scaled operands of a rotation, its tile, and its launches."""
 
     def __init__(self, grads: Tensor, basis: Tensor) -> None:
         self.grads = collapse(grads, keep=1)
@@ -295,7 +265,7 @@ class _Rotation:
         self.num_tokens = outer * inner
         self.sizes = self.num_tokens, inner
         self.passes = _passes(grads.dtype, basis.dtype)
-        self.tile = tile(self.num_tasks, grads.dtype, self.passes, grads.device)
+        self.tile = tile(self.grads, self.passes)
         self.scales = grads.new_empty((self.num_tasks, self.num_tokens), dtype=torch.float32)
         grid = (triton.cdiv(self.num_tokens, 8), self.num_tasks)
         block = min(1024, triton.next_power_of_2(self.p))
@@ -312,29 +282,26 @@ class _Rotation:
         width, borders = self.tile.coordinates, [0, *ranks, self.p]
         return sum(triton.cdiv(high, width) - low // width for low, high in pairwise(borders))
 
-    def launch(self, kernel: Any, pointers: tuple[Tensor, ...], ranks: Sequence[int], slab: Slab, **flags: bool) -> None:
-        kernel[(triton.cdiv(slab[1] - slab[0], TOKENS), self.segments(ranks))](
-            *(self.grads, self.scales, self.basis, self.units, *pointers),
-            *(self.sizes, self.p, self.grads.stride(), self.basis.stride()[-2:], tuple(ranks), slab),
-            K=self.num_tasks,
-            PASSES=self.passes,
-            **flags,
-            BT=TOKENS,
-            BN=self.tile.coordinates,
-            BK=self.tile.channels,
-            num_warps=self.tile.warps,
-            num_stages=self.tile.stages,
-        )
-
-    def pair_dots(self, ranks: Sequence[int], unscale: bool) -> Iterator[tuple[Slab, Tensor]]:
+    def pair_dots(self, ranks: Sequence[int]) -> Iterator[tuple[Slab, Tensor]]:
         """Slabs of tokens, first and last + 1, with their (segments, P, tokens) dots, float32: valid until the next."""
-        lines = self.segments(ranks) * self.num_pairs
+        segments = self.segments(ranks)
+        lines = segments * self.num_pairs
         length = min(self.num_tokens, max(1, SLAB // (4 * lines * TOKENS)) * TOKENS)
         memory = self.scales.new_empty(lines * length)
         for start in range(0, self.num_tokens, length):
             slab = start, min(start + length, self.num_tokens)
             dots = memory[: lines * (slab[1] - start)]
-            self.launch(_pair_dots, (dots,), ranks, slab, UNSCALE=unscale)
+            _pair_dots[(triton.cdiv(slab[1] - start, TOKENS), segments)](
+                *(self.grads, self.scales, self.basis, self.units, dots),
+                *(self.sizes, self.p, self.grads.stride(), self.basis.stride()[-2:], tuple(ranks), slab),
+                K=self.num_tasks,
+                PASSES=self.passes,
+                BT=TOKENS,
+                BN=self.tile.coordinates,
+                BK=self.tile.channels,
+                num_warps=self.tile.warps,
+                num_stages=self.tile.stages,
+            )
             yield slab, dots.view(-1, self.num_pairs, slab[1] - start)
 
 
@@ -355,7 +322,7 @@ def count_conflicts(
     if grads.numel():
         with on_device(grads):
             rotation = _Rotation(grads, basis)
-            for slab, dots in rotation.pair_dots(ranks, unscale=False):
+            for slab, dots in rotation.pair_dots(ranks):
                 _count[(triton.cdiv(dots.shape[-1], 1024), num_tasks**2)](
                     *(dots, rotation.scales, *counts, rotation.sizes, rotation.p, tuple(ranks), slab),
                     K=num_tasks,
@@ -375,22 +342,27 @@ def projected_dots(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Ten
         with on_device(grads):
             rotation = _Rotation(grads, basis)
             border = triton.cdiv(rank, rotation.tile.coordinates)
-            for (start, stop), dots in rotation.pair_dots([rank], unscale=True):
+            for (start, stop), dots in rotation.pair_dots([rank]):
                 for space, part in enumerate((dots[:border], dots[border:])):
                     torch.sum(part, 0, out=both[space, :, start:stop])
+            units = torch.where(rotation.scales == 0, 0, 1 / rotation.scales)
+            one, other = units[torch.triu_indices(num_tasks, num_tasks, 1, device=grads.device)]
+            both *= torch.minimum(one, other)
+            both *= torch.maximum(one, other)  # in this order nothing overflows on the way
     return both[0].view(shape), both[1].view(shape)
 
 
 def projected_dots_backward(
     grad_range: Tensor, grad_null: Tensor, grads: Tensor, basis: Tensor, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """dh_i = sum_j w_ij h_j on chip, then dg = U dh and dU = g dh^T by the library: each is one large product."""
-    dh = grads.new_empty(grads.shape, dtype=torch.float32)
-    if grads.numel():
-        with on_device(grads):
-            rotation = _Rotation(grads, basis)
-            weights = torch.stack([grad_range, grad_null]).view(2, rotation.num_pairs, rotation.num_tokens)
-            rotation.launch(_mix, (weights, dh), [rank], (0, rotation.num_tokens))
-    u, rows = basis.float(), dh.view(-1, dh.shape[-1])
-    d_basis = grads.reshape(rows.shape).float().mT @ rows
-    return (dh @ u.mT).to(grads.dtype), d_basis.to(basis.dtype)
+    """dh_i = sum_j w_ij h_j, then dg = U dh and dU = g dh^T: large products, which are the library's."""
+    num_tasks, *lead, p = grads.shape
+    g, u = grads.reshape(-1, p).float(), basis.float()
+    h = g @ u
+    if h.numel():
+        num_tokens, block_t, block_c = math.prod(lead), 16, 64
+        weights = torch.stack([grad_range, grad_null])
+        with on_device(h):
+            grid = (triton.cdiv(num_tokens, block_t), triton.cdiv(p, block_c))
+            _mix[grid](h, weights, num_tokens, p, rank, K=num_tasks, BT=block_t, BC=block_c)
+    return (h @ u.mT).to(grads.dtype).view(grads.shape), (g.mT @ h).to(basis.dtype)

@@ -5,16 +5,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launch import cannot_run
 from ..registry import Operator
 from . import reference
+from .tiles import MAX_TASKS
+
+Counts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _count_fake(
-    grads: Tensor, basis: Tensor, rank: int, count_zero_gradients: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _unsupported(grads: Tensor, *_: Any) -> str | None:
+    """The kernels keep all tasks in registers, and count tokens in 32 bits."""
+    if grads.shape[0] > MAX_TASKS:
+        return f"the kernels take {MAX_TASKS} tasks at most, got {grads.shape[0]}"
+    if grads.shape[1:-1].numel() >= 2**31 - 2**20:
+        return f"the kernels take fewer than 2**31 - 2**20 tokens at a time, got {grads.shape[1:-1].numel()}"
+    return cannot_run(grads)
+
+
+def _count_fake(grads: Tensor, basis: Tensor, rank: list[int], count_zero_gradients: bool = False) -> Counts:
     num_tasks = grads.shape[0]
-    range_, null, valid = (grads.new_empty((num_tasks, num_tasks), dtype=torch.int64) for _ in range(3))
-    return range_, null, valid, grads.new_empty((), dtype=torch.int64)
+    spaces = [grads.new_empty((len(rank), num_tasks, num_tasks), dtype=torch.int64) for _ in range(2)]
+    valid = grads.new_empty((num_tasks, num_tasks), dtype=torch.int64)
+    return *spaces, valid, grads.new_empty((), dtype=torch.int64)
 
 
 def _dots_fake(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -35,12 +47,13 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, T
     ctx.save_for_backward(grads, basis)
 
 
-def _backward(ctx: Any, grad_range: Tensor, grad_null: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *projected_dots_backward.overload(grad_range, grad_null, *ctx.saved_tensors, ctx.rank), None
+def _backward(call: Any, ctx: Any, grad_range: Tensor, grad_null: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *call(grad_range, grad_null, *ctx.saved_tensors, ctx.rank), None
 
 
+# rank: one or several, increasing; the first two outputs have an axis of ranks in front
 count_conflicts = Operator(
-    "count_conflicts(Tensor grads, Tensor basis, int rank, bool count_zero_gradients=False)"
+    "count_conflicts(Tensor grads, Tensor basis, int[1] rank, bool count_zero_gradients=False)"
     " -> (Tensor range, Tensor null, Tensor valid, Tensor nonfinite)",
     reference.count_conflicts,
     _count_fake,
@@ -55,3 +68,8 @@ projected_dots_backward = Operator(
     _dots_backward_fake,
 )
 projected_dots.differentiate(_setup, _backward, once=projected_dots_backward)
+
+_KERNELS = f"{__package__}.kernel"
+count_conflicts.implement_triton(_KERNELS, _unsupported)
+projected_dots.implement_triton(_KERNELS, _unsupported)
+projected_dots_backward.implement_triton(_KERNELS, lambda *args: _unsupported(*args[2:]))

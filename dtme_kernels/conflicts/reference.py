@@ -1,5 +1,7 @@
 """The definition. Everything else is measured against it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,27 +10,31 @@ CHUNK = 2**20
 
 
 def count_conflicts(
-    grads: Tensor, basis: Tensor, rank: int, count_zero_gradients: bool = False
+    grads: Tensor, basis: Tensor, rank: Sequence[int], count_zero_gradients: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How many tokens have <U_R^T g_i, U_R^T g_j> <= 0, the same of U_N (Eq. 4), are valid; pairs not finite."""
+    """How many tokens have <U_R^T g_i, U_R^T g_j> <= 0, the same of U_N (Eq. 4), are valid; pairs not finite.
+
+    The first two for every rank, (R, K, K).
+    """
     num_tasks, p = grads.shape[0], grads.shape[-1]
     wide = torch.promote_types(grads.dtype, torch.float32)
     basis = basis.to(wide)
     usable = basis.isfinite().all()  # no pair can be compared in a basis of NaN
     first, second = _pairs(num_tasks, grads.device)
-    counts = torch.zeros(4, len(first), dtype=torch.int64, device=grads.device)
+    counts = torch.zeros(2 * len(rank) + 2, len(first), dtype=torch.int64, device=grads.device)
     grads = grads if grads.dim() > 2 else grads.unsqueeze(1)
     for chunk in grads.split(max(1, CHUNK // max(1, grads[:, :1].numel())), 1):
         g = chunk.reshape(num_tasks, -1, p).to(wide)
         peak = g.abs().amax(-1)
         # an exact power of two near the peak: no dot product under- or overflows, and none changes sign
         scale = torch.where(peak == 0, 1, peak / (2 * peak.frexp().mantissa))
-        range_dots, null_dots = _pair_dots(g / scale.unsqueeze(-1) @ basis, rank)
+        h = g / scale.unsqueeze(-1) @ basis
+        dots = [x for m in rank for x in _pair_dots(h, m)]
         finite = peak.isfinite()[first] & peak.isfinite()[second] & usable
         valid = finite if count_zero_gradients else finite & (peak[first] > 0) & (peak[second] > 0)
-        counts += torch.stack([(range_dots <= 0) & valid, (null_dots <= 0) & valid, valid, ~finite]).sum(-1)
-    range_, null, valid, nonfinite = counts
-    return _symmetric(range_, num_tasks), _symmetric(null, num_tasks), _symmetric(valid, num_tasks), nonfinite.sum()
+        counts += torch.stack([*((x <= 0) & valid for x in dots), valid, ~finite]).sum(-1)
+    *spaces, valid, nonfinite = (_symmetric(x, num_tasks) for x in counts)
+    return torch.stack(spaces[::2]), torch.stack(spaces[1::2]), valid, nonfinite.sum() // 2
 
 
 def projected_dots(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from ..launch import limits
 
@@ -23,23 +23,27 @@ class Tile(NamedTuple):
 # come first: as many as ``python -m dtme_kernels.info --aot`` shows without a spill, then channels, then stages.
 _WITH_WGMMA = {
     0: {5: Tile(128, 64, 8, 3), 8: Tile(64, 64, 8, 3), 11: Tile(64, 32, 8, 4), 16: Tile(32, 32, 8, 3)},
-    1: {2: Tile(128, 64, 8, 3), 5: Tile(64, 64, 8, 3), 8: Tile(64, 32, 8, 3), 16: Tile(32, 16, 8, 3)},
-    2: {2: Tile(128, 64, 8, 3), 5: Tile(64, 64, 8, 3), 8: Tile(64, 32, 8, 3), 16: Tile(32, 16, 8, 3)},
+    1: {2: Tile(128, 64, 8, 3), 5: Tile(64, 32, 8, 3), 8: Tile(32, 32, 8, 3), 16: Tile(32, 16, 8, 2)},
+    2: {2: Tile(128, 64, 8, 3), 5: Tile(64, 32, 8, 4), 8: Tile(32, 32, 8, 3), 16: Tile(32, 16, 8, 3)},
     3: {2: Tile(128, 32, 8, 3), 4: Tile(64, 32, 8, 3), 5: Tile(64, 16, 8, 3), 8: Tile(32, 16, 8, 3), 16: Tile(16, 16, 8, 2)},
 }
 _BEFORE = {
     0: {5: Tile(128, 32, 8, 3), 11: Tile(32, 32, 8, 3), 16: Tile(16, 16, 4, 3)},
     1: {2: Tile(128, 32, 8, 3), 8: Tile(32, 16, 8, 3), 16: Tile(16, 16, 8, 2)},
-    2: {2: Tile(128, 32, 8, 3), 5: Tile(32, 16, 8, 3), 16: Tile(16, 16, 4, 2)},
+    2: {2: Tile(128, 32, 8, 3), 5: Tile(32, 16, 8, 3), 11: Tile(16, 16, 4, 2), 16: Tile(16, 16, 8, 1)},
     3: {2: Tile(128, 32, 8, 3), 8: Tile(32, 16, 8, 3), 16: Tile(16, 16, 8, 2)},
 }
 
 
-def tile(num_tasks: int, dtype: torch.dtype, passes: int, device: torch.device) -> Tile:
-    """For K <= ``MAX_TASKS`` gradients of ``dtype``; no more stages than the device has shared memory for."""
-    shared = limits(device).shared_memory
+def tile(grads: Tensor, passes: int) -> Tile:
+    """For gradients (K, outer, inner, p), K <= ``MAX_TASKS``; no more stages than their device has shared memory for."""
+    num_tasks, *_, p = grads.shape
+    shared = limits(grads.device).shared_memory
     table = _WITH_WGMMA if shared > 200 * 1024 else _BEFORE
-    found = next(tile for tasks, tile in table[passes].items() if num_tasks <= tasks)
-    gradients = num_tasks * TOKENS * found.channels * dtype.itemsize
+    *strides, one = grads.stride()
+    vectors = one == 1 and grads.data_ptr() % 16 == 0 and not any(n % 16 for n in (p, *strides))
+    # where every number is loaded by itself, addresses take the registers: the tile of many tasks
+    found = next(tile for most, tile in table[passes].items() if most >= (num_tasks if vectors else MAX_TASKS))
+    gradients = num_tasks * TOKENS * found.channels * grads.element_size()
     basis = 2 * found.channels * found.coordinates * max(1, min(passes, 2))
     return found._replace(stages=max(1, min(found.stages, (shared - 4096) // (gradients + basis))))

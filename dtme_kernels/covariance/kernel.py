@@ -136,9 +136,9 @@ class _Tiles:
         wide = dtype == torch.float32
         large = not wide and p >= 256 and p % 16 == 0 and triton.cdiv(p, 128) * 128 <= 1.2 * triton.cdiv(p, 64) * 64
         self.channels = 128 if large else 64
-        self.tokens = 64 if large else 32
+        self.tokens = 32 if wide else 64
         self.promote = 64 * (8 if wide else 16) // self.tokens  # after 64 additions of the tensor core
-        self.options = {"num_warps": 8 if large else 4, "num_stages": 3}
+        self.options = {"num_warps": 8 if large else 4, "num_stages": 3 if large or wide else 2}
         self.precision = "tf32x3" if wide and _highest() else "tf32"
         rows = triton.cdiv(p, self.channels)
         self.lower = rows * (rows + 1) // 2

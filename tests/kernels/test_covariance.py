@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dtme_kernels import token_covariance, token_covariance_
 from dtme_kernels.testing import DTYPES, LAYOUTS, assert_accurate, exact, make
 
-SHAPES = [(4, 7, 33), (2, 1, 5), (50, 64), (1, 1), (0, 3, 6), (17,)]
+SHAPES = [(4, 7, 33), (2, 1, 5), (50, 64), (1, 1), (0, 3, 6), (17,), (3, 70, 130), (2, 40, 272)]
 
 
 def oracle(tokens):
@@ -40,6 +40,9 @@ def test_matches_oracle(impl, shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(impl, layout):
     check(make(6, 7, 9, layout=layout), impl)
+    check(make(6, 7, 5, 9, layout=layout)[:, 1:, ::2], impl)  # no two strides address these tokens
+    check(make(6, 7, 9, layout=layout)[:, 1:], impl)  # two do
+    check(make(6, 7, 9, layout=layout).transpose(0, 1), impl)
 
 
 @given(
@@ -53,16 +56,19 @@ def test_any_shape(lead, p, layout, dtype, seed):
     check(make(1, *lead, p, layout=layout, dtype=dtype, seed=seed), "auto")
 
 
+@pytest.mark.float64
 def test_gradients(impl):
     tokens = make(3, 4, 5, dtype=torch.float64, layout="transposed", requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: token_covariance(x, impl=impl), tokens)
     assert token_covariance(tokens[:0], impl=impl).grad_fn
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_is_as_right_as_plain_torch(dtype):
-    tokens, grad = make(5, 8, 12, dtype=dtype, requires_grad=True), make(12, 12, seed=1).expand(12, 12)
-    (got,) = torch.autograd.grad(token_covariance(tokens), tokens, grad)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("p", [12, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradient_is_as_right_as_plain_torch(impl, dtype, p, layout):
+    tokens, grad = make(5, 8, p, dtype=dtype, layout=layout, requires_grad=True), make(p, 1, seed=1).expand(p, p)
+    (got,) = torch.autograd.grad(token_covariance(tokens, impl=impl), tokens, grad)
     (by_torch,) = torch.autograd.grad(plain(tokens), tokens, grad)
     x, g = exact(tokens, grad)
     assert got.dtype == dtype
@@ -71,7 +77,7 @@ def test_gradient_is_as_right_as_plain_torch(dtype):
 
 @pytest.mark.parametrize("master", [torch.float32, torch.float64])
 def test_accumulates_every_layer_in_one_call(impl, master):
-    layers = [make(2, 5, 7), make(3, 7, dtype=torch.bfloat16), make(0, 4, 7), make(2, 9, 7, layout="transposed")]
+    layers = [make(2, 5, 7), make(3, 7, dtype=torch.float16), make(0, 4, 7), make(2, 9, 7, layout="transposed")]
     accumulator = make(4, 7, 7, dtype=master).mul(0.5)
     accumulator += accumulator.mT.clone()
     start = accumulator.clone()
@@ -79,7 +85,7 @@ def test_accumulates_every_layer_in_one_call(impl, master):
     token_covariance_(accumulator, tuple(layers), impl=impl)
     for layer, before, x in zip(accumulator, start, layers, strict=True):
         want = exact(before)[0] + 2 * oracle(x)
-        assert_accurate(layer, want, (before + plain(x) + plain(x)), terms=2 * x.shape[:-1].numel())
+        assert_accurate(layer, want, before + plain(x) + plain(x), terms=2 * x.shape[:-1].numel())
         assert torch.equal(layer, layer.T)
 
 
@@ -87,12 +93,23 @@ def test_accumulates_into_a_view(impl):
     storage = torch.zeros(3, 6, 6)
     token_covariance_(storage[1].T, make(4, 6), impl=impl)
     token_covariance_(storage[::2], [make(4, 6), make(4, 6)], impl=impl)
-    assert torch.equal(storage, token_covariance(make(4, 6)).expand(3, 6, 6))
+    assert torch.equal(storage, token_covariance(make(4, 6), impl=impl).expand(3, 6, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_layers_of_many_tokens(impl, dtype):
+    """Splits of the tokens, long sums, and layers of two layouts between each other."""
+    layers = [make(5, 400, 24, dtype=dtype, seed=d) for d in range(5)]
+    layers[1:4:2] = [x.mT.contiguous().mT for x in layers[1:4:2]]
+    sums = token_covariance_(torch.zeros(5, 24, 24, dtype=torch.float64), layers, impl=impl)
+    for layer, x in zip(sums, layers, strict=True):
+        assert torch.equal(layer, layer.T)
+        assert_accurate(layer.float(), oracle(x), plain(x), terms=2000)
 
 
 def test_small_updates_are_not_lost(impl):
-    # 4096 + 1 is not a bfloat16, 2**24 + 1 not a float32
-    accumulator = token_covariance_(torch.zeros(1, 1), torch.ones(4097, 1, dtype=torch.bfloat16), impl=impl)
+    # 4096 + 1 is not a float16, 2**24 + 1 not a float32
+    accumulator = token_covariance_(torch.zeros(1, 1), torch.ones(4097, 1, dtype=torch.float16), impl=impl)
     assert accumulator.item() == 4097
     accumulator = torch.full((1, 1), 2.0**24, dtype=torch.float64)
     for _ in range(100):
@@ -100,6 +117,7 @@ def test_small_updates_are_not_lost(impl):
     assert accumulator.item() == 2**24 + 100
 
 
+@pytest.mark.float64
 def test_float64_tokens_stay_float64(impl):
     tokens = make(30, 5, dtype=torch.float64)
     accumulator = token_covariance_(torch.zeros(5, 5, dtype=torch.float64), tokens, impl=impl)

@@ -1,0 +1,49 @@
+"""The Triton kernels without a GPU: Triton's interpreter runs them in NumPy, against the oracles of the reference.
+
+The interpreter has to be switched on before Triton is imported, so this file runs itself in a process of its own. It
+knows no races, and multiplies the raw bits of bfloat16 in ``tl.dot``; tests/gpu has those.
+"""
+
+import os
+import subprocess
+import sys
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtme_kernels import launch
+from tests.kernels import test_conflicts, test_covariance
+
+if not launch.interpreted():
+
+    def test_kernels_in_the_interpreter():
+        pytest.importorskip("triton")
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"TRITON_INTERPRET": "1"},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout
+        print(run.stdout.splitlines()[-1])
+
+else:
+
+    @pytest.fixture
+    def impl(request):
+        dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
+        if dtype == torch.float64 or request.node.get_closest_marker("float64"):
+            pytest.skip("float64 is the reference's")
+        if dtype == torch.bfloat16 and request.function.__module__ == test_covariance.__name__:
+            pytest.skip("the interpreter cannot multiply bfloat16")
+        if dtype == torch.bfloat16 and request.function is test_conflicts.test_magnitude_does_not_matter:
+            pytest.skip("the interpreter misreads subnormal bfloat16")
+        return "triton"
+
+    for _module in (test_covariance, test_conflicts):
+        for _name, _test in vars(_module).items():
+            if _name.startswith("test_") and "impl" in signature(_test).parameters:
+                globals()[f"{_name}_of_{_module.__name__.rpartition('_')[2]}"] = _test
