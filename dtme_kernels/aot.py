@@ -7,7 +7,7 @@ at is what ships: tiles, warps, stages, alignment, and the constants of each sha
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,9 @@ import torch
 
 from . import launch
 
-# shared memory that a program may have, of one chip per architecture: A100, H100 and H200, B200
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+CHIPS = {chip.capability: chip for chip in (launch.A100, launch.H200, launch.B200)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DOTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "fma.rn.f32": "fma"}
+DOTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
 
 
 class Compiled(NamedTuple):
@@ -85,12 +83,12 @@ def _conflict_cases() -> dict[str, Callable[[], object]]:
     return found
 
 
-def compile_cases(capability: int, only: str = "") -> list[Compiled]:
+def compile_cases(capability: int, only: str = "") -> Iterator[Compiled]:
     """Compile what the cases whose name contains ``only`` launch; a kernel that several launch has the first one's name.
 
     Float32 is compiled as ``torch.set_float32_matmul_precision`` "highest" and "high" have it.
     """
-    seen: dict[str, Compiled] = {}
+    seen: set[str] = set()
     for precision in ("highest", "high"):
         for name, run in cases().items():
             if only not in name or (precision == "high" and "fp32" not in name.partition(",")[0]):
@@ -98,8 +96,9 @@ def compile_cases(capability: int, only: str = "") -> list[Compiled]:
             with _compiling(capability, precision) as compiled:
                 run()
             for kernel in compiled:
-                seen.setdefault(kernel.hash, _inspect(f"{name}{', tf32' * (precision == 'high')}", capability, kernel))
-    return list(seen.values())
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    yield _inspect(f"{name}{', tf32' * (precision == 'high')}", capability, kernel)
 
 
 @contextmanager
@@ -122,7 +121,7 @@ def _compiling(capability: int, precision: str) -> Iterator[list[Any]]:
             return 0
 
     compiled: list[Any] = []
-    run, limits, active = JITFunction.run, launch._DEFAULT_LIMITS, driver._active
+    run, chip, active = JITFunction.run, launch._without_a_gpu, driver._active
     before = torch.get_float32_matmul_precision()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -133,11 +132,11 @@ def _compiling(capability: int, precision: str) -> Iterator[list[Any]]:
         torch.set_float32_matmul_precision(precision)
         driver.set_active(Compiler())
         JITFunction.run = compile_only
-        launch._DEFAULT_LIMITS = launch.Limits(MULTIPROCESSORS[capability], SHARED_MEMORY[capability])
+        launch._without_a_gpu = CHIPS[capability]
         yield compiled
     finally:
         torch.set_float32_matmul_precision(before)
-        JITFunction.run, launch._DEFAULT_LIMITS = run, limits
+        JITFunction.run, launch._without_a_gpu = run, chip
         driver._active = active
 
 
@@ -145,10 +144,20 @@ def _inspect(case: str, capability: int, kernel: Any) -> Compiled:
     text = _resources(kernel.asm["cubin"])
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     name, metadata = kernel.src.name.lstrip("_"), kernel.metadata
-    instruction = next((short for long, short in DOTS.items() if long in kernel.asm["ptx"]), "")
-    if "dot" not in kernel.asm["ttir"].replace("dots", ""):
-        instruction = ""
+    instruction = ""
+    if "tt.dot " in kernel.asm["ttir"]:
+        instruction = next((short for long, short in DOTS.items() if long in kernel.asm["ptx"]), "fma")
     return Compiled(case, name, capability, metadata.num_warps, registers, stack + local, metadata.shared, instruction)
+
+
+def table(capabilities: Sequence[int]) -> Iterator[str]:
+    """Lines for ``python -m dtme_kernels.info --aot``, each as soon as its kernel is compiled."""
+    yield f"{'':52}{'kernel':20}{'chip':8}{'warps':>5}{'registers':>11}{'spilled':>9}{'shared KB':>11}  product"
+    for capability in capabilities:
+        for row in compile_cases(capability):
+            name, chip, shared = row.case, f"sm_{row.capability}", row.shared / 1024
+            numbers = f"{row.warps:>5}{row.registers:>11}{row.spilled:>9}{shared:>11.1f}"
+            yield f"{name:52}{row.kernel:20}{chip:8}{numbers}  {row.instruction or '-'}"
 
 
 def _resources(cubin: bytes) -> str:

@@ -1,5 +1,9 @@
-"""``python -m dtme_kernels.info``: versions, devices, and what every operation runs on here."""
+"""``python -m dtme_kernels.info``: versions, devices, and what every operation runs on here.
 
+With ``--aot``, what the compiler makes of every Triton kernel, for chips that need not be here.
+"""
+
+import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -53,5 +57,28 @@ def _triton() -> str:
         return "not installed"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m dtme_kernels.info", description=__doc__)
+    parser.add_argument(
+        "--aot",
+        nargs="*",
+        type=int,
+        metavar="CAPABILITY",
+        help="compile every Triton kernel, as launched, for these compute capabilities (80 90 100): a few minutes",
+    )
+    chosen = parser.parse_args().aot
+    if chosen is None:
+        print(report())
+        return
+    if why := OPERATORS["count_conflicts"].missing("triton"):
+        parser.error(f"nothing to compile: {why}")
+    from .aot import CHIPS, table
+
+    if unknown := set(chosen) - CHIPS.keys():
+        parser.error(f"capabilities must be of {list(CHIPS)}, got {sorted(unknown)}")
+    for line in table(chosen or list(CHIPS)):
+        print(line, flush=True)
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

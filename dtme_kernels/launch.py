@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 
-class Limits(NamedTuple):
-    """Of one device: how many programs it runs side by side, and the shared memory that one of them may take."""
+class Chip(NamedTuple):
+    """What a launch depends on: the generation, the programs side by side, the shared memory that one may take."""
 
+    capability: int
     multiprocessors: int
     shared_memory: int
 
 
-# for tensors on no GPU, in Triton's interpreter: an H200
-_DEFAULT_LIMITS = Limits(132, 227 * 1024)
+A100, H200, B200 = Chip(80, 108, 163 * 1024), Chip(90, 132, 227 * 1024), Chip(100, 148, 227 * 1024)
+_without_a_gpu = H200  # for the interpreter; aot compiles for others
 
 
-def limits(device: torch.device) -> Limits:
+def chip(device: torch.device) -> Chip:
     if device.type != "cuda":
-        return _DEFAULT_LIMITS
-    properties = torch.cuda.get_device_properties(device)
-    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        return _without_a_gpu
+    found = torch.cuda.get_device_properties(device)
+    return Chip(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def interpreted() -> bool:

@@ -56,7 +56,7 @@ def assert_accurate(got: Tensor, want: np.ndarray | Tensor, plain: Tensor, terms
     Raises:
         AssertionError: over budget, another shape, or a NaN.
     """
-    want = torch.as_tensor(want, dtype=torch.float64)
+    want = torch.as_tensor(want, dtype=torch.float64, device="cpu")
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     error, of_plain, size = (_largest(x) for x in (got.cpu() - want, plain.cpu() - want, want))
     budget = 2 * of_plain + terms**0.5 * torch.finfo(got.dtype).eps * size

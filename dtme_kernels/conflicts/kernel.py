@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..launch import collapse, in_reach, on_device
 from .scaling import inverse, load_scale, scale_tokens, split_basis, token_offset
-from .tiles import TOKENS, tile
+from .tiles import tile
 
 Slab = tuple[int, int]
 SLAB = 2**24  # bytes of dots between two kernels: they fit the L2 cache
@@ -78,6 +78,7 @@ def _rotate(
     first,
     last,
     K: tl.constexpr,
+    G: tl.constexpr,
     PASSES: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -85,41 +86,44 @@ def _rotate(
 ):
     """K tiles [BT, BN] of h = U^T g: the block of coordinates that first is in, 0 outside first <= c < last; scaled.
 
-    PASSES: 0, gradients and basis are multiplied as they are. 1, in 11 bits each. 2, an 11-bit gradient with a 22-bit
-    basis. 3, 22 bits each.
+    G tasks share a loop over the channels: the operands of as many are in registers. PASSES: 0, gradients and basis are
+    multiplied as they are. 1, in 11 bits each. 2, an 11-bit gradient with a 22-bit basis. 3, 22 bits each.
     """
     inside = token < sizes[0]
     column = first // BN * BN + tl.arange(0, BN)  # [BN]: a block, for aligned loads whatever the rank
     if PASSES >= 1:
         unit = tl.load(units + column, column < p, 0.0)[None, :]
     b_h = ()
-    for task in tl.static_range(K):
-        b_h += (tl.zeros([BT, BN], tl.float32),)
-    for start in range(0, p, BK):
-        channel = start + tl.arange(0, BK)  # [BK]
-        within = (channel < p)[:, None] & (column < p)[None, :]
-        place = basis + channel[:, None] * basis_strides[0] + column[None, :] * basis_strides[1]
-        b_u = tl.load(place, within, 0.0)  # [BK, BN]
-        if PASSES >= 2:
-            b_u_low = tl.load(place + p * p, within, 0.0)
-        mask = inside[:, None] & (channel < p)[None, :]
-        b_next = ()
-        for task in tl.static_range(K):
-            own = grads + tl.cast(strides[0], tl.int64) * task
-            b_g = tl.load(own + rows[:, None] + channel[None, :] * strides[3], mask, 0.0)  # [BT, BK]
-            if PASSES == 0:
-                b_sum = tl.dot(b_g, b_u, b_h[task])
-            else:
-                b_g = b_g.to(tl.float32) * load_scale(scales, task, token, sizes)[:, None]
-                b_high = b_g.to(tl.float16)
-                # tensor cores round towards zero whenever they add: their sums are short, and added with rounding
-                b_sum = b_h[task] + tl.dot(b_high, b_u) * unit
-                if PASSES >= 2:
-                    b_sum += tl.dot(b_high, b_u_low) * unit
-                if PASSES == 3:
-                    b_sum += tl.dot((b_g - b_high.to(tl.float32)).to(tl.float16), b_u) * unit
-            b_next += (b_sum,)
-        b_h = b_next
+    for begin in tl.static_range(0, K, G):
+        b_group = ()
+        for _ in tl.static_range(begin, min(begin + G, K)):
+            b_group += (tl.zeros([BT, BN], tl.float32),)
+        for start in range(0, p, BK):
+            channel = start + tl.arange(0, BK)  # [BK]
+            within = (channel < p)[:, None] & (column < p)[None, :]
+            place = basis + channel[:, None] * basis_strides[0] + column[None, :] * basis_strides[1]
+            b_u = tl.load(place, within, 0.0)  # [BK, BN]
+            if PASSES >= 2:
+                b_u_low = tl.load(place + p * p, within, 0.0)
+            mask = inside[:, None] & (channel < p)[None, :]
+            b_next = ()
+            for task in tl.static_range(begin, min(begin + G, K)):
+                own = grads + tl.cast(strides[0], tl.int64) * task
+                b_g = tl.load(own + rows[:, None] + channel[None, :] * strides[3], mask, 0.0)  # [BT, BK]
+                if PASSES == 0:
+                    b_sum = tl.dot(b_g, b_u, b_group[task - begin])
+                else:
+                    b_g = b_g.to(tl.float32) * load_scale(scales, task, token, sizes)[:, None]
+                    b_high = b_g.to(tl.float16)
+                    # tensor cores round towards zero whenever they add: their sums are short, and added with rounding
+                    b_sum = b_group[task - begin] + tl.dot(b_high, b_u) * unit
+                    if PASSES >= 2:
+                        b_sum += tl.dot(b_high, b_u_low) * unit
+                    if PASSES == 3:
+                        b_sum += tl.dot((b_g - b_high.to(tl.float32)).to(tl.float16), b_u) * unit
+                b_next += (b_sum,)
+            b_group = b_next
+        b_h += b_group
     own = ((column >= first) & (column < last))[None, :]
     b_rotated = ()
     for task in tl.static_range(K):
@@ -144,6 +148,7 @@ def _pair_dots(
     ranks,
     slab,
     K: tl.constexpr,
+    G: tl.constexpr,
     PASSES: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -155,7 +160,7 @@ def _pair_dots(
     first, last = _segment(tl.program_id(1), ranks, p, BN)
     b_h = _rotate(
         grads, scales, basis, units, sizes, p, strides, basis_strides,
-        token, rows, first, last, K, PASSES, BT, BN, BK,
+        token, rows, first, last, K, G, PASSES, BT, BN, BK,
     )  # fmt: skip
     length = slab[1] - slab[0]
     place = dots + tl.program_id(1).to(tl.int64) * (K * (K - 1) // 2) * length + token - slab[0]
@@ -286,17 +291,18 @@ class _Rotation:
         """Slabs of tokens, first and last + 1, with their (segments, P, tokens) dots, float32: valid until the next."""
         segments = self.segments(ranks)
         lines = segments * self.num_pairs
-        length = min(self.num_tokens, max(1, SLAB // (4 * lines * TOKENS)) * TOKENS)
+        length = min(self.num_tokens, max(1, SLAB // (4 * lines * self.tile.tokens)) * self.tile.tokens)
         memory = self.scales.new_empty(lines * length)
         for start in range(0, self.num_tokens, length):
             slab = start, min(start + length, self.num_tokens)
             dots = memory[: lines * (slab[1] - start)]
-            _pair_dots[(triton.cdiv(slab[1] - start, TOKENS), segments)](
+            _pair_dots[(triton.cdiv(slab[1] - start, self.tile.tokens), segments)](
                 *(self.grads, self.scales, self.basis, self.units, dots),
                 *(self.sizes, self.p, self.grads.stride(), self.basis.stride()[-2:], tuple(ranks), slab),
                 K=self.num_tasks,
+                G=self.tile.tasks,
                 PASSES=self.passes,
-                BT=TOKENS,
+                BT=self.tile.tokens,
                 BN=self.tile.coordinates,
                 BK=self.tile.channels,
                 num_warps=self.tile.warps,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import collapse, in_reach, limits, on_device
+from ..launch import chip, collapse, in_reach, on_device
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def _accumulate_layers(outputs: tuple[Tensor, ...], layers: tuple[Tensor, ...]) 
     tiles = _Tiles(p, x.dtype)
     steps = outer * triton.cdiv(inner, tiles.tokens)
     # about two rounds of programs, each with at least 512 tokens: a split costs a tile written and read
-    wanted = triton.cdiv(2 * limits(x.device).multiprocessors, tiles.lower * len(layers))
+    wanted = triton.cdiv(2 * chip(x.device).multiprocessors, tiles.lower * len(layers))
     per_split = max(triton.cdiv(steps, wanted), 512 // tiles.tokens)
     splits = triton.cdiv(steps, per_split)
     grid = (tiles.lower, len(layers), splits)
