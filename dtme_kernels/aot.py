@@ -76,9 +76,11 @@ def _conflict_cases() -> dict[str, Callable[[], object]]:
         found[f"dots backward K={num_tasks} {name}"] = partial(
             kernel.projected_dots_backward, dots, dots, grads, square, 256
         )
-    grads, u = torch.empty(5, 6, 49, 81, device="meta"), torch.empty(81, 81, dtype=torch.float64, device="meta")
-    found["conflicts K=5 p=81 fp32, basis fp64, five ranks"] = partial(
-        kernel.count_conflicts, grads, u, [2, 9, 20, 30, 40]
+    grads, u = torch.empty(16, 6, 49, 81, device="meta"), torch.empty(81, 81, dtype=torch.float64, device="meta")
+    ranks = [2, 9, 20, 30, 40]
+    found["conflicts K=16 p=81 fp32, basis fp64, five ranks"] = partial(kernel.count_conflicts, grads, u, ranks)
+    found["conflicts K=5 p=81 bf16, basis bf16"] = partial(
+        kernel.count_conflicts, grads[:5].bfloat16(), u.bfloat16(), [20]
     )
     return found
 

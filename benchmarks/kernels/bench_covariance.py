@@ -1,27 +1,59 @@
 """Second moments of all blocks' tokens, added to running sums (Eq. 1)."""
 
-import pytest
+from functools import partial
+
 import torch
 
 from dtme_kernels import token_covariance_
+from dtme_kernels.covariance import reference
+
+from .conftest import DEVICE
+
+ON_GPU = ["addmm", "baddbmm"] if DEVICE.type == "cuda" else []
+RIVALS = ["eager", "compiled", *ON_GPU, "ours into float64", "ours"]
 
 
-def printed(accumulator, tokens):
-    """One block after the other, a product and a sum."""
+def eager(accumulator, tokens):
+    """One block after the other: widen, multiply, add."""
     for layer, x in zip(accumulator, tokens, strict=True):
-        rows = x.flatten(0, 1)
+        rows = x.flatten(0, 1).float()
         layer += rows.T @ rows
 
 
-RIVALS = {"printed": printed, "ours": token_covariance_}
+def addmm(accumulator, tokens):
+    """The library's product and sum, low precision in and float32 out, a launch a block."""
+    for layer, x in zip(accumulator, tokens, strict=True):
+        rows = x.flatten(0, 1)
+        torch.addmm(layer, rows.T, rows, out_dtype=torch.float32, out=layer)
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_covariance(benchmark, shape, name):
-    rival = RIVALS[name]
-    tokens = [torch.randn(shape.images, shape.tokens, shape.channels) for _ in range(shape.blocks)]
-    want = sum(x.flatten(0, 1).double().T @ x.flatten(0, 1).double() for x in tokens)
-    accumulator = torch.zeros(shape.blocks, shape.channels, shape.channels)
-    rival(accumulator, tokens)
-    torch.testing.assert_close(accumulator.double().sum(0), want, rtol=1e-4, atol=1e-2)
-    benchmark(rival, accumulator, tokens)
+def baddbmm(accumulator, stacked):
+    """The same in one launch, of tokens that somebody has stacked."""
+    torch.baddbmm(accumulator, stacked.mT, stacked, out_dtype=torch.float32, out=accumulator)
+
+
+def test_covariance(report, device, shape):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    p, rows = shape.channels, shape.images * shape.tokens
+    stacked = torch.randn(shape.blocks, shape.images, shape.tokens, p, device=device).to(dtype)
+    tokens, flat = list(stacked.unbind()), stacked.flatten(1, 2)
+
+    def make_rivals():
+        functions = {
+            "eager": eager,
+            "compiled": torch.compile(reference.token_covariance_, dynamic=False),
+            "addmm": addmm,
+            "baddbmm": lambda sums, _: baddbmm(sums, flat),
+            "ours into float64": token_covariance_,
+            "ours": token_covariance_,
+        }
+        want = flat[-1].double().T @ flat[-1].double()
+        rivals = {}
+        for name in RIVALS:
+            sums = torch.zeros(shape.blocks, p, p, device=device, dtype=torch.float64 if "64" in name else torch.float32)
+            functions[name](sums, tokens)
+            torch.testing.assert_close(sums[-1].double(), want, rtol=1e-4, atol=1e-4 * rows)
+            rivals[name] = partial(functions[name], sums, tokens)
+        return rivals
+
+    report(make_rivals, moved=stacked.nbytes + 8 * shape.blocks * p * p, operations=shape.blocks * rows * p * (p + 1))

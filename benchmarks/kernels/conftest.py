@@ -1,11 +1,17 @@
-"""What every speed report shares: the shapes, and the facts that a figure is worth nothing without."""
+"""What every speed report shares: shapes, device, and the facts that a figure is worth nothing without."""
 
+import os
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from .race import Replay, Result, race
+
+DEVICE = torch.device(os.environ.get("DTME_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class Shape(NamedTuple):
@@ -20,32 +26,78 @@ class Shape(NamedTuple):
     blocks: int = 12
 
 
-SHAPES = {
-    "ViT-T, 224 px": Shape(8, 197, 192, 3),
-    "ViT-S, 224 px": Shape(4, 197, 384, 6),
-    "ViT-B, 224 px": Shape(2, 197, 768, 12),
-    "ViT-T, 512 px": Shape(2, 1024, 192, 3),
-}
-RIVALS = {"printed", "eager", "concatenated", "ours"}
+WIDTHS = {"ViT-T": (192, 3, 12), "ViT-S": (384, 6, 12), "ViT-B": (768, 12, 12), "ViT-L": (1024, 16, 24)}
+if DEVICE.type == "cuda":
+    SIZES = {"224 px": (64, 197), "448x576 px": (6, 1008), "512 px": (6, 1024)}
+    SHAPES = {
+        f"{model}, {size}": Shape(images, tokens, p, heads, tasks=5, blocks=blocks)
+        for model, (p, heads, blocks) in WIDTHS.items()
+        for size, (images, tokens) in SIZES.items()
+    }
+else:
+    SHAPES = {
+        "ViT-T, 224 px": Shape(8, 197, 192, 3),
+        "ViT-S, 224 px": Shape(4, 197, 384, 6),
+        "ViT-B, 224 px": Shape(2, 197, 768, 12),
+        "ViT-T, 512 px": Shape(2, 1024, 192, 3),
+    }
+_races: dict[str, dict[str, Result]] = {}  # a race is run once, and shown by a test a rival
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
-def shape(request) -> Shape:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every rival of a report is a test of its own, in one race: ``RIVALS`` names them, ours last."""
+    if "rival" in metafunc.fixturenames:
+        metafunc.parametrize("rival", metafunc.module.RIVALS)
+    if "shape" in metafunc.fixturenames:
+        shapes = SHAPES | getattr(metafunc.module, "MORE_SHAPES", {})
+        metafunc.parametrize("shape", shapes.values(), ids=shapes.keys())
+
+
+@pytest.fixture
+def device() -> torch.device:
     torch.manual_seed(0)
-    return request.param
+    return DEVICE
 
 
-@pytest.fixture(autouse=True)
-def _facts(benchmark, request) -> None:
+@pytest.fixture
+def report(benchmark, request, rival):
+    """``report(make_rivals, moved=bytes, operations=flops)``: race, and show this rival's times.
+
+    ``make_rivals`` checks every rival's result and returns them by name; it is called once a race.
+    """
+    key = f"{request.node.originalname.removeprefix('test_')}, {request.node.callspec.id.replace(rival, '').strip('-')}"
+    benchmark.group = key.replace("--", ", ")
+
+    def run(make_rivals, *, moved: int, operations: int, host: bool = False) -> None:
+        if key not in _races:
+            _races[key] = race(make_rivals(), DEVICE, host=host)
+        result = _races[key][rival]
+        benchmark._timer = Replay(result.seconds)
+        benchmark.pedantic(lambda: None, rounds=len(result.seconds))
+        median = float(torch.tensor(result.seconds, dtype=torch.float64).median())
+        assert abs(benchmark.stats.stats.median - median) <= 0.5 * median, "pytest-benchmark did not read the replay"
+        benchmark.extra_info |= _facts() | {
+            "GB/s": moved / median / 1e9,
+            "TFLOP/s": operations / median / 1e12,
+            "peak MB": None if result.peak_bytes is None else result.peak_bytes / 1e6,
+        }
+
+    return run
+
+
+def _facts() -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    benchmark.extra_info |= {
-        "threads": torch.get_num_threads(),
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    on_gpu = DEVICE.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
+        "triton": triton,
         "commit": commit or "unknown",
     }
-    # rivals are compared within a group: same operation, shape and direction
-    labels = [label for label in request.node.callspec.id.split("-") if label not in RIVALS]
-    benchmark.group = ", ".join([request.node.originalname.removeprefix("test_"), "-".join(labels)])
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

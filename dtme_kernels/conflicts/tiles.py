@@ -34,8 +34,8 @@ _HOPPER = {
         16: Tile(64, 32, 16, 8, 3, 2),
     },
 }
-# the products of one loop share the 512 columns of tensor memory: with more of them Triton compiles a trap
-_BLACKWELL_SPLIT = {5: Tile(64, 64, 32, 8, 3, 3), 8: Tile(64, 64, 32, 8, 3, 4), 16: Tile(64, 32, 32, 8, 3, 4)}
+# products x tasks x coordinates of one loop have to fit the 512 columns of tensor memory: else Triton compiles a trap
+_BLACKWELL_SPLIT = {16: Tile(64, 32, 32, 8, 3, 4)}
 _BLACKWELL = {0: _HOPPER[0], 1: _BLACKWELL_SPLIT, 2: _BLACKWELL_SPLIT, 3: _BLACKWELL_SPLIT}
 _OLDER_SPLIT = {2: Tile(64, 64, 16, 8, 3), 8: Tile(64, 32, 16, 8, 3, 4), 16: Tile(64, 16, 16, 8, 3, 4)}
 _OLDER = {
@@ -44,6 +44,8 @@ _OLDER = {
     2: _OLDER_SPLIT,
     3: _OLDER_SPLIT,
 }
+# where every number is loaded by itself, addresses take the registers
+_WITHOUT_VECTORS = Tile(64, 16, 16, 8, 2, 2)
 _GENERATIONS = {9: _HOPPER, 10: _BLACKWELL}
 
 
@@ -53,9 +55,8 @@ def tile(grads: Tensor, passes: int) -> Tile:
     *strides, one = grads.stride()
     here = chip(grads.device)
     vectors = one == 1 and grads.data_ptr() % 16 == 0 and not any(n % 16 for n in (p, *strides))
-    # where every number is loaded by itself, addresses take the registers: the tile of many tasks
     table = _GENERATIONS.get(here.capability // 10, _OLDER)[passes]
-    found = next(tile for most, tile in table.items() if most >= (num_tasks if vectors else MAX_TASKS))
+    found = next(tile for most, tile in table.items() if num_tasks <= most) if vectors else _WITHOUT_VECTORS
     gradients = min(num_tasks, found.tasks) * found.tokens * found.channels * grads.element_size()
     basis = 2 * found.channels * found.coordinates * max(1, min(passes, 2))
     return found._replace(stages=max(1, min(found.stages, (here.shared_memory - 4096) // (gradients + basis))))
