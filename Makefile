@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 WORKERS ?= 2
 DEMO ?=
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks.paper demo $(DEMO)
@@ -15,8 +15,12 @@ test: $(READY)
 	$(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile
 
 bench: $(READY)
-	$(RUN) -m pytest benchmarks/kernels -q -o python_files='bench_*.py' --benchmark-json=benchmarks/results/cpu.json \
-		--benchmark-max-time=0.5 --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(RUN) -m benchmarks.kernels --cpu
+
+# with the python3 that is given, which has the torch and Triton of its GPU: nothing is installed
+gpu:
+	PYTHONPATH=.:python python3 -m pytest -q tests/gpu; tests=$$?; \
+	PYTHONPATH=.:python python3 -m benchmarks.kernels && exit $$tests
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -31,8 +31,8 @@ class Compiled(NamedTuple):
     warps: int
     registers: int
     """A thread; 255 are the most."""
-    spilled: int
-    """Bytes a thread keeps in local memory."""
+    spills: int
+    """Instructions that save a register in local memory or bring it back."""
     shared: int
     """Bytes a program."""
     instruction: str
@@ -143,32 +143,34 @@ def _compiling(capability: int, precision: str) -> Iterator[list[Any]]:
 
 
 def _inspect(case: str, capability: int, kernel: Any) -> Compiled:
-    text = _resources(kernel.asm["cubin"])
+    text = _disassemble(kernel.asm["cubin"], "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    spills = 0
+    if stack + local:  # a stack may be there and not be used
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", _disassemble(kernel.asm["cubin"], "--dump-sass")))
     name, metadata = kernel.src.name.lstrip("_"), kernel.metadata
     instruction = ""
     if "tt.dot " in kernel.asm["ttir"]:
         instruction = next((short for long, short in DOTS.items() if long in kernel.asm["ptx"]), "fma")
-    return Compiled(case, name, capability, metadata.num_warps, registers, stack + local, metadata.shared, instruction)
+    return Compiled(case, name, capability, metadata.num_warps, registers, spills, metadata.shared, instruction)
 
 
 def table(capabilities: Sequence[int]) -> Iterator[str]:
     """Lines for ``python -m dtme_kernels.info --aot``, each as soon as its kernel is compiled."""
-    yield f"{'':52}{'kernel':20}{'chip':8}{'warps':>5}{'registers':>11}{'spilled':>9}{'shared KB':>11}  product"
+    yield f"{'':52}{'kernel':20}{'chip':8}{'warps':>5}{'registers':>11}{'spills':>9}{'shared KB':>11}  product"
     for capability in capabilities:
         for row in compile_cases(capability):
             name, chip, shared = row.case, f"sm_{row.capability}", row.shared / 1024
-            numbers = f"{row.warps:>5}{row.registers:>11}{row.spilled:>9}{shared:>11.1f}"
+            numbers = f"{row.warps:>5}{row.registers:>11}{row.spills:>9}{shared:>11.1f}"
             yield f"{name:52}{row.kernel:20}{chip:8}{numbers}  {row.instruction or '-'}"
 
 
-def _resources(cubin: bytes) -> str:
-    """What the disassembler says, which comes with Triton."""
+def _disassemble(cubin: bytes, what: str) -> str:
+    """By the program that comes with Triton."""
     import triton
 
     program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(program), "--dump-resource-usage", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([str(program), what, file.name], check=True, capture_output=True, text=True).stdout

@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "rival" in metafunc.fixturenames:
         metafunc.parametrize("rival", metafunc.module.RIVALS)
     if "shape" in metafunc.fixturenames:
-        shapes = SHAPES | getattr(metafunc.module, "MORE_SHAPES", {})
+        shapes = getattr(metafunc.module, "SHAPES", SHAPES) | getattr(metafunc.module, "MORE_SHAPES", {})
         metafunc.parametrize("shape", shapes.values(), ids=shapes.keys())
 
 

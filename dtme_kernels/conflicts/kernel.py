@@ -329,11 +329,11 @@ def count_conflicts(
         with on_device(grads):
             rotation = _Rotation(grads, basis)
             for slab, dots in rotation.pair_dots(ranks):
-                _count[(triton.cdiv(dots.shape[-1], 1024), num_tasks**2)](
+                _count[(triton.cdiv(dots.shape[-1], 512), num_tasks**2)](
                     *(dots, rotation.scales, *counts, rotation.sizes, rotation.p, tuple(ranks), slab),
                     K=num_tasks,
                     COUNT_ZERO=count_zero_gradients,
-                    BT=1024,
+                    BT=512,
                     BN=rotation.tile.coordinates,
                 )
     return counts  # type: ignore[return-value]

@@ -35,7 +35,7 @@ _HOPPER = {
     },
 }
 # products x tasks x coordinates of one loop have to fit the 512 columns of tensor memory: else Triton compiles a trap
-_BLACKWELL_SPLIT = {16: Tile(64, 32, 32, 8, 3, 4)}
+_BLACKWELL_SPLIT = {16: Tile(64, 32, 16, 8, 3, 4)}
 _BLACKWELL = {0: _HOPPER[0], 1: _BLACKWELL_SPLIT, 2: _BLACKWELL_SPLIT, 3: _BLACKWELL_SPLIT}
 _OLDER_SPLIT = {2: Tile(64, 64, 16, 8, 3), 8: Tile(64, 32, 16, 8, 3, 4), 16: Tile(64, 16, 16, 8, 3, 4)}
 _OLDER = {

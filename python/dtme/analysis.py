@@ -294,12 +294,14 @@ class _Analysis:
 
 
 def _batches(loader: Iterable[Any], limit: int | None, name: str, progress: bool) -> Iterator[Any]:
+    if not progress or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
+        yield from islice(loader, limit)
+        return
     from tqdm.auto import tqdm
 
     total = len(loader) if isinstance(loader, Sized) else None
     total = limit if total is None else min(total, limit or total)
-    quiet = not progress or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0)
-    yield from tqdm(islice(loader, limit), desc=f"{name:11}", total=total, unit="batch", disable=quiet)
+    yield from tqdm(islice(loader, limit), desc=f"{name:11}", total=total, unit="batch")
 
 
 def _check_arguments(

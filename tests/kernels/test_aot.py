@@ -24,7 +24,7 @@ def test_no_spill_within_shared_memory_on_tensor_cores(capability):
     assert {row.kernel for row in rows} == KERNELS
     for row in rows:
         assert row.capability == capability
-        assert row.spilled == 0, row
+        assert row.spills == 0, row
         assert row.registers <= 255, row
         assert row.shared <= aot.CHIPS[capability].shared_memory, row
         # float32 as exact as IEEE, in the gradient of the covariance, is the one product on no tensor core
@@ -39,7 +39,7 @@ def test_info_prints_the_table():
     with subprocess.Popen([*info, "90"], stdout=subprocess.PIPE, text=True) as run:
         header, first = run.stdout.readline(), run.stdout.readline()
         run.kill()
-    assert header.split() == ["kernel", "chip", "warps", "registers", "spilled", "shared", "KB", "product"]
+    assert header.split() == ["kernel", "chip", "warps", "registers", "spills", "shared", "KB", "product"]
     assert first.split()[-7:-5] == ["multiply", "sm_90"]
     refused = subprocess.run([*info, "75"], capture_output=True, text=True)
     assert refused.returncode == 2
