@@ -36,7 +36,7 @@ class Compiled(NamedTuple):
     shared: int
     """Bytes a program."""
     instruction: str
-    """What multiplies matrices: ``wgmma``, ``mma``, ``tcgen05``, or ``fma`` on no tensor core; empty without a product."""
+    """What multiplies matrices: ``wgmma``, ``mma``, ``tcgen05``, or ``fma`` on no tensor core; else empty."""
 
 
 def cases() -> dict[str, Callable[[], object]]:
@@ -86,7 +86,7 @@ def _conflict_cases() -> dict[str, Callable[[], object]]:
 
 
 def compile_cases(capability: int, only: str = "") -> Iterator[Compiled]:
-    """Compile what the cases whose name contains ``only`` launch; a kernel that several launch has the first one's name.
+    """Compile what the cases with ``only`` in their name launch; a kernel that several launch has the first one's name.
 
     Float32 is compiled as ``torch.set_float32_matmul_precision`` "highest" and "high" have it.
     """

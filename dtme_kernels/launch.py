@@ -24,7 +24,8 @@ def chip(device: torch.device) -> Chip:
     if device.type != "cuda":
         return _without_a_gpu
     found = torch.cuda.get_device_properties(device)
-    return Chip(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
+    shared_memory = getattr(found, "shared_memory_per_block_optin", 99 * 1024)  # what every chip since 2020 has
+    return Chip(10 * found.major + found.minor, found.multi_processor_count, shared_memory)
 
 
 def interpreted() -> bool:
@@ -76,4 +77,8 @@ def collapse(tensor: Tensor, keep: int = 0) -> Tensor:
 
 def in_reach(matrix: Tensor) -> Tensor:
     """The matrix, or a copy where 32 bits cannot count from its first to its last element."""
-    return matrix if sum(n * s for n, s in zip(matrix.shape, matrix.stride(), strict=True)) < 2**31 else matrix.contiguous()
+    return (
+        matrix
+        if sum(n * s for n, s in zip(matrix.shape, matrix.stride(), strict=True)) < 2**31
+        else matrix.contiguous()
+    )

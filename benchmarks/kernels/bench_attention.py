@@ -38,7 +38,9 @@ def test_attention(report, device, shape, backward):
         few = [x.detach()[:, :1].float() for x in shared] + [x.detach().float() for x in task]
         got = expanded_attention(*(x.to(dtype) for x in few))
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(got.double(), concatenated(*(x.double() for x in few)), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            got.double(), concatenated(*(x.double() for x in few)), rtol=tolerance, atol=tolerance
+        )
         return {"concatenated": lambda: step(concatenated), "ours": lambda: step(expanded_attention)}
 
     keys = shape.tokens + shape.task_tokens

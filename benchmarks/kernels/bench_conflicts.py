@@ -38,7 +38,7 @@ def rotated(grads, basis, rank):
 
 
 def library_chunks(grads, basis, rank, count):
-    """The library's product into float32 chunks of 16 MB, which a compiled kernel counts while they are in the cache."""
+    """The library's product into float32 chunks of 16 MB, which a compiled kernel counts while they are cached."""
     num_tasks, _, p = grads.shape
     counts = 0
     for chunk in grads.split(max(1, 2**24 // (4 * num_tasks * p)), 1):

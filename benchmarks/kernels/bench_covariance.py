@@ -50,7 +50,9 @@ def test_covariance(report, device, shape):
         want = flat[-1].double().T @ flat[-1].double()
         rivals = {}
         for name in RIVALS:
-            sums = torch.zeros(shape.blocks, p, p, device=device, dtype=torch.float64 if "64" in name else torch.float32)
+            sums = torch.zeros(
+                shape.blocks, p, p, device=device, dtype=torch.float64 if "64" in name else torch.float32
+            )
             functions[name](sums, tokens)
             torch.testing.assert_close(sums[-1].double(), want, rtol=1e-4, atol=1e-4 * rows)
             rivals[name] = partial(functions[name], sums, tokens)

@@ -47,22 +47,24 @@ def count_conflicts(
 
     Raises:
         TypeError: a tensor is not a floating-point tensor, ``rank`` is not an integer or a sequence of them.
-        ValueError: a shape or device does not match, K < 2, a rank is out of range or there is none; ``impl`` is unknown.
+        ValueError: a shape or device does not match, K < 2, there is no rank or one out of range; ``impl`` is unknown.
         RuntimeError: the named ``impl`` cannot run here; the message says why.
     """
     _check_tensors(grads, basis)
-    several = isinstance(rank, Sequence) or (isinstance(rank, Tensor) and rank.dim() > 0)
-    ranks = [_check_rank(f"rank[{r}]", m, grads) for r, m in enumerate(rank)] if several else [_check_rank("rank", rank, grads)]
-    if not ranks:
-        raise ValueError("rank must hold at least one rank, got none")
+    if isinstance(rank, Sequence) or (isinstance(rank, Tensor) and rank.dim() > 0):
+        ranks = [_check_rank(f"rank[{r}]", m, grads) for r, m in enumerate(rank)]
+        if not ranks:
+            raise ValueError("rank must hold at least one rank, got none")
+    else:
+        ranks = [_check_rank("rank", rank, grads)]
+        rank = ranks[0]
     increasing = sorted(set(ranks))
     range_, null, valid, nonfinite = op.count_conflicts(impl, grads, basis, increasing, bool(count_zero_gradients))
-    if several:
-        range_, null = (torch.stack([x[increasing.index(m)] for m in ranks]) for x in (range_, null))
-        valid = valid.expand_as(range_)
-    else:
-        range_, null = range_[0], null[0]
-    return ConflictCounts(range_, null, valid, grads.shape[1:-1].numel(), nonfinite)
+    num_tokens = grads.shape[1:-1].numel()
+    if isinstance(rank, int):
+        return ConflictCounts(range_[0], null[0], valid, num_tokens, nonfinite)
+    range_, null = (torch.stack([x[increasing.index(m)] for m in ranks]) for x in (range_, null))
+    return ConflictCounts(range_, null, valid.expand_as(range_), num_tokens, nonfinite)
 
 
 def projected_dots(grads: Tensor, basis: Tensor, rank: int, *, impl: str = "auto") -> tuple[Tensor, Tensor]:

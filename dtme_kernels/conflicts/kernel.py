@@ -20,13 +20,14 @@ rotation is 1, 2 or 3 products (``_rotate``), and tensor cores add only short su
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import collapse, in_reach, on_device
-from .scaling import inverse, load_scale, scale_tokens, split_basis, token_offset
+from .scaling import load_scale, scale_tokens, split_basis, token_offset
 from .tiles import tile
 
 Slab = tuple[int, int]
@@ -312,7 +313,7 @@ class _Rotation:
 
 
 def _passes(grads: torch.dtype, basis: torch.dtype) -> int:
-    """As few products as are exact; for float32 gradients, as exact as ``torch.get_float32_matmul_precision()`` says."""
+    """As few products as are exact; of float32 gradients, as exact as ``torch.get_float32_matmul_precision()``."""
     if grads == torch.float32:
         return 3 if torch.get_float32_matmul_precision() == "highest" else 1
     return 0 if grads == basis else 2
@@ -343,18 +344,19 @@ def projected_dots(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Ten
     """(K, ..., p), (p, p) -> range and null dots, (P, ...) float32."""
     num_tasks, *lead, _ = grads.shape
     shape = (num_tasks * (num_tasks - 1) // 2, *lead)
-    both = grads.new_empty((2, shape[0], math.prod(lead)), dtype=torch.float32)
+    both = [grads.new_empty((shape[0], math.prod(lead)), dtype=torch.float32) for _ in range(2)]
     if grads.numel():
         with on_device(grads):
             rotation = _Rotation(grads, basis)
             border = triton.cdiv(rank, rotation.tile.coordinates)
             for (start, stop), dots in rotation.pair_dots([rank]):
                 for space, part in enumerate((dots[:border], dots[border:])):
-                    torch.sum(part, 0, out=both[space, :, start:stop])
+                    torch.sum(part, 0, out=both[space][:, start:stop])
             units = torch.where(rotation.scales == 0, 0, 1 / rotation.scales)
             one, other = units[torch.triu_indices(num_tasks, num_tasks, 1, device=grads.device)]
-            both *= torch.minimum(one, other)
-            both *= torch.maximum(one, other)  # in this order nothing overflows on the way
+            for dots in both:
+                dots *= torch.minimum(one, other)
+                dots *= torch.maximum(one, other)  # in this order nothing overflows on the way
     return both[0].view(shape), both[1].view(shape)
 
 

@@ -26,7 +26,7 @@ def _count_fake(grads: Tensor, basis: Tensor, rank: list[int], count_zero_gradie
     num_tasks = grads.shape[0]
     spaces = [grads.new_empty((len(rank), num_tasks, num_tasks), dtype=torch.int64) for _ in range(2)]
     valid = grads.new_empty((num_tasks, num_tasks), dtype=torch.int64)
-    return *spaces, valid, grads.new_empty((), dtype=torch.int64)
+    return spaces[0], spaces[1], valid, grads.new_empty((), dtype=torch.int64)
 
 
 def _dots_fake(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Triton: float32 numbers as float16 ones. A power of two a token and an eigenvector, and the rest of the rounding.
 
-A float16 number has 11 bits, and two of them 22, in a range of 2^30 (and 2^10 more with fewer bits). The power of two moves
-the largest entry of a gradient, or of an eigenvector, near the top of that range; it is exact, and the sign of a dot
+A float16 number has 11 bits, and two of them 22, in a range of 2^30 (and 2^10 more with fewer bits). The power of two
+moves the largest entry of a gradient, or of an eigenvector, well up in that range; it is exact, and the sign of a dot
 product does not know it.
 """
 

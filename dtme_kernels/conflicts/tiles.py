@@ -20,12 +20,22 @@ class Tile(NamedTuple):
     tasks: int = MAX_TASKS
 
 
-# {passes: {tasks, at most: the tile}}. The traffic to the L2 cache goes with K / coordinates + 2 / tokens, so coordinates
+# {passes: {tasks, at most: the tile}}. Traffic to the L2 cache goes with K / coordinates + 2 / tokens, so coordinates
 # come first: as many as ``python -m dtme_kernels.info --aot`` shows without a spill, then channels, then stages.
 _HOPPER = {
     0: {5: Tile(64, 128, 64, 8, 3), 8: Tile(64, 64, 64, 8, 3), 11: Tile(64, 64, 32, 8, 4), 16: Tile(64, 32, 32, 8, 3)},
-    1: {2: Tile(64, 128, 64, 8, 3), 5: Tile(64, 64, 32, 8, 3), 8: Tile(64, 64, 32, 8, 3, 2), 16: Tile(64, 32, 32, 8, 3, 4)},
-    2: {2: Tile(64, 128, 64, 8, 3), 5: Tile(64, 64, 32, 8, 4), 8: Tile(64, 64, 32, 8, 3, 2), 16: Tile(64, 32, 32, 8, 3, 4)},
+    1: {
+        2: Tile(64, 128, 64, 8, 3),
+        5: Tile(64, 64, 32, 8, 3),
+        8: Tile(64, 64, 32, 8, 3, 2),
+        16: Tile(64, 32, 32, 8, 3, 4),
+    },
+    2: {
+        2: Tile(64, 128, 64, 8, 3),
+        5: Tile(64, 64, 32, 8, 4),
+        8: Tile(64, 64, 32, 8, 3, 2),
+        16: Tile(64, 32, 32, 8, 3, 4),
+    },
     3: {
         2: Tile(64, 128, 32, 8, 3),
         4: Tile(64, 64, 32, 8, 3),
@@ -35,7 +45,7 @@ _HOPPER = {
     },
 }
 # products x tasks x coordinates of one loop have to fit the 512 columns of tensor memory: else Triton compiles a trap
-_BLACKWELL_SPLIT = {16: Tile(64, 32, 16, 8, 3, 4)}
+_BLACKWELL_SPLIT = {3: Tile(64, 32, 16, 8, 3, 3), 5: Tile(64, 32, 32, 8, 2, 3), 16: Tile(64, 32, 16, 8, 3, 4)}
 _BLACKWELL = {0: _HOPPER[0], 1: _BLACKWELL_SPLIT, 2: _BLACKWELL_SPLIT, 3: _BLACKWELL_SPLIT}
 _OLDER_SPLIT = {2: Tile(64, 64, 16, 8, 3), 8: Tile(64, 32, 16, 8, 3, 4), 16: Tile(64, 16, 16, 8, 3, 4)}
 _OLDER = {
@@ -45,7 +55,7 @@ _OLDER = {
     3: _OLDER_SPLIT,
 }
 # where every number is loaded by itself, addresses take the registers
-_WITHOUT_VECTORS = Tile(64, 16, 16, 8, 2, 2)
+_WITHOUT_VECTORS = Tile(64, 16, 16, 8, 1, 4)
 _GENERATIONS = {9: _HOPPER, 10: _BLACKWELL}
 
 

@@ -1,9 +1,9 @@
 """Triton: lower-triangle tiles of every layer's X^T X in one launch, and its gradient.
 
 The fewest bytes are one read of the tokens and one read and write of the accumulators; the fewest operations
-``M p (p + 1)`` a layer. At p = 768 one layer has 21 lower tiles, too few for a GPU, and twelve have 252: all layers share
-a launch, and only where that leaves multiprocessors idle are the tokens split too. Splits leave float32 partial tiles,
-which a second launch adds in a fixed order to the accumulators, in their dtype and on both sides of the diagonal.
+``M p (p + 1)`` a layer. At p = 768 one layer has 21 lower tiles, too few for a GPU, and twelve have 252: all layers
+share a launch, and only where that leaves multiprocessors idle are the tokens split too. Splits leave float32 partial
+tiles, which a second launch adds in a fixed order to the accumulators, in their dtype and to both triangles.
 """
 
 import torch
@@ -130,7 +130,7 @@ def _multiply_symmetric(
 
 
 class _Tiles:
-    """Tiles of ``_multiply``: 128 channels where the loads can be vectors and little of the last tile would be empty."""
+    """Tiles of ``_multiply``: 128 channels where loads can be vectors and little of the last tile would be empty."""
 
     def __init__(self, p: int, dtype: torch.dtype) -> None:
         wide = dtype == torch.float32

@@ -1,4 +1,4 @@
-"""What a training loop does to an operation: compile, capture, autocast, another device, and never a wait for the host."""
+"""What a training loop does to an operation: compile, capture, autocast, another device; and no wait for the host."""
 
 import pytest
 import torch

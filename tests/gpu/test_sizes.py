@@ -90,7 +90,10 @@ def test_memory_beyond_the_inputs(basis_dtype, allowed):
 
 def test_nothing_is_left_unwritten():
     """The allocator hands out memory full of NaN."""
-    for function in (lambda: count_conflicts(make(5, 300, 80), basis_of(80), 33), lambda: token_covariance(make(999, 80))):
+    for function in (
+        lambda: count_conflicts(make(5, 300, 80), basis_of(80), 33),
+        lambda: token_covariance(make(999, 80)),
+    ):
         blocks = [torch.full((2**22,), float("nan")) for _ in range(8)]
         del blocks
         result = function()

@@ -80,7 +80,9 @@ def test_chunks_do_not_show(impl, monkeypatch):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize(("shape", "ranks"), [((4, 6, 7, 40), [31, 3, 17, 16, 3, 39]), ((3, 50, 150), (64, 65, 128, 149))])
+@pytest.mark.parametrize(
+    ("shape", "ranks"), [((4, 6, 7, 40), [31, 3, 17, 16, 3, 39]), ((3, 50, 150), (64, 65, 128, 149))]
+)
 def test_several_ranks_at_once(impl, shape, ranks):
     grads, basis = make(*shape), orthogonal(shape[-1])
     together = count_conflicts(grads, basis, ranks, impl=impl)
@@ -232,7 +234,9 @@ def test_gradients_of_dots_are_as_right_as_plain_torch(impl, shape, dtype):
         return torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, dots, strict=True)), leaves)
 
     exactly = gradients([x.detach().double().requires_grad_() for x in leaves], "reference")
-    for leaf, got, want, plain in zip(leaves, gradients(leaves, impl), exactly, gradients(leaves, "reference"), strict=True):
+    for leaf, got, want, plain in zip(
+        leaves, gradients(leaves, impl), exactly, gradients(leaves, "reference"), strict=True
+    ):
         assert got.dtype == leaf.dtype
         assert_accurate(got, want.cpu(), plain, terms=math.prod(shape[1:-1]))
 
