@@ -82,7 +82,8 @@ def draw(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         axes.plot(ratios, [y for y, _ in rows], "o", label=name, alpha=0.85)
     axes.set(xscale="log", xlabel="time relative to ours (right of the line: slower than ours)", ylim=(len(found), -1))
     axes.set_yticks(range(len(found)), found)
-    ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

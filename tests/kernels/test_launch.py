@@ -69,12 +69,12 @@ def test_kernels_refuse_what_they_cannot_run_and_auto_does_not():
     ):
         for function in (count_conflicts, projected_dots):
             function(grads, basis, 3)
-            with pytest.raises(RuntimeError, match=f"impl='triton' cannot run {function.__name__}: {why}"):
+            with pytest.raises(RuntimeError, match=rf"cannot run {function.__name__}: {why}"):
                 function(grads, basis, 3, impl="triton")
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run token_covariance: .*got cpu tensors"):
+    with pytest.raises(RuntimeError, match=r"cannot run token_covariance: .*got cpu tensors"):
         token_covariance(make(3, 8), impl="triton")
     accumulator = torch.zeros(8, 8)
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run token_covariance_: .*got cpu tensors"):
+    with pytest.raises(RuntimeError, match=r"cannot run token_covariance_: .*got cpu tensors"):
         token_covariance_(accumulator, make(3, 8), impl="triton")
     assert not accumulator.any()
 
