@@ -156,15 +156,16 @@ def _pair_dots(
     BK: tl.constexpr,
 ):
     """dots[segment, pair, token of the slab] = sum of h_i h_j over the segment, in the tokens' scales."""
-    token = slab[0] + tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
+    segment = tl.program_id(0)  # of one tile of tokens all segments side by side: its gradients come to the cache once
+    token = slab[0] + tl.program_id(1) * BT + tl.arange(0, BT)  # [BT]
     rows = token_offset(token, sizes, strides)  # [BT]
-    first, last = _segment(tl.program_id(1), ranks, p, BN)
+    first, last = _segment(segment, ranks, p, BN)
     b_h = _rotate(
         grads, scales, basis, units, sizes, p, strides, basis_strides,
         token, rows, first, last, K, G, PASSES, BT, BN, BK,
     )  # fmt: skip
     length = slab[1] - slab[0]
-    place = dots + tl.program_id(1).to(tl.int64) * (K * (K - 1) // 2) * length + token - slab[0]
+    place = dots + segment.to(tl.int64) * (K * (K - 1) // 2) * length + token - slab[0]
     for i in tl.static_range(K):
         for j in tl.static_range(i + 1, K):
             tl.store(place, tl.sum(b_h[i] * b_h[j], 1), token < slab[1])
@@ -297,7 +298,7 @@ class _Rotation:
         for start in range(0, self.num_tokens, length):
             slab = start, min(start + length, self.num_tokens)
             dots = memory[: lines * (slab[1] - start)]
-            _pair_dots[(triton.cdiv(slab[1] - start, self.tile.tokens), segments)](
+            _pair_dots[(segments, triton.cdiv(slab[1] - start, self.tile.tokens))](
                 *(self.grads, self.scales, self.basis, self.units, dots),
                 *(self.sizes, self.p, self.grads.stride(), self.basis.stride()[-2:], tuple(ranks), slab),
                 K=self.num_tasks,

@@ -76,9 +76,9 @@ def test_offsets_past_two_to_the_31():
     assert torch.equal(got.valid, count_conflicts(strided[:, :500].clone(), basis, 300).valid)
 
 
-@pytest.mark.parametrize(("basis_dtype", "allowed"), [(torch.bfloat16, 0.05), (torch.float32, 0.1)])
+@pytest.mark.parametrize(("basis_dtype", "allowed"), [(torch.bfloat16, 0.05), (torch.float32, 0.12)])
 def test_memory_beyond_the_inputs(basis_dtype, allowed):
-    """A basis of float32 is split into two of float16, which is as much again as the basis."""
+    """A basis of float32 is split into two of float16, as much again as the basis, and its tiles leave more dots."""
     grads, basis = torch.randn(5, 6, 1024, 768, dtype=torch.bfloat16), basis_of(768, basis_dtype)
     count_conflicts(grads, basis, 251, impl="triton")
     torch.cuda.reset_peak_memory_stats()
