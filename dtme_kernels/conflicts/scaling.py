@@ -57,7 +57,7 @@ def split_basis(basis, terms, units, p, strides, BC: tl.constexpr, BN: tl.conste
         b_u = tl.load(basis + row[:, None] * strides[0] + column[None, :] * strides[1], mask, 0.0)  # [BC, BN]
         peak = tl.maximum(peak, tl.max(_magnitude(b_u), 0))
     scale = _power_of_two(peak)
-    tl.store(units + column, 1.0 / scale, column < p)
+    tl.store(units + column, tl.div_rn(tl.full([BN], 1.0, tl.float32), scale), column < p)  # exact, as / is not
     for first in range(0, p, BC):
         row = first + tl.arange(0, BC)
         mask = (row < p)[:, None] & (column < p)[None, :]
@@ -72,8 +72,3 @@ def split_basis(basis, terms, units, p, strides, BC: tl.constexpr, BN: tl.conste
 @triton.jit
 def load_scale(scales, task, token, sizes):
     return tl.load(scales + task * tl.cast(sizes[0], tl.int64) + token, token < sizes[0], 0.0)  # [BT]
-
-
-@triton.jit
-def inverse(scale):
-    return tl.where(scale == 0, 0.0, 1.0 / scale)
