@@ -68,14 +68,13 @@ def _conflict_cases() -> dict[str, Callable[[], object]]:
             if name == "fp16" and num_tasks != 5:
                 continue  # bfloat16's kernels but for the type
             grads = torch.empty(num_tasks, 6144, 768, dtype=dtype, device="meta")
-            for basis in {"fp32", name}:
+            for basis in dict.fromkeys(("fp32", name)):
                 u = torch.empty(768, 768, dtype=DTYPES[basis], device="meta")
                 case = f"conflicts K={num_tasks} {name}, basis {basis}"
                 found[case] = partial(kernel.count_conflicts, grads, u, [256])
-        dots, square = torch.empty(num_tasks * (num_tasks - 1) // 2, 6144, device="meta"), u.float()
-        found[f"dots backward K={num_tasks} {name}"] = partial(
-            kernel.projected_dots_backward, dots, dots, grads, square, 256
-        )
+        # its kernel sees float32 only, whatever the gradients are
+        dots = torch.empty(num_tasks * (num_tasks - 1) // 2, 6144, device="meta")
+        found[f"dots backward K={num_tasks}"] = partial(kernel.projected_dots_backward, dots, dots, grads, u, 256)
     grads, u = torch.empty(16, 6, 49, 81, device="meta"), torch.empty(81, 81, dtype=torch.float64, device="meta")
     ranks = [2, 9, 20, 30, 40]
     found["conflicts K=16 p=81 fp32, basis fp64, five ranks"] = partial(kernel.count_conflicts, grads, u, ranks)

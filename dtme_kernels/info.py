@@ -43,14 +43,15 @@ def _versions() -> list[str]:
     return [
         f"dtme_kernels {dtme_kernels.__version__}",
         f"torch        {torch.__version__}",
-        f"triton       {_triton()}",
+        f"triton       {triton_version()}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"cpu          {torch.get_num_threads()} threads",
         f"cuda         {', '.join(devices) or 'no device'}",
     ]
 
 
-def _triton() -> str:
+def triton_version() -> str:
+    """Without importing Triton."""
     try:
         return version("triton")
     except PackageNotFoundError:

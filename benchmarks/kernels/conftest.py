@@ -3,11 +3,12 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from dtme_kernels.info import triton_version
 
 from .race import Replay, Result, race
 
@@ -87,15 +88,11 @@ def report(benchmark, request, rival):
 
 def _facts() -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
     on_gpu = DEVICE.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": triton_version(),
         "commit": commit or "unknown",
     }
 
