@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
 
 def cases() -> dict[str, Callable[[], object]]:
     """{name: a launch} of every configuration: widths that tile well and ill, every dtype, 2 to 16 tasks."""
-    return _covariance_cases() | _conflict_cases()
+    return _covariance_cases() | _conflict_cases() | _modulation_cases()
 
 
 def _covariance_cases() -> dict[str, Callable[[], object]]:
@@ -81,6 +81,28 @@ def _conflict_cases() -> dict[str, Callable[[], object]]:
     found["conflicts K=5 p=81 bf16, basis bf16"] = partial(
         kernel.count_conflicts, grads[:5].bfloat16(), u.bfloat16(), [20]
     )
+    return found
+
+
+def _modulation_cases() -> dict[str, Callable[[], object]]:
+    from .modulation import kernel
+
+    found: dict[str, Callable[[], object]] = {}
+    sizes = {768: (1, 2, 3, 4, 5, 8, 11, 20), 192: (5, 16), 1024: (5,), 1280: (5,), 321: (5,), 4096: (4,)}
+    for p, streams in sizes.items():
+        for num_streams in streams:
+            for name, dtype in DTYPES.items():
+                tokens = torch.empty(6, 1024, p, dtype=dtype, device="meta")
+                grad = tokens.new_empty(num_streams, 6, 1024, p)
+                w, gain = (torch.empty(*shape, device="meta") for shape in ((num_streams, p), (p,)))
+                case = f"T={num_streams} p={p} {name}"
+                found[f"modulate {case}"] = partial(kernel.modulate, tokens, w, w)
+                found[f"modulate backward {case}"] = partial(kernel.modulate_backward, grad, tokens, w)
+                found[f"norm {case}"] = partial(kernel.modulate_layer_norm, tokens, w, w, gain, gain, 1e-6)
+                backward = partial(kernel.modulate_layer_norm_backward, grad, grad)
+                found[f"norm backward {case}"] = partial(backward, tokens, w, w, gain, 1e-6)
+                if (p, num_streams) == (768, 5):
+                    found[f"norm backward {case}, tokens in streams"] = partial(backward, grad, w, w, gain, 1e-6)
     return found
 
 

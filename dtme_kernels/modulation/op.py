@@ -4,8 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..launch import cannot_run
 from ..registry import Operator
 from . import reference
+
+MOST_CHANNELS = 4096  # a row of tokens, and the sums of one stream's gradients, in the registers of one program
 
 
 def _modulate_fake(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -75,3 +78,19 @@ modulate_layer_norm_backward = Operator(
     _norm_backward_fake,
 )
 modulate_layer_norm.differentiate(_norm_setup, _norm_backward, once=modulate_layer_norm_backward)
+
+
+def _unsupported(tokens: Tensor, *others: Any) -> str | None:
+    if tokens.shape[-1] > MOST_CHANNELS:
+        return f"the kernels take {MOST_CHANNELS} channels at most, got {tokens.shape[-1]}"
+    return cannot_run(tokens, *(x for x in others if isinstance(x, Tensor)))
+
+
+_KERNELS = f"{__package__}.kernel"
+for _operator, _first in (
+    (modulate, 0),
+    (modulate_layer_norm, 0),
+    (modulate_backward, 1),
+    (modulate_layer_norm_backward, 2),
+):
+    _operator.implement_triton(_KERNELS, lambda *args, first=_first: _unsupported(*args[first:]))

@@ -14,6 +14,7 @@ PRODUCTS = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 KERNELS = {
     *("multiply", "accumulate", "multiply_symmetric"),
     *("scale_tokens", "split_basis", "pair_dots", "count", "mix"),
+    *("modulate", "modulate_backward"),
 }
 MULTIPLY = {"multiply", "multiply_symmetric", "pair_dots"}
 

@@ -1,5 +1,7 @@
 """Modulation and its layer norm against NumPy in float64."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,7 @@ def test_the_norm_is_taken_before_rounding(impl, dtype):
     assert_accurate(got, want, torch.from_numpy(want))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"expanded"}))
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 3, 5)])
 def test_gradients(impl, shape, layout):
@@ -107,32 +110,49 @@ def test_gradients(impl, shape, layout):
     assert torch.autograd.gradcheck(lambda *a: modulate_layer_norm(*a, impl=impl), args)
 
 
+def gradients(function, args, weights):
+    """Of sums of the outputs, weighted."""
+    outputs = function(*args)
+    return torch.autograd.grad(sum((a * b.to(a.dtype)).sum() for a, b in zip(outputs, weights, strict=True)), args)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-@pytest.mark.parametrize("shape", [(4, 50, 16), (3, 4, 50, 16)])
-def test_gradients_are_as_right_as_plain_torch(shape, dtype):
-    args = problem(*shape, dtype=dtype, parameters=torch.float32, grad=True)
-    weights = [make(3, 4, 50, 16, dtype=dtype, seed=s) for s in (5, 6)]
-
-    def gradients(function, args):
-        outputs = function(*args)
-        return torch.autograd.grad(sum((a * b.to(a.dtype)).sum() for a, b in zip(outputs, weights, strict=True)), args)
-
-    got = gradients(modulate_layer_norm, args)
-    want = gradients(plain, [x.detach().double().requires_grad_() for x in args])
-    for leaf, a, b, c in zip(args, got, want, gradients(plain, args), strict=True):
+@pytest.mark.parametrize(
+    ("shape", "num_streams"),
+    [((4, 50, 16), 3), ((3, 4, 50, 16), 3), ((2, 3, 33), 1), ((1, 7, 600), 17), ((2, 1, 2049), 4)],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_gradients_are_as_right_as_plain_torch(impl, shape, num_streams, layout, dtype):
+    args = problem(*shape, num_streams=num_streams, dtype=dtype, layout=layout, parameters=torch.float32, grad=True)
+    weights = [make(num_streams, *shape[-3:], dtype=dtype, seed=s, layout=layout) for s in (5, 6)]
+    ours, wide = partial(modulate_layer_norm, impl=impl), [x.detach().double().requires_grad_() for x in args]
+    got, want, by_torch = (gradients(f, x, weights) for f, x in ((ours, args), (plain, wide), (plain, args)))
+    for leaf, a, b, c in zip(args, got, want, by_torch, strict=True):
         assert a.dtype == leaf.dtype
-        assert_accurate(a, b, c)
+        assert_accurate(a, b.cpu(), c)
+    got = gradients(lambda *a: (modulate(*a, impl=impl),), args[:3], weights[:1])
+    want, by_torch = (gradients(lambda *a: plain(*a, *x[3:])[:1], x[:3], weights[:1]) for x in (wide, args))
+    for a, b, c in zip(got, want, by_torch, strict=True):
+        assert_accurate(a, b.cpu(), c)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (3, 2, 0, 8)])
+def test_gradients_of_no_tokens_are_zero(impl, shape):
+    args = problem(*shape, grad=True)
+    sum(x.sum() for x in modulate_layer_norm(*args, impl=impl)).backward()
+    assert all(x.grad.shape == x.shape and not x.grad.any() for x in args)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-def test_parameter_gradients_are_summed_in_float32(dtype):
+def test_parameter_gradients_are_summed_in_float32(impl, dtype):
     """4096 ones and then some: neither half type counts that far in steps of one."""
     tokens = torch.ones(4, 2049, 1, dtype=dtype)
     weight, bias = (torch.ones(2, 1, requires_grad=True) for _ in range(2))
-    modulate(tokens, weight, bias).sum(dtype=torch.float32).backward()
+    modulate(tokens, weight, bias, impl=impl).sum(dtype=torch.float32).backward()
     assert weight.grad.tolist() == bias.grad.tolist() == [[8196.0]] * 2
 
 
+@pytest.mark.float64
 def test_only_one_output_used(impl):
     args = problem(2, 3, 5, dtype=torch.float64, grad=True)
     for output in range(2):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dtme_kernels import launch
-from tests.kernels import test_conflicts, test_covariance
+from tests.kernels import test_conflicts, test_covariance, test_modulation
 
 if not launch.interpreted():
 
@@ -43,7 +43,7 @@ else:
             pytest.skip("the interpreter misreads subnormal bfloat16")
         return "triton"
 
-    for _module in (test_covariance, test_conflicts):
+    for _module in (test_covariance, test_conflicts, test_modulation):
         for _name, _test in vars(_module).items():
             if _name.startswith("test_") and "impl" in signature(_test).parameters:
                 globals()[f"{_name}_of_{_module.__name__.rpartition('_')[2]}"] = _test
