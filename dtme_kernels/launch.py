@@ -33,6 +33,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def highest() -> bool:
+    """Whether float32 is to be multiplied as float32 (on tensor cores: in three parts), as torch has been told."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def cannot_run(*tensors: Tensor) -> str | None:
     """Why Triton kernels cannot run on these tensors, or None where they can."""
     if any(x.dtype == torch.float64 for x in tensors):

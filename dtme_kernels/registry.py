@@ -25,8 +25,9 @@ class Operator:
         schema: as ``torch.library.Library.define`` takes it.
         reference: plain torch, the definition.
         fake: shapes, dtypes and strides of the outputs.
-        composite: plain torch calling other operators. It then is what ``auto`` runs, and autograd, fake tensors and
-            autocast see its parts; ``reference`` and ``fake`` are not registered.
+        composite: plain torch that calls other operators by the ``impl`` it is given first. It then is what all but
+            ``impl="reference"`` runs; autograd, fake tensors and autocast see its parts, and ``fake`` is not wanted.
+        public: the name of the public function, where the operator returns more than it does; else its own.
         low_precision: under autocast, cast the arguments as ``scaled_dot_product_attention`` has them cast. All other
             operators leave dtypes alone: sums of squares and signs of dot products do not survive bfloat16.
     """
@@ -38,30 +39,31 @@ class Operator:
         fake: Callable[..., Any] | None = None,
         *,
         composite: Callable[..., Any] | None = None,
+        public: str | None = None,
         low_precision: bool = False,
     ) -> None:
-        self.name = schema.partition("(")[0]
+        self.operator = schema.partition("(")[0]
+        self.name = public or self.operator
         self.low_precision = low_precision
         self.composite = composite
         self.implementations: dict[str, Callable[..., Any]] = {}
         self.gradient: tuple[Callable[..., None], Callable[..., Any], Operator] | None = None
         self.unsupported: Callable[..., str | None] = cannot_run
         library.define(schema)
-        name, _, overload = self.name.partition(".")
-        self.overload = getattr(getattr(torch.ops.dtme, name), overload or "default")
+        self.overload = getattr(torch.ops.dtme, self.operator).default
         if composite:
-            library.impl(self.name, composite, "CompositeImplicitAutograd")
+            library.impl(self.operator, partial(composite, "auto"), "CompositeImplicitAutograd")
             self.implementations["reference"] = reference
         else:
             self.implement("reference", reference)
-            torch.library.register_fake(f"dtme::{self.name}", fake, lib=library)
+            torch.library.register_fake(f"dtme::{self.operator}", fake, lib=library)
             for device in ("cpu", "cuda"):
-                library.impl(self.name, self._autocast_kernel(device), f"Autocast{device.upper()}")
+                library.impl(self.operator, self._autocast_kernel(device), f"Autocast{device.upper()}")
         OPERATORS[self.name] = self
 
     def implement(self, impl: str, function: Callable[..., Any]) -> None:
         """Let the dispatcher, and ``impl=``, have ``function``."""
-        library.impl(self.name, function, DISPATCH_KEYS[impl])
+        library.impl(self.operator, function, DISPATCH_KEYS[impl])
         self.implementations[impl] = function
 
     def implement_triton(self, module: str, unsupported: Callable[..., str | None]) -> None:
@@ -72,7 +74,7 @@ class Operator:
             unsupported: of the arguments: why the kernel cannot run on them, or None. The dispatcher then runs the
                 reference, and ``impl="triton"`` raises.
         """
-        name, reference = self.name.partition(".")[0], self.implementations["reference"]
+        name, reference = self.name, self.implementations["reference"]
 
         def kernel(*args: Any) -> Any:
             return getattr(import_module(module), name)(*args)
@@ -95,18 +97,16 @@ class Operator:
 
         self.gradient = setup, backward, once
         torch.library.register_autograd(
-            f"dtme::{self.name}", partial(backward, once.overload), setup_context=setup, lib=library
+            f"dtme::{self.operator}", partial(backward, once.overload), setup_context=setup, lib=library
         )
-        torch.library.register_autograd(f"dtme::{once.name}", refuse, lib=library)
+        torch.library.register_autograd(f"dtme::{once.operator}", refuse, lib=library)
 
     def missing(self, impl: str) -> str | None:
         """Why ``impl`` cannot run here, or None where it can."""
         if impl not in DISPATCH_KEYS:
             raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
-        if impl in self.implementations:
-            return None
-        if self.composite:
-            return "it has no kernel of its own: auto runs the operators it is composed of"
+        if impl in self.implementations or self.composite:
+            return None  # of a composition, its parts say
         if impl == "triton" and find_spec("triton") is None:
             return "Triton is not installed (on Linux it comes with a CUDA build of torch)"
         return f"this version has no {'Triton' if impl == 'triton' else 'C++'} kernel for it"
@@ -123,7 +123,7 @@ class Operator:
         if why := self.missing(impl):
             raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
         if self.composite:
-            return self.implementations[impl](*args)
+            return self.implementations["reference"](*args) if impl == "reference" else self.composite(impl, *args)
         if impl == "triton" and (why := self.unsupported(*args)):
             raise RuntimeError(f"impl='triton' cannot run {self.name}: {why}")
         function = self.implementations[impl]

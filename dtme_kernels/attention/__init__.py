@@ -62,8 +62,8 @@ def expanded_attention(
         check_number("scale", scale, float("-inf"))
     args = (query, key, value, task_key, task_value, attn_mask, bool(is_causal), scale)
     if dropout_p:
-        return op.expanded_attention("reference" if impl == "auto" else impl, *args, dropout_p)
-    return op.expanded_attention(impl, *args)
+        return op.expanded_attention("reference" if impl == "auto" else impl, *args, dropout_p)[0]
+    return op.expanded_attention(impl, *args)[0]
 
 
 def modulate_concat_attention(
@@ -97,7 +97,7 @@ def modulate_concat_attention(
         num_heads: H, divides p.
         eps: of the layer norm.
         scale: default ``1 / sqrt(p / H)``.
-        impl: ``"auto"`` or ``"reference"``, which does concatenate.
+        impl: ``"auto"``, ``"reference"``, which does concatenate, ``"triton"`` or ``"cpp"``.
 
     Returns:
         (attended, modulated), both (T, B, N, p): heads merged, before the output projection; and the residual stream,

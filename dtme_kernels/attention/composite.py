@@ -1,11 +1,13 @@
-"""What ``auto`` runs for the first half of a block: plain torch around two operators."""
+"""What runs for the first half of a block: plain torch around two operators."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..registry import OPERATORS
+
 
 def modulate_concat_attention(
+    impl: str,
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -20,13 +22,13 @@ def modulate_concat_attention(
 ) -> tuple[Tensor, Tensor]:
     """Nothing is concatenated; the task tokens' queries are never computed, their keys and values once."""
     p = tokens.shape[-1]
-    modulated, normalized = torch.ops.dtme.modulate_layer_norm(tokens, weight, bias, norm_weight, norm_bias, eps)
+    modulation = (tokens, weight, bias, norm_weight, norm_bias, eps)
+    modulated, normalized = OPERATORS["modulate_layer_norm"](impl, *modulation)
     qkv = F.linear(normalized, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
     dtype = task_tokens.dtype
     normalized = F.layer_norm(task_tokens, (p,), norm_weight.to(dtype), norm_bias.to(dtype), eps).to(tokens.dtype)
     task_kv = F.linear(normalized, qkv_weight[p:], None if qkv_bias is None else qkv_bias[p:])
     task_kv = task_kv.unflatten(-1, (2, num_heads, -1))
-    out = torch.ops.dtme.expanded_attention(
-        *qkv.permute(3, 0, 1, 4, 2, 5), *task_kv.permute(2, 0, 3, 1, 4), scale=scale
-    )
+    shared, task = qkv.permute(3, 0, 1, 4, 2, 5), task_kv.permute(2, 0, 3, 1, 4)
+    out, _ = OPERATORS["expanded_attention"](impl, *shared, *task, None, False, scale)
     return out.transpose(2, 3).flatten(3), modulated

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..registry import Operator
+from ..launch import cannot_run
+from ..registry import Operator, library
 from . import composite, reference
+
+MOST_CHANNELS = 256  # of a head: a tile of them in the registers of one program
 
 
 def _fake(
@@ -17,13 +21,16 @@ def _fake(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     *lead, num_heads, num_queries, d = query.shape
-    return query.new_empty((*lead, num_queries, num_heads, d)).transpose(-3, -2)
+    output = query.new_empty((*lead, num_queries, num_heads, d)).transpose(-3, -2)
+    return output, query.new_empty((2, *lead, num_heads, num_queries), dtype=torch.float32)
 
 
 def _backward_fake(
     grad: Tensor,
+    output: Tensor,
+    statistics: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -38,34 +45,42 @@ def _backward_fake(
     return *(x.new_empty(x.shape) for x in (query, key, value, task_key, task_value)), d_mask
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.is_causal, ctx.scale = inputs
     # needs_input_grad ends where the defaults begin
     ctx.mask_grad = tensors[-1] is not None and ctx.needs_input_grad[5]
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(call: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(call: Any, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     args = (*ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.mask_grad)
     *grads, d_mask = call(grad, *args)
     return *grads, d_mask if ctx.mask_grad else None, None, None
 
 
+# statistics: how a kernel's own backward finds the probabilities again; the reference's needs none, and has zeros there
+_ARGUMENTS = (
+    "(Tensor query, Tensor key, Tensor value, Tensor task_key, Tensor task_value, Tensor? attn_mask=None,"
+    " bool is_causal=False, float? scale=None)"
+)
 expanded_attention = Operator(
-    "expanded_attention(Tensor query, Tensor key, Tensor value, Tensor task_key, Tensor task_value,"
-    " Tensor? attn_mask=None, bool is_causal=False, float? scale=None) -> Tensor",
+    f"expanded_attention_forward{_ARGUMENTS} -> (Tensor output, Tensor statistics)",
     reference.expanded_attention,
     _fake,
+    public="expanded_attention",
     low_precision=True,
 )
 expanded_attention_backward = Operator(
-    "expanded_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor task_key,"
+    "expanded_attention_backward(Tensor grad, Tensor output, Tensor statistics, Tensor query, Tensor key, Tensor value, Tensor task_key,"
     " Tensor task_value, Tensor? attn_mask, bool is_causal, float? scale, bool mask_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.expanded_attention_backward,
     _backward_fake,
 )
 expanded_attention.differentiate(_setup, _backward, once=expanded_attention_backward)
+library.define(f"expanded_attention{_ARGUMENTS} -> Tensor")
+library.impl("expanded_attention", lambda *args: expanded_attention.overload(*args)[0], "CompositeImplicitAutograd")
 modulate_concat_attention = Operator(
     "modulate_concat_attention(Tensor tokens, Tensor weight, Tensor bias, Tensor task_tokens, Tensor norm_weight,"
     " Tensor norm_bias, Tensor qkv_weight, Tensor? qkv_bias, int num_heads, float eps=1e-06, float? scale=None)"
@@ -73,3 +88,26 @@ modulate_concat_attention = Operator(
     reference.modulate_concat_attention,
     composite=composite.modulate_concat_attention,
 )
+
+
+def _unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    task_key: Tensor,
+    task_value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> str | None:
+    if dropout_p:
+        return "dropout is the reference's"
+    if query.shape[-1] > MOST_CHANNELS:
+        return f"the kernels take {MOST_CHANNELS} channels a head at most, got {query.shape[-1]}"
+    return cannot_run(query)
+
+
+_KERNELS = f"{__package__}.kernel"
+expanded_attention.implement_triton(_KERNELS, _unsupported)
+expanded_attention_backward.implement_triton(_KERNELS, lambda *args: _unsupported(*args[3:-1]))

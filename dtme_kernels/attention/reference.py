@@ -20,8 +20,11 @@ def expanded_attention(
     is_causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
-) -> Tensor:
-    """softmax(q [k ; k_task]^T) [v ; v_task] (Sec. 4.3). Laid out (..., N, H, d), so that merging heads is a view."""
+) -> tuple[Tensor, Tensor]:
+    """softmax(q [k ; k_task]^T) [v ; v_task] (Sec. 4.3). Laid out (..., N, H, d), so that merging heads is a view.
+
+    And zeros, for the greatest scores and sums that a kernel's backward wants and this one's does not.
+    """
     out = F.scaled_dot_product_attention(
         _fold(query),
         _join(key, task_key),
@@ -32,11 +35,14 @@ def expanded_attention(
         # a branch, not the comparison itself: under dynamic shapes that is symbolic, and a bool is wanted
         enable_gqa=True if query.shape[-3] != key.shape[-3] else False,  # noqa: SIM210
     )
-    return out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(0, query.shape[:-3])
+    out = out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(0, query.shape[:-3])
+    return out, torch.zeros(2, *query.shape[:-1], dtype=torch.float32, device=query.device)
 
 
 def expanded_attention_backward(
     grad: Tensor,
+    output: Tensor,
+    statistics: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,

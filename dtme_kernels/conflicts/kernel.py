@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import collapse, in_reach, on_device
+from ..launch import collapse, highest, in_reach, on_device
 from .scaling import load_scale, scale_tokens, split_basis, token_offset
 from .tiles import tile
 
@@ -316,7 +316,7 @@ class _Rotation:
 def _passes(grads: torch.dtype, basis: torch.dtype) -> int:
     """As few products as are exact; of float32 gradients, as exact as ``torch.get_float32_matmul_precision()``."""
     if grads == torch.float32:
-        return 3 if torch.get_float32_matmul_precision() == "highest" else 1
+        return 3 if highest() else 1
     return 0 if grads == basis else 2
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import chip, collapse, in_reach, on_device
+from ..launch import chip, collapse, highest, in_reach, on_device
 
 
 @triton.jit
@@ -139,13 +139,9 @@ class _Tiles:
         self.tokens = 32 if wide else 64
         self.promote = 64 * (8 if wide else 16) // self.tokens  # after 64 additions of the tensor core
         self.options = {"num_warps": 8 if large else 4, "num_stages": 3 if large or wide else 2}
-        self.precision = "tf32x3" if wide and _highest() else "tf32"
+        self.precision = "tf32x3" if wide and highest() else "tf32"
         rows = triton.cdiv(p, self.channels)
         self.lower = rows * (rows + 1) // 2
-
-
-def _highest() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
 
 
 def token_covariance(tokens: Tensor) -> Tensor:
@@ -203,7 +199,7 @@ def token_covariance_backward(grad: Tensor, tokens: Tensor) -> Tensor:
     outer, inner, p = rows.shape
     out = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     # a gradient of 11 significant bits or fewer needs no more of G; float32 is multiplied as torch would
-    precision = "ieee" if tokens.dtype == torch.float32 and _highest() else "tf32"
+    precision = "ieee" if tokens.dtype == torch.float32 and highest() else "tf32"
     block = 64
     if out.numel():
         with on_device(tokens):

@@ -201,7 +201,7 @@ def _forward(
     x, strides, inner = _streams(tokens)
     rows = tokens.shape[-3:-1].numel()
     in_program, groups = (num_streams, 1) if tokens.dim() == 3 else (1, num_streams)
-    tile, block = _tile(p, 4096)
+    tile, block = _tile(p, 2048)
     if rows:
         with on_device(tokens):
             _modulate[(triton.cdiv(rows, tile), groups)](
@@ -212,7 +212,8 @@ def _forward(
                 NORM=bool(norm),
                 BR=tile,
                 BP=block,
-                num_warps=4,
+                num_warps=4 if block <= 2048 else 8,
+                maxnreg=128,
             )
     return outputs[0], outputs[1]
 

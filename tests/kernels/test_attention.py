@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dtme_kernels import expanded_attention, modulate_concat_attention
 from dtme_kernels.attention import reference
-from dtme_kernels.testing import DTYPES, LAYOUTS, assert_accurate, exact, make
+from dtme_kernels.testing import DTYPES, LAYOUTS, LOW_PRECISION, assert_accurate, exact, make
 
 
 def problem(lead=(3, 2), heads=2, key_heads=2, queries=5, keys=5, t=2, d=4, dtype=torch.float32, grad=False):
@@ -58,6 +58,31 @@ def oracle(*args, **options):
 def plain(*args, **options):
     q, k, v, bias = (torch.from_numpy(x).to(args[0].dtype) for x in concatenated(*args, **options))
     return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
+
+
+def gradients(impl, args, options):
+    """Of the five tensors, and of a mask that wants one; "concatenated": plain torch's own."""
+    if impl == "concatenated":
+        out = joined(*args, **options)
+    else:
+        out = expanded_attention(*args, impl=impl, **options)
+    leaves = [*args, *(x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
+    return torch.autograd.grad((out * make(*out.shape, dtype=out.dtype, seed=9)).sum(), leaves)
+
+
+def joined(query, key, value, task_key, task_value, attn_mask=None, is_causal=False, scale=None):
+    """scaled_dot_product_attention over the concatenated keys."""
+    groups, (num_queries, num_keys) = query.shape[-3] // key.shape[-3], (query.shape[-2], key.shape[-2])
+    key, value = (
+        torch.cat([x, y.unsqueeze(-4).expand(*x.shape[:-2], *y.shape[-2:])], -2).repeat_interleave(groups, -3)
+        for x, y in ((key, task_key), (value, task_value))
+    )
+    if is_causal:
+        attn_mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril()
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], num_keys)
+        attn_mask = F.pad(attn_mask, (0, task_key.shape[-2]), value=attn_mask.dtype == torch.bool)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale)
 
 
 def check(args, impl, **options):
@@ -156,6 +181,7 @@ def test_any_shape(lead, key_heads, groups, sizes, dtype, is_causal):
     check(problem(tuple(lead), key_heads * groups, key_heads, queries, keys, t, d, dtype), "auto", is_causal=is_causal)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("lead", [(2, 2), (2,)])
 @pytest.mark.parametrize("key_heads", [1, 2])
 @pytest.mark.parametrize("shape", [None, (2, 3), (2, 1, 1, 3), (1, 2, 2, 1)])
@@ -168,26 +194,70 @@ def test_gradients(impl, lead, key_heads, shape, monkeypatch):
     )
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("sizes", [{"t": 0}, {"keys": 0}, {"queries": 0}, {"lead": (2, 0)}, {"queries": 3}], ids=str)
 def test_gradients_of_a_causal_or_empty_problem(impl, sizes):
     args = problem(**{"d": 2, "keys": 3, "dtype": torch.float64, "grad": True} | sizes)
     assert torch.autograd.gradcheck(lambda *a: expanded_attention(*a, is_causal=True, impl=impl), args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_as_right_as_plain_torch(dtype):
-    def gradients(impl, args):
-        out = expanded_attention(*args[:5], attn_mask=args[5], impl=impl)
-        return torch.autograd.grad((out * make(*out.shape, dtype=dtype, seed=9)).sum(), args)
+SIZES = [
+    {"heads": 4, "queries": 70, "keys": 70, "t": 3, "d": 16},
+    {"lead": (3,), "heads": 3, "key_heads": 3, "queries": 33, "keys": 130, "t": 20, "d": 33},
+    {"heads": 2, "key_heads": 1, "queries": 150, "keys": 20, "t": 0, "d": 80},
+    {"lead": (1, 2), "queries": 17, "keys": 17, "t": 64, "d": 256},
+    {"queries": 65, "keys": 197, "t": 6, "d": 64},
+]
+MASKS = {
+    "none": lambda *_: {},
+    "causal": lambda *_: {"is_causal": True},
+    "bool": lambda lead, heads, queries, keys, dtype: {"attn_mask": masks(heads, queries, keys)[0]},
+    "additive": lambda lead, heads, queries, keys, dtype: {"attn_mask": masks(queries, keys, dtype=dtype)[1]},
+    "padding": lambda lead, heads, queries, keys, dtype: {"attn_mask": masks(*lead[-1:], 1, 1, keys)[0]},
+}
 
-    args = [*problem(heads=4, queries=20, keys=30, dtype=dtype), make(2, 1, 20, 30, dtype=dtype, seed=7)]
-    args = [x.requires_grad_() for x in args]
-    want = gradients("reference", [x.detach().double().requires_grad_() for x in args])
-    for got, exactly, by_torch in zip(gradients("auto", args), want, gradients("reference", args), strict=True):
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gradients_are_as_right_as_plain_torch(impl, sizes, kind, dtype):
+    args = problem(**sizes, dtype=dtype, grad=True)
+    query, key = args[:2]
+    options = MASKS[kind](query.shape[:-3], query.shape[-3], query.shape[-2], key.shape[-2], dtype)
+    wide = [x.detach().double().requires_grad_() for x in args]
+    wide_options = {k: x.double() if k == "attn_mask" and x.dtype != torch.bool else x for k, x in options.items()}
+    want = gradients("reference", wide, wide_options)
+    for got, exactly, by_torch in zip(
+        gradients(impl, args, options), want, gradients("concatenated", args, options), strict=True
+    ):
         assert got.dtype == dtype
-        assert_accurate(got, exactly, by_torch)
+        # low precision rounds once, float32 at every addition
+        assert_accurate(got, exactly.cpu(), by_torch, terms=key.shape[-2] + 64 if dtype == torch.float32 else 1)
 
 
+@pytest.mark.parametrize("shape", [(20, 30), (1, 30), (2, 1, 20, 30), (4, 20, 1), (3, 1, 1, 20, 30), (3, 2, 4, 20, 30)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradient_of_an_additive_mask(impl, shape, dtype):
+    args = problem(heads=4, queries=20, keys=30, dtype=dtype, grad=True)
+    mask = make(*shape, dtype=dtype, seed=7, requires_grad=True)
+    wide = [x.detach().double().requires_grad_() for x in (*args, mask)]
+    want = gradients("reference", wide[:5], {"attn_mask": wide[5]})
+    by_torch = gradients("concatenated", args, {"attn_mask": mask})
+    for got, exactly, plainly in zip(gradients(impl, args, {"attn_mask": mask}), want, by_torch, strict=True):
+        assert_accurate(got, exactly.cpu(), plainly, terms=30 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("kind", ["none", "causal", "additive"])
+def test_scales_that_are_not_positive(impl, scale, kind):
+    args = problem(grad=True)
+    options = MASKS[kind]((3, 2), 2, 5, 5, torch.float32) | {"scale": scale}
+    check(args, impl, **options)
+    for got, want in zip(gradients(impl, args, options), gradients("concatenated", args, options), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_dropout(impl):
     args = problem(t=3, grad=True)
     torch.manual_seed(0)
@@ -285,6 +355,7 @@ def test_block_matches_concatenation(impl, options, dtype):
         assert_accurate(got, want, by_torch)
 
 
+@pytest.mark.float64
 def test_block_gradients(impl):
     args = block((2, 3, 4), 2, dtype=torch.float64, grad=True)
     names, tensors = zip(*((name, x) for name, x in args.items() if isinstance(x, torch.Tensor)), strict=True)

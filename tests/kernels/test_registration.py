@@ -61,7 +61,7 @@ def backward_arguments(name, *grads, keep=None):
 TOKENS, OUT, MASK = (2, 5, P), (T, 2, 5, P), make(2, 1, 5, 5, seed=5)
 ATTENTION, ATTENTION_BACKWARD = (
     arguments("expanded_attention"),
-    backward_arguments("expanded_attention", (T, 2, 2, 5, 4)),
+    backward_arguments("expanded_attention", (T, 2, 2, 5, 4), (T, 2, 2, 5, 4), (2, T, 2, 2, 5)),
 )
 SAMPLES = {name: [arguments(name), arguments(name, dtype=torch.bfloat16, grad=False)] for name in SHAPES}
 SAMPLES["token_covariance"] += [[make(0, P)], [make(P)]]

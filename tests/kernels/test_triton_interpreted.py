@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dtme_kernels import launch
-from tests.kernels import test_conflicts, test_covariance, test_modulation
+from tests.kernels import test_attention, test_conflicts, test_covariance, test_modulation
 
 if not launch.interpreted():
 
@@ -37,13 +37,14 @@ else:
         dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
         if dtype == torch.float64 or request.node.get_closest_marker("float64"):
             pytest.skip("float64 is the reference's")
-        if dtype == torch.bfloat16 and request.function.__module__ == test_covariance.__name__:
+        products = (test_covariance.__name__, test_attention.__name__)
+        if dtype == torch.bfloat16 and request.function.__module__ in products:
             pytest.skip("the interpreter cannot multiply bfloat16")
         if dtype == torch.bfloat16 and request.function is test_conflicts.test_magnitude_does_not_matter:
             pytest.skip("the interpreter misreads subnormal bfloat16")
         return "triton"
 
-    for _module in (test_covariance, test_conflicts, test_modulation):
+    for _module in (test_covariance, test_conflicts, test_modulation, test_attention):
         for _name, _test in vars(_module).items():
             if _name.startswith("test_") and "impl" in signature(_test).parameters:
                 globals()[f"{_name}_of_{_module.__name__.rpartition('_')[2]}"] = _test
