@@ -19,7 +19,7 @@ from . import launch
 
 CHIPS = {chip.capability: chip for chip in (launch.A100, launch.H200, launch.B200)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DOTS = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
+DOTS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
 
 
 class Compiled(NamedTuple):
@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
 
 def cases() -> dict[str, Callable[[], object]]:
     """{name: a launch} of every configuration: widths that tile well and ill, every dtype, 2 to 16 tasks."""
-    return _covariance_cases() | _conflict_cases() | _modulation_cases()
+    return _covariance_cases() | _conflict_cases() | _modulation_cases() | _attention_cases()
 
 
 def _covariance_cases() -> dict[str, Callable[[], object]]:
@@ -106,6 +106,32 @@ def _modulation_cases() -> dict[str, Callable[[], object]]:
     return found
 
 
+def _attention_cases() -> dict[str, Callable[[], object]]:
+    from .attention import kernel
+
+    found: dict[str, Callable[[], object]] = {}
+    for d in (32, 64, 80, 128, 256):
+        for name, dtype in DTYPES.items():
+            shared = torch.empty(6, 1024, 3, 4, d, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind()
+            task = [torch.empty(4, 6, d, dtype=dtype, device="meta")] * 2
+            statistics = torch.empty(2, 6, 4, 1024, device="meta")
+            square = torch.empty(1024, 1024, dtype=dtype, device="meta")
+            masks: dict[str, tuple[torch.Tensor | None, bool]] = {"": (None, False)}
+            if d == 64:
+                masks |= {", causal": (None, True), ", bool mask": (square.bool(), False), ", mask": (square, False)}
+            for kind, (mask, causal) in masks.items():
+                rest = (*shared, *task, mask, causal, None)
+                if kind and name == "fp16":
+                    continue  # bfloat16's kernels but for the type
+                case = f"d={d} {name}{kind}"
+                found[f"attention {case}"] = partial(kernel.expanded_attention, *rest)
+                found[f"attention backward {case}"] = partial(
+                    kernel.expanded_attention_backward,
+                    *(shared[0], shared[0], statistics, *rest, mask is square),
+                )
+    return found
+
+
 def compile_cases(capability: int, only: str = "") -> Iterator[Compiled]:
     """Compile what the cases with ``only`` in their name launch; a kernel that several launch has the first one's name.
 
@@ -116,6 +142,8 @@ def compile_cases(capability: int, only: str = "") -> Iterator[Compiled]:
         for name, run in cases().items():
             if only not in name or (precision == "high" and "fp32" not in name.partition(",")[0]):
                 continue
+            if precision == "highest" and any(f"d={d} fp32" in name for d in (80, 128, 256)):
+                continue  # the reference's
             with _compiling(capability, precision) as compiled:
                 run()
             for kernel in compiled:

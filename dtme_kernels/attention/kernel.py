@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import on_device
-from .tiles import Tiles
+from .tiles import tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -97,6 +97,51 @@ def _place(BLOCKS, sizes, CAUSAL: tl.constexpr):
     return block, rest % sizes[1], (rest // sizes[1]).to(tl.int64)
 
 
+@triton.jit
+def _attend_part(
+    b_q,
+    b_out,
+    b_sum,
+    b_most,
+    k,
+    k_stride,
+    v,
+    v_stride,
+    begin,
+    end,
+    m,
+    queries,
+    scale,
+    mask,
+    mask_strides,
+    PART: tl.constexpr,
+    D: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Take the keys from begin to end into the online softmax."""
+    unit = 1.0 if MASK == "additive" else scale
+    for first in range(begin, end, BN):
+        n = first + tl.arange(0, BN)  # [BN]
+        b_k = _load(k, n, k_stride, end, D, BD, PART > 0)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+        if PART > 0:
+            b_s = _mask(b_s, scale, mask, mask_strides, m[:, None], n[None, :], queries, end, MASK, CAUSAL)
+        b_new = tl.maximum(b_most, tl.max(b_s, 1) * unit)
+        # while nothing is visible, -inf is the most: its place is taken by a number that makes exp2 give 0
+        b_at = tl.where(b_new == float("-inf"), 0.0, b_new) if MASK != "" else b_new
+        b_p = tl.exp2(b_s * unit - b_at[:, None])
+        b_shrink = tl.exp2(b_most - b_at)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_v = _load(v, n, v_stride, end, D, BD, PART > 0)  # [BN, BD]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision=PRECISION)
+        b_most = b_new
+    return b_out, b_sum, b_most
+
+
 @triton.jit(do_not_specialize=["all_rows", "sizes"])
 def _attend(
     query,
@@ -137,47 +182,75 @@ def _attend(
     b_sum = tl.zeros([BM], tl.float32)
     b_most = tl.full([BM], float("-inf"), tl.float32)
     for part in tl.static_range(1 if MASK != "" else 0, 3):
-        PART_MASK: tl.constexpr = MASK if part == 1 else ""
-        BLOCK: tl.constexpr = BT if part == 2 else BN
         k, k_stride = key + row * k_strides[0] + key_head * k_strides[1], k_strides[2]
         v, v_stride = value + row * v_strides[0] + key_head * v_strides[1], v_strides[2]
         if part == 2:
             k, k_stride = task_key + stream * task_k_strides[0] + key_head * task_k_strides[1], task_k_strides[2]
             v, v_stride = task_value + stream * task_v_strides[0] + key_head * task_v_strides[1], task_v_strides[2]
-        unit = 1.0 if PART_MASK == "additive" else scale
         begin, end = _span(part, block * BM, sizes[4], sizes[5], MASK != "", CAUSAL, BM, BN)
-        for first in range(begin, end, BLOCK):
-            n = first + tl.arange(0, BLOCK)  # [BN]
-            b_k = _load(k, n, k_stride, end, D, BD, part > 0)  # [BN, BD]
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-            if part > 0:
-                b_s = _mask(
-                    b_s,
-                    scale,
-                    mask,
-                    mask_strides,
-                    m[:, None],
-                    n[None, :],
-                    queries,
-                    end,
-                    PART_MASK,
-                    CAUSAL and part == 1,
-                )
-            b_new = tl.maximum(b_most, tl.max(b_s, 1) * unit)
-            # while nothing is visible, -inf is the most: its place is taken by a number that makes exp2 give 0
-            b_at = tl.where(b_new == float("-inf"), 0.0, b_new) if PART_MASK != "" else b_new
-            b_p = tl.exp2(b_s * unit - b_at[:, None])
-            b_shrink = tl.exp2(b_most - b_at)
-            b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
-            b_v = _load(v, n, v_stride, end, D, BD, part > 0)  # [BN, BD]
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision=PRECISION)
-            b_most = b_new
+        b_out, b_sum, b_most = _attend_part(
+            b_q, b_out, b_sum, b_most, k, k_stride, v, v_stride, begin, end, m, queries, scale, mask, mask_strides,
+            part, D, MASK if part == 1 else "", CAUSAL and part == 1, PRECISION, BT if part == 2 else BN, BD,
+        )  # fmt: skip
     b_out /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     stride = sizes[1].to(tl.int64) * D
     _store(output + row * queries * stride + head * D, m, stride, queries, b_out, D, BD)
     vector = (row * sizes[1] + head) * queries + m
     tl.store(statistics + vector, tl.where(b_sum == 0.0, float("inf"), b_most), m < queries)
     tl.store(statistics + all_rows + vector, tl.where(b_sum == 0.0, 1.0, b_sum), m < queries)
+
+
+@triton.jit
+def _query_part(
+    b_q,
+    b_do,
+    b_delta,
+    b_at,
+    b_share,
+    b_dq,
+    k,
+    k_stride,
+    v,
+    v_stride,
+    begin,
+    end,
+    m,
+    queries,
+    scale,
+    mask,
+    mask_strides,
+    d_k,
+    d_v,
+    PART: tl.constexpr,
+    D: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """dQ, but for the scale, += dS K over the keys from begin to end; of task keys also d_k = dS^T Q, d_v = P^T dO."""
+    unit = 1.0 if MASK == "additive" else scale
+    for first in range(begin, end, BN):
+        n = first + tl.arange(0, BN)  # [BN]
+        b_k = _load(k, n, k_stride, end, D, BD, PART > 0)  # [BN, BD]
+        b_v = _load(v, n, v_stride, end, D, BD, PART > 0)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+        if PART > 0:
+            b_s = _mask(b_s, scale, mask, mask_strides, m[:, None], n[None, :], queries, end, MASK, CAUSAL)
+        b_p = tl.exp2(b_s * unit - b_at[:, None])
+        if EXACT:
+            b_p *= b_share[:, None]
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
+        if PART == 2:
+            b_dv = tl.dot(tl.trans(b_p.to(b_v.dtype)), b_do, input_precision=PRECISION)  # [BN, BD]
+            _store(d_v, n, D, end, b_dv, D, BD)
+            b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
+            _store(d_k, n, D, end, b_dk * (scale / LOG2E), D, BD)
+    return b_dq
 
 
 @triton.jit(do_not_specialize=["all_rows", "sizes"])
@@ -232,46 +305,19 @@ def _query_gradients(
     tl.store(delta + vector, b_delta, m < queries)
     b_at, b_share = _statistics(statistics, vector, all_rows, m < queries, EXACT)
     b_dq = tl.zeros([BM, BD], tl.float32)
+    partial = ((row * sizes[1] + head) * blocks + block) * sizes[5] * D
     for part in tl.static_range(1 if MASK != "" else 0, 3):
-        PART_MASK: tl.constexpr = MASK if part == 1 else ""
-        BLOCK: tl.constexpr = BT if part == 2 else BN
         k, k_stride = key + row * k_strides[0] + key_head * k_strides[1], k_strides[2]
         v, v_stride = value + row * v_strides[0] + key_head * v_strides[1], v_strides[2]
         if part == 2:
             k, k_stride = task_key + stream * task_k_strides[0] + key_head * task_k_strides[1], task_k_strides[2]
             v, v_stride = task_value + stream * task_v_strides[0] + key_head * task_v_strides[1], task_v_strides[2]
-        unit = 1.0 if PART_MASK == "additive" else scale
         begin, end = _span(part, block * BM, sizes[4], sizes[5], MASK != "", CAUSAL, BM, BN)
-        for first in range(begin, end, BLOCK):
-            n = first + tl.arange(0, BLOCK)  # [BN]
-            b_k = _load(k, n, k_stride, end, D, BD, part > 0)  # [BN, BD]
-            b_v = _load(v, n, v_stride, end, D, BD, part > 0)  # [BN, BD]
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-            if part > 0:
-                b_s = _mask(
-                    b_s,
-                    scale,
-                    mask,
-                    mask_strides,
-                    m[:, None],
-                    n[None, :],
-                    queries,
-                    end,
-                    PART_MASK,
-                    CAUSAL and part == 1,
-                )
-            b_p = tl.exp2(b_s * unit - b_at[:, None])
-            if EXACT:
-                b_p *= b_share[:, None]
-            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-            b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
-            b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
-            if part == 2:
-                place = ((row * sizes[1] + head) * blocks + block) * sizes[5] * D
-                b_dv = tl.dot(tl.trans(b_p.to(b_v.dtype)), b_do, input_precision=PRECISION)
-                _store(d_task_value + place, n, D, end, b_dv, D, BD)
-                b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
-                _store(d_task_key + place, n, D, end, b_dk * (scale / LOG2E), D, BD)
+        b_dq = _query_part(
+            b_q, b_do, b_delta, b_at, b_share, b_dq, k, k_stride, v, v_stride, begin, end, m, queries, scale,
+            mask, mask_strides, d_task_key + partial, d_task_value + partial,
+            part, D, MASK if part == 1 else "", CAUSAL and part == 1, EXACT, PRECISION, BT if part == 2 else BN, BD,
+        )  # fmt: skip
     start = d_query + (row * sizes[1] + head) * queries * D
     _store(start, m, D, queries, b_dq * (scale / LOG2E), D, BD)
 
@@ -423,7 +469,7 @@ class _Problem:
         self.key_heads, self.keys, self.task_keys = key.shape[-3], key.shape[-2], task_key.shape[-2]
         self.all_rows = self.rows * self.heads * self.queries  # the sums lie behind the greatest scores
         scale = self.channels**-0.5 if scale is None else scale
-        # the kernels want the greatest score times scale to be the greatest; 0 times a score that is hidden must hide it
+        # the kernels take the greatest score for the greatest after scaling, and 0 times a hidden score must hide it
         self.sign = -1.0 if scale < 0 else 1.0
         self.scale = max(abs(scale) * LOG2E.value, 1e-30)
         query = query if scale >= 0 else -query
@@ -461,13 +507,13 @@ def expanded_attention(query: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     p = _Problem(query, *others)
     out = torch.empty(*p.lead, p.queries, p.heads, p.channels, dtype=query.dtype, device=query.device)
     statistics = torch.empty(2, *p.lead, p.heads, p.queries, dtype=torch.float32, device=query.device)
-    tiles = Tiles.forward(p.block, query.dtype)
+    own = tile("forward", p.block, query)
     if out.numel():
         with on_device(query):
-            _attend[(p.rows * p.heads * triton.cdiv(p.queries, tiles.queries),)](
+            _attend[(p.rows * p.heads * triton.cdiv(p.queries, own.queries),)](
                 *(*p.shared, *p.task, p.mask, out, statistics, p.all_rows, p.scale, p.sizes, *p.strides),
                 **p.constants,
-                **tiles.options(p.task_keys),
+                **own.options(p.task_keys),
             )
     return out.transpose(-3, -2), statistics
 
@@ -493,7 +539,7 @@ def expanded_attention_backward(
     delta = torch.empty(p.rows, p.heads, p.queries, **wide)
     grad = p.fold(grad)
     output = output.transpose(-3, -2).contiguous()  # a view, as the forward lays it out
-    first, second = Tiles.query_gradients(p.block, query.dtype), Tiles.key_gradients(p.block, query.dtype)
+    first, second = (tile(kernel, p.block, query) for kernel in ("query gradients", "key gradients"))
     blocks = triton.cdiv(p.queries, first.queries)
     parts = [torch.empty(p.rows, p.heads, blocks, p.task_keys, p.channels, **wide) for _ in range(2)]
     with on_device(query):
@@ -547,12 +593,12 @@ def _mask_gradient(p: _Problem, grad: Tensor, statistics: Tensor, delta: Tensor,
     leading = (1, *p.lead) if len(p.lead) == 1 else p.lead
     shape = (*(1,) * (5 - attn_mask.dim()), *attn_mask.shape)
     kept = tuple(min(size, full) for size, full in zip(shape, (*leading, p.heads), strict=False))
-    tiles = Tiles.mask_gradients(p.block, grad.dtype)
+    own = tile("mask gradients", p.block, grad)
     d_mask = torch.zeros(*kept, p.queries, p.keys, dtype=torch.float32, device=grad.device)
     if d_mask.numel() and p.rows:
         strides = p.strides
         with on_device(grad):
-            grid = triton.cdiv(p.queries, tiles.queries) * triton.cdiv(p.keys, tiles.keys), kept[0] * kept[1] * kept[2]
+            grid = triton.cdiv(p.queries, own.queries) * triton.cdiv(p.keys, own.keys), kept[0] * kept[1] * kept[2]
             _mask_gradients[grid](
                 *(
                     grad,
@@ -568,6 +614,6 @@ def _mask_gradient(p: _Problem, grad: Tensor, statistics: Tensor, delta: Tensor,
                 ),
                 *(grad.stride()[:3], *strides[:3], strides[-1]),
                 **p.constants,
-                **tiles.options(),
+                **own.options(),
             )
     return d_mask.sum_to_size(shape).view(attn_mask.shape).to(attn_mask.dtype)

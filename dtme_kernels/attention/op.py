@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import cannot_run
+from ..launch import cannot_run, highest
 from ..registry import Operator, library
 from . import composite, reference
-
-MOST_CHANNELS = 256  # of a head: a tile of them in the registers of one program
+from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS
 
 
 def _fake(
@@ -72,8 +71,8 @@ expanded_attention = Operator(
     low_precision=True,
 )
 expanded_attention_backward = Operator(
-    "expanded_attention_backward(Tensor grad, Tensor output, Tensor statistics, Tensor query, Tensor key, Tensor value, Tensor task_key,"
-    " Tensor task_value, Tensor? attn_mask, bool is_causal, float? scale, bool mask_grad)"
+    "expanded_attention_backward(Tensor grad, Tensor output, Tensor statistics, Tensor query, Tensor key, Tensor value,"
+    " Tensor task_key, Tensor task_value, Tensor? attn_mask, bool is_causal, float? scale, bool mask_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.expanded_attention_backward,
     _backward_fake,
@@ -103,8 +102,11 @@ def _unsupported(
 ) -> str | None:
     if dropout_p:
         return "dropout is the reference's"
-    if query.shape[-1] > MOST_CHANNELS:
-        return f"the kernels take {MOST_CHANNELS} channels a head at most, got {query.shape[-1]}"
+    exact = query.dtype == torch.float32 and highest()
+    most = MOST_CHANNELS_IN_THREE_PARTS if exact else MOST_CHANNELS
+    if query.shape[-1] > most:
+        precision = " of float32 at matrix precision 'highest'" if exact else ""
+        return f"the kernels take {most} channels a head at most{precision}, got {query.shape[-1]}"
     return cannot_run(query)
 
 

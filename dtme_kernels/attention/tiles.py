@@ -1,14 +1,17 @@
-"""Tiles of the attention kernels, by head dimension and dtype: chosen so that nothing spills on sm_80 to sm_100."""
+"""Tiles of the attention kernels: among the usual ones, the largest that spill no register."""
 
 from typing import NamedTuple
 
 import torch
 
-from ..launch import highest
+from ..launch import chip, highest
+
+MOST_CHANNELS = 256  # of a head: a tile of them in the registers of one program
+MOST_CHANNELS_IN_THREE_PARTS = 64  # of float32 as exact as float32: every operand is three times as large
 
 
-class Tiles(NamedTuple):
-    """Of one kernel: queries and keys of a tile, warps, and how many tiles are in flight."""
+class Tile(NamedTuple):
+    """Of one kernel: queries and keys, warps, and how many tiles are in flight."""
 
     queries: int
     keys: int
@@ -22,18 +25,63 @@ class Tiles(NamedTuple):
             found["BT"] = 16 if task_keys <= 16 else 32
         return found | {"PRECISION": "tf32x3" if highest() else "tf32"}
 
-    @classmethod
-    def forward(cls, channels: int, dtype: torch.dtype) -> "Tiles":
-        return cls(128, 64, 4, 3)
 
-    @classmethod
-    def query_gradients(cls, channels: int, dtype: torch.dtype) -> "Tiles":
-        return cls(128, 64, 8, 3)
+# kernel, how it multiplies -> {channels, up to which: tiles of sm_80, sm_90 and sm_100, the last going on}
+_TABLE = {
+    ("forward", "low"): {
+        64: (Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
+        128: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)),
+    },
+    ("forward", "tf32"): {
+        32: (Tile(128, 64, 4, 2),),
+        64: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
+        128: (Tile(64, 32, 8, 2),),
+        256: (Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    ("forward", "tf32x3"): {
+        32: (Tile(64, 64, 4, 2),),
+        64: (Tile(64, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+    },
+    ("query gradients", "low"): {
+        64: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(64, 64, 4, 2),),
+        256: (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    },
+    ("query gradients", "tf32"): {
+        32: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
+        64: (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
+        128: (Tile(32, 32, 8, 1),),
+        256: (Tile(16, 32, 8, 1),),
+    },
+    ("query gradients", "tf32x3"): {
+        32: (Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
+        64: (Tile(16, 32, 4, 1),),
+    },
+    ("key gradients", "low"): {
+        64: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+        128: (Tile(32, 64, 8, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+    },
+    ("key gradients", "tf32"): {
+        32: (Tile(64, 128, 8, 2),),
+        64: (Tile(32, 64, 4, 2),),
+        128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+        256: (Tile(16, 32, 8, 1),),
+    },
+    ("key gradients", "tf32x3"): {
+        32: (Tile(32, 64, 4, 2),),
+        64: (Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 4, 1)),
+    },
+    ("mask gradients", "low"): {128: (Tile(64, 64, 4, 2),), 256: (Tile(64, 32, 8, 1),)},
+    ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(32, 32, 8, 1),)},
+    ("mask gradients", "tf32x3"): {64: (Tile(16, 32, 4, 1),)},
+}
 
-    @classmethod
-    def key_gradients(cls, channels: int, dtype: torch.dtype) -> "Tiles":
-        return cls(64, 128, 8, 3)
 
-    @classmethod
-    def mask_gradients(cls, channels: int, dtype: torch.dtype) -> "Tiles":
-        return cls(64, 64, 4, 2)
+def tile(kernel: str, channels: int, like: torch.Tensor) -> Tile:
+    """Of ``"forward"``, ``"query gradients"``, ``"key gradients"`` or ``"mask gradients"`` of tensors ``like``."""
+    product = "low" if like.dtype != torch.float32 else "tf32x3" if highest() else "tf32"
+    found = next(tiles for most, tiles in _TABLE[kernel, product].items() if channels <= most)
+    generation = sum(chip(like.device).capability >= first for first in (90, 100))
+    return found[min(generation, len(found) - 1)]

@@ -16,13 +16,14 @@ KERNELS = {
     *("scale_tokens", "split_basis", "pair_dots", "count", "mix"),
     *("modulate", "modulate_backward"),
 }
-MULTIPLY = {"multiply", "multiply_symmetric", "pair_dots"}
+ATTENTION = {"attend", "query_gradients", "key_gradients", "mask_gradients"}
+MULTIPLY = {"multiply", "multiply_symmetric", "pair_dots"} | ATTENTION
 
 
 @pytest.mark.parametrize("capability", PRODUCTS)
 def test_no_spill_within_shared_memory_on_tensor_cores(capability):
     rows = list(aot.compile_cases(capability))
-    assert {row.kernel for row in rows} == KERNELS
+    assert {row.kernel for row in rows} == KERNELS | ATTENTION
     for row in rows:
         assert row.capability == capability
         assert row.spills == 0, row
@@ -31,7 +32,9 @@ def test_no_spill_within_shared_memory_on_tensor_cores(capability):
         # float32 as exact as IEEE, in the gradient of the covariance, is the one product on no tensor core
         ieee = row.kernel == "multiply_symmetric" and "fp32" in row.case and "tf32" not in row.case
         product = "fma" if ieee else PRODUCTS[capability] if row.kernel in MULTIPLY else ""
-        assert row.instruction == product, row
+        # tiles of few rows, of float32 or 256 channels, are not for the products of whole warp groups
+        few_rows = row.kernel in ATTENTION and ("fp32" in row.case or "d=256" in row.case)
+        assert row.instruction == product or (few_rows and row.instruction == "mma"), row
 
 
 def test_info_prints_the_table():

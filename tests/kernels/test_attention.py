@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dtme_kernels import expanded_attention, modulate_concat_attention
 from dtme_kernels.attention import reference
+from dtme_kernels.registry import OPERATORS
 from dtme_kernels.testing import DTYPES, LAYOUTS, LOW_PRECISION, assert_accurate, exact, make
 
 
@@ -62,10 +63,7 @@ def plain(*args, **options):
 
 def gradients(impl, args, options):
     """Of the five tensors, and of a mask that wants one; "concatenated": plain torch's own."""
-    if impl == "concatenated":
-        out = joined(*args, **options)
-    else:
-        out = expanded_attention(*args, impl=impl, **options)
+    out = joined(*args, **options) if impl == "concatenated" else expanded_attention(*args, impl=impl, **options)
     leaves = [*args, *(x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
     return torch.autograd.grad((out * make(*out.shape, dtype=out.dtype, seed=9)).sum(), leaves)
 
@@ -223,6 +221,8 @@ MASKS = {
 def test_gradients_are_as_right_as_plain_torch(impl, sizes, kind, dtype):
     args = problem(**sizes, dtype=dtype, grad=True)
     query, key = args[:2]
+    if impl == "triton" and OPERATORS["expanded_attention"].unsupported(*args):
+        pytest.skip("more than 64 channels of exact float32 are the reference's")
     options = MASKS[kind](query.shape[:-3], query.shape[-3], query.shape[-2], key.shape[-2], dtype)
     wide = [x.detach().double().requires_grad_() for x in args]
     wide_options = {k: x.double() if k == "attn_mask" and x.dtype != torch.bool else x for k, x in options.items()}

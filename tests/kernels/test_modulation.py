@@ -130,9 +130,19 @@ def test_gradients_are_as_right_as_plain_torch(impl, shape, num_streams, layout,
     for leaf, a, b, c in zip(args, got, want, by_torch, strict=True):
         assert a.dtype == leaf.dtype
         assert_accurate(a, b.cpu(), c)
-    got = gradients(lambda *a: (modulate(*a, impl=impl),), args[:3], weights[:1])
-    want, by_torch = (gradients(lambda *a: plain(*a, *x[3:])[:1], x[:3], weights[:1]) for x in (wide, args))
-    for a, b, c in zip(got, want, by_torch, strict=True):
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("shape", [(4, 50, 16), (3, 4, 50, 16)])
+def test_gradients_without_a_norm_are_as_right_as_plain_torch(impl, shape, dtype):
+    args, weights = problem(*shape, dtype=dtype, parameters=torch.float32, grad=True)[:3], [make(3, 4, 50, 16, seed=5)]
+
+    def by_torch(tokens, weight, bias):
+        return (tokens * weight.to(tokens.dtype)[:, None, None] + bias.to(tokens.dtype)[:, None, None],)
+
+    got = gradients(lambda *a: (modulate(*a, impl=impl),), args, weights)
+    want = gradients(by_torch, [x.detach().double().requires_grad_() for x in args], weights)
+    for a, b, c in zip(got, want, gradients(by_torch, args, weights), strict=True):
         assert_accurate(a, b.cpu(), c)
 
 
