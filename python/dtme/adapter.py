@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dtme_kernels
 
-from .attention import KeysValues, NotExpandable, Seam, Site
+from .attention import KeysValues, NotExpandable, Projection, Seam, Site, is_hooked, is_layer_norm
 from .blocks import Arguments, find_tokens, replace_argument
 from .streams import Layout, Streams, layout, recomputing, repeat_rows, sources, unfold
 from .trees import map_tensors
@@ -48,8 +48,10 @@ class BlockAdapter(nn.Module):
         self._block = (block,)
         self._handles = [block.register_forward_pre_hook(self.enter, with_kwargs=True)]
         self._projecting = False
+        self._is_last = False
         self.selected: tuple[str, ...] = ()  # of the forward that runs
         self._layout: Layout = ()
+        self._attended: Tensor | None = None  # on its way from the block's input to the end of its attention
 
     # --- set up and taken down ------------------------------------------------------------------------------------
 
@@ -74,6 +76,8 @@ class BlockAdapter(nn.Module):
             (site.norm or self.seam.attention).register_forward_pre_hook(self.remember, with_kwargs=True)
         )
         self.seam.install(self.attention_forward)
+        if site.is_pre_norm:
+            site.norm.forward = self.norm_forward  # type: ignore[union-attr]
         self.separated_after |= frozenset(tasks)
         self._layout = ((tasks[0],),)
         with torch.no_grad():  # what cannot be projected is refused now rather than in the first forward
@@ -82,6 +86,7 @@ class BlockAdapter(nn.Module):
     def close(self) -> None:
         """Make this the last block: in its output every selected task has rows of its own."""
         self._handles.append(self._block[0].register_forward_hook(self.leave))
+        self._is_last = True
 
     def remove(self) -> None:
         """Leave the block as it was found."""
@@ -89,6 +94,8 @@ class BlockAdapter(nn.Module):
             handle.remove()
         if self.seam is not None:
             self.seam.remove()
+        if self._site is not None and self._site.is_pre_norm:
+            del self._site.norm.forward  # type: ignore[union-attr]
         del self._block[0].dtme
 
     def fold(self, task: str) -> None:
@@ -120,7 +127,12 @@ class BlockAdapter(nn.Module):
                 self.streams.num_rows = batch
         index = sources(before, after)
         modulated = any(stream[0] in self.weight for stream in after)
-        changed = (self.modulate if modulated else repeat_rows)(tokens, index, len(before))
+        self._attended = None
+        others = [value for value in (*args, *kwargs.values()) if value is not tokens]
+        if not any(isinstance(value, Tensor) or value for value in others) and (projection := self._projection()):
+            changed = self.first_half(projection, tokens, index, len(before))
+        else:
+            changed = (self.modulate if modulated else repeat_rows)(tokens, index, len(before))
 
         def by_image(tensor: Tensor) -> Tensor:
             # built for B images before the streams parted; two-dimensional floats are positions, not images
@@ -145,16 +157,68 @@ class BlockAdapter(nn.Module):
         """(T_before * B, ..., p) → (T_after * B, ..., p); a stream without a map of its own keeps its bits."""
         if self.running_mean is not None:
             return self._batch_norm(repeat_rows(tokens, index, num_streams))
-        like = next(iter(self.weight.values()))
+        streams, weight, bias = self._maps(tokens, index, num_streams)
+        return dtme_kernels.modulate(streams, weight, bias).flatten(0, 1).view(-1, *tokens.shape[1:])
+
+    def _maps(self, tokens: Tensor, index: list[int], num_streams: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, shared (B, N, p) or in streams (T, B, N, p), and every stream's map (T, p)."""
+        one = (
+            tokens.new_ones(tokens.shape[-1]) if not self.weight else torch.ones_like(next(iter(self.weight.values())))
+        )
         names = [stream[0] for stream in self._layout]
-        weight = torch.stack([self.weight[task] if task in self.weight else torch.ones_like(like) for task in names])
-        bias = torch.stack([self.bias[task] if task in self.bias else torch.zeros_like(like) for task in names])
-        shape = tokens.shape[1:]  # (..., p): whatever lies between the batch and the channels is one token axis
+        weight = torch.stack([self.weight.get(task, one) for task in names])
+        bias = torch.stack([self.bias.get(task, torch.zeros_like(one)) for task in names])
+        # whatever lies between the batch and the channels is one token axis
         if num_streams == 1:
-            streams = tokens.flatten(1, -2)
-        else:
-            streams = unfold(repeat_rows(tokens, index, num_streams).flatten(1, -2), len(index))
-        return dtme_kernels.modulate(streams, weight, bias).flatten(0, 1).view(-1, *shape)
+            return tokens.flatten(1, -2), weight, bias
+        return unfold(repeat_rows(tokens, index, num_streams).flatten(1, -2), len(index)), weight, bias
+
+    # --- the first half of a plain block, at once -----------------------------------------------------------------
+
+    def _projection(self) -> Projection | None:
+        """What this forward's first half can be run with at once, where the block is a plain pre-norm one.
+
+        That is: its norm is a layer norm of the block's own tokens, its attention nothing but projections, every stream
+        has task tokens, and nobody is looking in between: a hook may want the gradients of all that the block does
+        with its input, and transformers' checkpointing runs the block again from there.
+        """
+        site = self._site
+        if site is None or not site.is_pre_norm or self.running_mean is not None or self.task_key is not None:
+            return None
+        block = self._block[0]
+        alone = not is_hooked(block, 1, own_after=self._is_last) and not getattr(block, "gradient_checkpointing", False)
+        if not alone or len(self._joined()) < len(self._layout):
+            return None
+        norm: Any = site.norm
+        watched = is_hooked(norm, 1) or is_hooked(site.seam.attention)
+        return site.seam.projection() if is_layer_norm(norm) and not watched else None
+
+    def first_half(self, projection: Projection, tokens: Tensor, index: list[int], num_streams: int) -> Tensor:
+        """The modulated tokens; what the attention will return waits until it is called."""
+        assert self._site is not None
+        norm: Any = self._site.norm
+        streams, weight, bias = self._maps(tokens, index, num_streams)
+        attended, modulated = dtme_kernels.modulate_concat_attention(
+            streams,
+            weight,
+            bias,
+            torch.stack([self.tokens[task] for task, *_ in self._layout]),
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            qkv_weight=projection.weight,
+            qkv_bias=projection.bias,
+            num_heads=projection.num_heads,
+            eps=norm.eps,
+            scale=projection.scale,
+        )
+        self._attended = attended.flatten(0, 1)
+        return modulated.flatten(0, 1)
+
+    def norm_forward(self, tokens: Tensor) -> Tensor:
+        """Stands in for the forward of the norm before the attention: done already where that is."""
+        assert self._site is not None
+        norm: Any = self._site.norm
+        return tokens if self._attended is not None else type(norm).forward(norm, tokens)
 
     def _batch_norm(self, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
@@ -187,6 +251,9 @@ class BlockAdapter(nn.Module):
     def attention_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the attention's own forward."""
         assert self.seam is not None
+        if self._attended is not None:
+            attended, self._attended = self._attended, None
+            return self.seam.finish(attended)
         task_kv = self.task_keys_values() if self._joined() else None
         return self.seam.run(partial(self.attend, task_kv), *args, **kwargs)
 

@@ -15,7 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,16 @@ KeysValues = tuple[Tensor, Tensor]
 """(T, H, t, d) each: T streams, H heads, t task tokens of d channels."""
 Attend = Callable[..., Tensor]
 """As ``scaled_dot_product_attention``: query, key, value (rows, H, N, d) → (rows, H, N, d)."""
+
+
+class Projection(NamedTuple):
+    """What is before the inner product of an attention that does nothing else there."""
+
+    weight: Tensor
+    """(3p, p): rows of query, key and value, heads within."""
+    bias: Tensor | None
+    num_heads: int
+    scale: float
 
 
 class NotExpandable(ValueError):
@@ -76,6 +86,14 @@ class Seam(ABC):
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         """The attention's own forward, with ``attend`` for its inner product."""
 
+    def projection(self) -> Projection | None:
+        """Of an attention that projects, attends and projects back, and nothing else, now; of any other None."""
+        return None
+
+    def finish(self, attended: Tensor) -> Any:
+        """What such an attention makes of its heads' merged output (rows, N, p)."""
+        raise NotImplementedError
+
 
 def required_parameters(forward: Callable[..., Any]) -> list[str]:
     """Parameters without a default, but for the first, which takes the tokens."""
@@ -101,6 +119,28 @@ class TransformersSeam(Seam):
             return type(self.attention).forward(self.attention, *args, **kwargs)
         finally:
             del self.attend
+
+    def projection(self) -> Projection | None:
+        attention = self.attention
+        code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
+        if not (code and set(code.co_names) <= _PLAIN) or (attention.training and attention.attention_dropout):
+            return None
+        linear = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if not all(is_plain(x, nn.Linear) and x.out_features == x.in_features for x in linear):
+            return None
+        biases = [x.bias for x in linear if x.bias is not None]
+        if len(biases) not in (0, 3):
+            return None
+        weight = torch.cat([x.weight for x in linear])
+        return Projection(
+            weight,
+            torch.cat(biases) if biases else None,
+            attention.num_attention_heads,
+            attention.scaling,
+        )
+
+    def finish(self, attended: Tensor) -> tuple[Tensor, None]:
+        return self.attention.o_proj(attended), None
 
     @staticmethod
     def _register() -> None:
@@ -141,6 +181,13 @@ def _transformers_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+# all that the forward of a plain attention names: that of ViT, DINOv2 and their like
+_PLAIN = {
+    *("shape", "head_dim", "view", "transpose", "reshape", "contiguous", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation", "eager_attention_forward"),
+    *("training", "attention_dropout", "scaling"),
+}
+
 # where it stands, and where earlier releases have it
 _TIMM = {("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention")}
 
@@ -167,6 +214,18 @@ class TimmSeam(Seam):
         if getattr(attention, "gate", None) is not None:
             out = out * attention.gate(x).sigmoid()
         return attention.proj_drop(attention.proj(out))
+
+    def projection(self) -> Projection | None:
+        attention, qkv = self.attention, self.attention.qkv
+        normed = (attention.q_norm, attention.k_norm, getattr(attention, "norm", nn.Identity()))
+        plain = is_plain(qkv, nn.Linear) and all(is_plain(x, nn.Identity) for x in normed)
+        dropped = attention.training and attention.attn_drop.p
+        if not plain or dropped or getattr(attention, "gate", None) or qkv.out_features != 3 * qkv.in_features:
+            return None
+        return Projection(qkv.weight, qkv.bias, attention.num_heads, attention.scale)
+
+    def finish(self, attended: Tensor) -> Tensor:
+        return self.attention.proj_drop(self.attention.proj(attended))
 
 
 class TorchSeam(Seam):
@@ -260,12 +319,33 @@ def seam_class(module: nn.Module) -> type[Seam] | None:
     return GenericSeam if "scaled_dot_product_attention" in names else None
 
 
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Exactly of this class, and nothing hangs on it."""
+    return type(module) is kind and not is_hooked(module)
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Of the channels, with a weight and a bias."""
+    timm = (type(module).__module__, type(module).__name__) == ("timm.layers.norm", "LayerNorm")
+    if not timm and type(module) is not nn.LayerNorm:
+        return False
+    return len(module.normalized_shape) == 1 and module.weight is not None and module.bias is not None  # type: ignore[arg-type]
+
+
+def is_hooked(module: nn.Module, own_before: int = 0, own_after: int = 0) -> bool:
+    """Whether somebody wants to see, or change, what goes in or comes out; not counting as many hooks of our own."""
+    before, after = len(module._forward_pre_hooks), len(module._forward_hooks)
+    return before > own_before or after > own_after or bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 @dataclass(frozen=True)
 class Site:
     """Where task tokens enter a block: its attention, and the norm before it (None: it reads the block's tokens)."""
 
     seam: Seam
     norm: nn.Module | None
+    is_pre_norm: bool = False
+    """Whether the norm reads the block's own tokens."""
 
 
 class _Reached(Exception):
@@ -298,19 +378,21 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
         raise NotExpandable(f"{title} does not run on plain (B, N, p) tokens: {error}") from error
     if arrived is tokens:
         return Site(kind(name, attention), None)
-    for module, output in outputs:
+    for module, read, output in outputs:
         if output is arrived:
-            return Site(kind(name, attention), module)
+            return Site(kind(name, attention), module, is_pre_norm=read is tokens)
     raise NotExpandable(f"{title}: its attention does not read the block's (normalised) tokens directly")
 
 
-def _probe(block: nn.Module, attention: nn.Module, tokens: Tensor) -> tuple[Tensor | None, list[tuple[nn.Module, Any]]]:
-    """What arrives at the attention, and what every module before it put out; the block is left as it was."""
+def _probe(
+    block: nn.Module, attention: nn.Module, tokens: Tensor
+) -> tuple[Tensor | None, list[tuple[nn.Module, Any, Any]]]:
+    """What arrives at the attention, and what every module before it read and put out; the block is left as it was."""
     arrived: list[Tensor] = []
-    outputs: list[tuple[nn.Module, Any]] = []
+    outputs: list[tuple[nn.Module, Any, Any]] = []
 
-    def remember(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append((module, output))
+    def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append((module, args[0] if args else None, output))
 
     def reach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arrived.append(find_tokens(args, kwargs, "")[1])

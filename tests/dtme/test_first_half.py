@@ -1,0 +1,161 @@
+"""Plain pre-norm blocks run their first half at once, by ``modulate_concat_attention``; all others through the seam."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import dtme
+import dtme_kernels
+from dtme.blocks import find_blocks
+from tests.dtme.clients import CLIENTS, TASKS
+
+PLAIN = ["transformers ViT", "transformers DINOv2", "timm ViT"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the operations that attend, as they are called."""
+    found = []
+
+    def counted(name, function, *args, **options):
+        found.append(name)
+        return function(*args, **options)
+
+    for name in ("modulate_concat_attention", "expanded_attention"):
+        monkeypatch.setattr(dtme_kernels, name, partial(counted, name, getattr(dtme_kernels, name)))
+    return found
+
+
+def expanded_everywhere(model, modulated=(0, 1, 2), tasks=TASKS, **options):
+    blocks = list(find_blocks(model.backbone))
+    plan = dtme.ExpansionPlan(TASKS, 2, {blocks[i]: TASKS for i in modulated}, dict.fromkeys(blocks, tasks))
+    return dtme.expand(model, plan, **options)
+
+
+def through_the_seam(model, x):
+    """A hook that only looks makes every block run through its seam."""
+    handles = [module.register_forward_pre_hook(lambda *_: None) for module in model.backbone.modules()]
+    found = model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_which_blocks_run_at_once(build, randomise, calls, client):
+    model, x = build(client)
+    randomise(expanded_everywhere(model, modulated=(0, 2)))
+    got = model(x)
+    assert calls == [("modulate_concat_attention" if client in PLAIN else "expanded_attention")] * 3
+    calls.clear()
+    want = through_the_seam(model, x)
+    assert calls == ["expanded_attention"] * 3
+    for task in TASKS:
+        torch.testing.assert_close(got[task], want[task], rtol=1e-11, atol=1e-12)
+    calls.clear()
+    model(x, "depth")
+    assert calls[0] == ("modulate_concat_attention" if client in PLAIN else "expanded_attention")
+
+
+@pytest.mark.parametrize("client", PLAIN)
+def test_gradients_are_those_of_the_seam(build, randomise, client):
+    model, x = build(client)
+    randomise(expanded_everywhere(model))
+    gradients = [
+        torch.autograd.grad(sum(p.square().sum() for p in run(x).values()), list(model.parameters()), allow_unused=True)
+        for run in (model, lambda x: through_the_seam(model, x))
+    ]
+    for got, want in zip(*gradients, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+class Low(nn.Linear):
+    """Somebody's own linear layer, as an adapter method would put there."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def replace_projection(model):
+    for module in model.backbone.modules():
+        if hasattr(module, "qkv"):
+            module.qkv.__class__ = Low
+
+
+def no_bias(model):
+    for module in model.backbone.modules():
+        if hasattr(module, "norm1"):
+            module.norm1.bias = None
+
+
+def watch(model):
+    for module in model.backbone.modules():
+        if hasattr(module, "norm1"):
+            module.norm1.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def drop(model):
+    model.train()
+    for module in model.backbone.modules():
+        if hasattr(module, "attn_drop"):
+            module.attn_drop.p = 1e-9
+
+
+@pytest.mark.parametrize("change", [replace_projection, no_bias, watch, drop])
+def test_what_is_not_plain_runs_through_the_seam_and_right(build, randomise, naive, calls, change):
+    model, x = build("timm ViT")
+    change(model)
+    plain = dtme.MultiTaskModel(model.backbone, dict(model.heads))
+    expanded_everywhere(model)
+    randomise(model)
+    got = model(x)
+    assert calls == ["expanded_attention"] * 3
+    added = {n.removeprefix("backbone."): p.detach() for n, p in model.named_parameters() if ".dtme." in n}
+    dtme.collapse(model)
+    if change is not drop:
+        for task in TASKS:
+            torch.testing.assert_close(got[task], naive(plain, added, task, x), rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_where_only_some_tasks_have_tokens_run_through_the_seam(build, calls):
+    model, x = build("timm ViT")
+    expanded_everywhere(model, tasks=("depth",))
+    model(x)
+    assert calls.count("modulate_concat_attention") == 0
+    calls.clear()
+    model(x, "depth")
+    assert calls == ["modulate_concat_attention"] * 3
+
+
+def test_batch_norm_and_exported_tasks_run_through_the_seam(build, calls):
+    model, x = build("timm ViT")
+    single = expanded_everywhere(model).export_task("depth")
+    single(x)
+    assert "modulate_concat_attention" not in calls
+    dtme.collapse(model)
+    expanded_everywhere(model, modulator="batch_norm")
+    calls.clear()
+    model(x)
+    assert "modulate_concat_attention" not in calls
+
+
+def test_an_interrupted_forward_leaves_nothing_behind(build, randomise):
+    model, x = build("timm ViT")
+    randomise(expanded_everywhere(model))
+    want = model(x)
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    norm = model.backbone.blocks[1].norm1
+    handle = model.backbone.blocks[0].mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    assert all(torch.equal(model(x)[task], want[task]) for task in TASKS)
+    assert norm(x.new_ones(1, 2, 24)).std() > 0  # and a norm called by itself is a norm
+    assert "forward" not in vars(dtme.collapse(model).backbone.blocks[1].norm1)
