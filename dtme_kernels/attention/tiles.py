@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 
 # kernel, how it multiplies -> {channels, up to which: tiles of sm_80, sm_90 and sm_100, the last going on}
-_TABLE = {
+_TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
     ("forward", "low"): {
         64: (Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
         128: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
