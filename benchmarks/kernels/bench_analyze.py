@@ -4,51 +4,18 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import dtme
 from dtme_kernels import split_token_space
 
 from .bench_conflicts import printed
 from .conftest import DEVICE, Shape
+from .vit import plain_model
 
 RIVALS = ["printed", "ours"]
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = {"ViT-B, 512 px": Shape(6, 1024, 768, 12, tasks=5)} if ON_GPU else {"ViT-T, 224 px": Shape(4, 197, 192, 3)}
 BATCHES = 2
-
-
-class Attention(nn.Module):
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
-
-
-class Block(nn.Module):
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(channels), Attention(channels, heads)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class Backbone(nn.Module):
-    """Pre-norm blocks on tokens that are there already."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.blocks = nn.Sequential(*(Block(shape.channels, shape.heads) for _ in range(shape.blocks)))
-
-    def forward(self, x):
-        return self.blocks(x)
 
 
 def by_the_paper(model, loader, losses, ratio):
@@ -89,17 +56,15 @@ def by_the_paper(model, loader, losses, ratio):
 
 def test_analyze(report, device, shape):
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    tasks = [f"task{i}" for i in range(shape.tasks)]
-    heads = {task: nn.Linear(shape.channels, 4) for task in tasks}
-    model = dtme.MultiTaskModel(Backbone(shape), heads=heads).to(device, dtype)
-    losses = {task: lambda prediction, target: F.mse_loss(prediction.float(), target) for task in tasks}
+    model = plain_model(shape).to(device, dtype)
+    losses = {task: lambda prediction, target: F.mse_loss(prediction.float(), target) for task in model.heads}
     size = shape.images, shape.tokens
 
     def make_rivals():
         loader = [
             (
                 torch.randn(*size, shape.channels, device=device).to(dtype),
-                {task: torch.randn(*size, 4, device=device) for task in tasks},
+                {task: torch.randn(*size, 4, device=device) for task in losses},
             )
             for _ in range(BATCHES)
         ]

@@ -43,7 +43,7 @@ def concatenated(query, key, value, task_key, task_value, attn_mask=None, is_cau
     if is_causal:
         bias[..., :num_keys] += np.where(np.arange(num_keys) <= np.arange(q.shape[-2])[:, None], 0, -np.inf)
     elif attn_mask is not None and attn_mask.dtype == torch.bool:
-        bias[..., :num_keys] += np.where(attn_mask.numpy(), 0, -np.inf)
+        bias[..., :num_keys] += np.where(attn_mask.cpu().numpy(), 0, -np.inf)
     elif attn_mask is not None:
         bias[..., :num_keys] += exact(attn_mask)[0]
     return q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, bias

@@ -110,6 +110,20 @@ def test_one_graph_for_every_batch_size(name):
         torch.testing.assert_close(gradients(got, args), gradients(want, args))
 
 
+@pytest.mark.parametrize("name", [name for name in SHAPES if "attention" in name or "modulate" in name])
+def test_one_graph_for_every_task_set(name):
+    """Tasks are streams, and their number is a size like any other."""
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_streams in (3, 4, 2):
+        shapes = [tuple(num_streams if n == T else n for n in shape) for shape in SHAPES[name](7)]
+        args = [make(*shape, seed=s, requires_grad=True) for s, shape in enumerate(shapes)] + NUMBERS.get(name, [])
+        with torch._dynamo.config.patch(error_on_recompile=num_streams != 3):
+            got = compiled(name, *args)
+        want = call(name, *args)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradients(got, args), gradients(want, args))
+
+
 def test_inductor_runs_everything_in_one_graph():
     def everything(*args):
         attended, modulated = call("modulate_concat_attention", *args)
