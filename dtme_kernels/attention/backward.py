@@ -77,6 +77,7 @@ def query_gradients(
     all_rows,
     scale,
     sizes,
+    d_strides,
     grad_strides,
     q_strides,
     k_strides,
@@ -124,8 +125,8 @@ def query_gradients(
             mask, mask_strides, d_task_key + partial, d_task_value + partial,
             part, D, MASK if part == 1 else "", CAUSAL and part == 1, EXACT, PRECISION, BT if part == 2 else BN, BD,
         )  # fmt: skip
-    start = d_query + (row * sizes[1] + head) * queries * D
-    store(start, m, D, queries, b_dq * (scale / LOG2E), D, BD)
+    start = d_query + row * d_strides[0] + head.to(tl.int64) * d_strides[1]
+    store(start, m, d_strides[2], queries, b_dq * (scale / LOG2E), D, BD)
 
 
 @triton.jit(do_not_specialize=["all_rows", "sizes"])
@@ -142,6 +143,7 @@ def key_gradients(
     all_rows,
     scale,
     sizes,
+    d_strides,
     grad_strides,
     q_strides,
     k_strides,
@@ -191,9 +193,9 @@ def key_gradients(
             b_delta = tl.load(delta + vector + m, m < queries, 0.0)
             b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
             b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
-    start = (row * key_heads + key_head) * keys * D
-    store(d_key + start, n, D, keys, b_dk * (scale / LOG2E), D, BD)
-    store(d_value + start, n, D, keys, b_dv, D, BD)
+    start = row * d_strides[0] + key_head.to(tl.int64) * d_strides[1]
+    store(d_key + start, n, d_strides[2], keys, b_dk * (scale / LOG2E), D, BD)
+    store(d_value + start, n, d_strides[2], keys, b_dv, D, BD)
 
 
 @triton.jit(do_not_specialize=["all_rows", "sizes", "kept"])

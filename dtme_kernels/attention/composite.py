@@ -29,6 +29,5 @@ def modulate_concat_attention(
     normalized = F.layer_norm(task_tokens, (p,), norm_weight.to(dtype), norm_bias.to(dtype), eps).to(tokens.dtype)
     task_kv = F.linear(normalized, qkv_weight[p:], None if qkv_bias is None else qkv_bias[p:])
     task_kv = task_kv.unflatten(-1, (2, num_heads, -1))
-    shared, task = qkv.permute(3, 0, 1, 4, 2, 5), task_kv.permute(2, 0, 3, 1, 4)
-    out, _ = OPERATORS["expanded_attention"](impl, *shared, *task, None, False, scale)
+    out, _ = OPERATORS["packed_attention"](impl, qkv, task_kv, scale)
     return out.transpose(2, 3).flatten(3), modulated

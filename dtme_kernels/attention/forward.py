@@ -101,7 +101,7 @@ def attend(
             b_q, b_out, b_sum, b_most, k, k_stride, v, v_stride, begin, end, m, queries, scale, mask, mask_strides,
             part, D, MASK if part == 1 else "", CAUSAL and part == 1, PRECISION, BT if part == 2 else BN, BD,
         )  # fmt: skip
-    b_out /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_out *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
     stride = sizes[1].to(tl.int64) * D
     store(output + row * queries * stride + head * D, m, stride, queries, b_out, D, BD)
     vector = (row * sizes[1] + head) * queries + m

@@ -22,6 +22,7 @@ from ..launch import on_device
 from .backward import key_gradients, mask_gradients, query_gradients
 from .blocks import LOG2E
 from .forward import attend
+from .packing import unpack
 from .tiles import tile
 
 
@@ -110,39 +111,65 @@ def expanded_attention_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, task key and task value, contiguous, and of an additive mask."""
     p = _Problem(query, key, value, task_key, task_value, attn_mask, is_causal, scale)
-    wide = partial(torch.empty, dtype=torch.float32, device=query.device)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    shared = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    delta, parts = _gradients(p, grad, output, statistics, shared)
+    d_mask = query.new_empty(0)
+    if mask_grad and attn_mask is not None:
+        d_mask = _mask_gradient(p, p.fold(grad), statistics, delta, attn_mask)
+    return *shared, *(x.view(task_key.shape).to(query.dtype) for x in parts), d_mask
+
+
+def packed_attention(qkv: Tensor, task_kv: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """(T, B, N, 3, H, d), (T, t, 2, H, d): the same."""
+    return expanded_attention(*unpack(qkv, task_kv), None, False, scale)
+
+
+def packed_attention_backward(
+    grad: Tensor, output: Tensor, statistics: Tensor, qkv: Tensor, task_kv: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of query, key and value are written where the projection's backward reads them."""
+    p = _Problem(*unpack(qkv, task_kv), None, False, scale)
+    d_qkv, d_task_kv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), torch.empty_like(task_kv)
+    *shared, d_task_key, d_task_value = unpack(d_qkv, d_task_kv)
+    _, parts = _gradients(p, grad, output, statistics, shared)
+    d_task_key.copy_(parts[0])
+    d_task_value.copy_(parts[1])
+    return d_qkv, d_task_kv
+
+
+def _gradients(
+    p: _Problem, grad: Tensor, output: Tensor, statistics: Tensor, found: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Fill ``found``: gradients of query, key and value. Delta, and float32 (T, H, t, d) of task key and value."""
+    wide = partial(torch.empty, dtype=torch.float32, device=grad.device)
     delta = wide(p.rows, p.heads, p.queries)
     grad = p.fold(grad)
     output = output.transpose(-3, -2).contiguous()  # a view, as the forward lays it out
-    first, second = (tile(kernel, p.block, query) for kernel in ("query gradients", "key gradients"))
+    first, second = (tile(kernel, p.block, p.shared[0]) for kernel in ("query gradients", "key gradients"))
     blocks = triton.cdiv(p.queries, first.queries)
     parts = [wide(p.rows, p.heads, blocks, p.task_keys, p.channels) for _ in range(2)]
-    with on_device(query):
-        if grads[0].numel():
+    d_query, d_key, d_value = (x.flatten(0, -4) for x in found)  # views
+    with on_device(grad):
+        if d_query.numel():
             query_gradients[(p.rows * p.heads * blocks,)](
-                *(grad, *p.shared, *p.task, p.mask, output, statistics, grads[0], *parts, delta),
-                *(p.all_rows, p.scale, p.sizes, grad.stride()[:3], *p.strides),
+                *(grad, *p.shared, *p.task, p.mask, output, statistics, d_query, *parts, delta),
+                *(p.all_rows, p.scale, p.sizes, d_query.stride()[:3], grad.stride()[:3], *p.strides),
                 **p.constants,
                 **first.options(p.task_keys),
             )
-        if grads[1].numel():
+        if d_key.numel():
             strides = p.strides
             key_gradients[(p.rows * p.key_heads * triton.cdiv(p.keys, second.keys),)](
-                *(grad, *p.shared, p.mask, statistics, delta, *grads[1:], p.all_rows, p.scale, p.sizes),
-                *(grad.stride()[:3], *strides[:3], strides[-1]),
+                *(grad, *p.shared, p.mask, statistics, delta, d_key, d_value),
+                *(p.all_rows, p.scale, p.sizes, d_key.stride()[:3], grad.stride()[:3], *strides[:3], strides[-1]),
                 **p.constants,
                 **second.options(),
             )
-    d_mask = query.new_empty(0)
-    if mask_grad and attn_mask is not None:
-        d_mask = _mask_gradient(p, grad, statistics, delta, attn_mask)
+    if p.sign < 0:
+        d_query.neg_()
     # of every stream, over its images and over the blocks of the query heads that share a key head
     groups = p.rows // max(1, p.images), p.images, p.key_heads, p.sizes[2] * blocks, p.task_keys, p.channels
-    task = [x.view(groups).sum((1, 3)).view(task_key.shape).to(query.dtype) for x in parts]
-    if p.sign < 0:
-        grads[0].neg_()
-    return *grads, *task, d_mask
+    return delta, [x.view(groups).sum((1, 3)) for x in parts]
 
 
 def _mask_gradient(p: _Problem, grad: Tensor, statistics: Tensor, delta: Tensor, attn_mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..launch import cannot_run, highest
 from ..registry import Operator, library
 from . import composite, reference
+from .packing import unpack
 from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS
 
 
@@ -58,6 +59,26 @@ def _backward(call: Any, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | No
     return *grads, d_mask if ctx.mask_grad else None, None, None
 
 
+def _packed_fake(qkv: Tensor, task_kv: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    return _fake(*unpack(qkv, task_kv))
+
+
+def _packed_backward_fake(
+    grad: Tensor, output: Tensor, statistics: Tensor, qkv: Tensor, task_kv: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), task_kv.new_empty(task_kv.shape)
+
+
+def _packed_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float | None], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _packed_backward(call: Any, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *call(grad, *ctx.saved_tensors, ctx.scale), None
+
+
 # statistics: how a kernel's own backward finds the probabilities again; the reference's needs none, and has zeros there
 _ARGUMENTS = (
     "(Tensor query, Tensor key, Tensor value, Tensor task_key, Tensor task_value, Tensor? attn_mask=None,"
@@ -80,6 +101,19 @@ expanded_attention_backward = Operator(
 expanded_attention.differentiate(_setup, _backward, once=expanded_attention_backward)
 library.define(f"expanded_attention{_ARGUMENTS} -> Tensor")
 library.impl("expanded_attention", lambda *args: expanded_attention.overload(*args)[0], "CompositeImplicitAutograd")
+packed_attention = Operator(
+    "packed_attention(Tensor qkv, Tensor task_kv, float? scale=None) -> (Tensor output, Tensor statistics)",
+    reference.packed_attention,
+    _packed_fake,
+    low_precision=True,
+)
+packed_attention_backward = Operator(
+    "packed_attention_backward(Tensor grad, Tensor output, Tensor statistics, Tensor qkv, Tensor task_kv, float? scale)"
+    " -> (Tensor, Tensor)",
+    reference.packed_attention_backward,
+    _packed_backward_fake,
+)
+packed_attention.differentiate(_packed_setup, _packed_backward, once=packed_attention_backward)
 modulate_concat_attention = Operator(
     "modulate_concat_attention(Tensor tokens, Tensor weight, Tensor bias, Tensor task_tokens, Tensor norm_weight,"
     " Tensor norm_bias, Tensor qkv_weight, Tensor? qkv_bias, int num_heads, float eps=1e-06, float? scale=None)"
@@ -113,3 +147,5 @@ def _unsupported(
 _KERNELS = f"{__package__}.kernel"
 expanded_attention.implement_triton(_KERNELS, _unsupported)
 expanded_attention_backward.implement_triton(_KERNELS, lambda *args: _unsupported(*args[3:-1]))
+packed_attention.implement_triton(_KERNELS, lambda *args: _unsupported(*unpack(*args[:2])))
+packed_attention_backward.implement_triton(_KERNELS, lambda *args: _unsupported(*unpack(*args[3:5])))

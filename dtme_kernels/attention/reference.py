@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packing import unpack
+
 # attention scores held at a time in the backward pass: 2 MB in float32
 CHUNK = 2**19
 
@@ -72,6 +74,21 @@ def expanded_attention_backward(
     if mask_grad and attn_mask is not None:
         d_mask = d_scores[..., :num_keys].unflatten(0, lead).sum_to_size(attn_mask.shape).to(attn_mask.dtype)
     return *(x.to(query.dtype).contiguous() for x in grads), d_mask.contiguous()
+
+
+def packed_attention(qkv: Tensor, task_kv: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The same of what one projection leaves: (T, B, N, 3, H, d), (T, t, 2, H, d)."""
+    return expanded_attention(*unpack(qkv, task_kv), scale=scale)
+
+
+def packed_attention_backward(
+    grad: Tensor, output: Tensor, statistics: Tensor, qkv: Tensor, task_kv: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Packed again, so that nothing has to be stacked for the projection's backward."""
+    rest = (*unpack(qkv, task_kv), None, False, scale, False)
+    *shared, d_task_key, d_task_value, _ = expanded_attention_backward(grad, output, statistics, *rest)
+    d_qkv, d_task_kv = torch.stack(shared, 3).transpose(2, 4), torch.stack([d_task_key, d_task_value], 2)
+    return d_qkv.contiguous(), d_task_kv.transpose(1, 3).contiguous()
 
 
 def _softmax_backward(

@@ -200,10 +200,11 @@ def test_gradients_of_a_causal_or_empty_problem(impl, sizes):
 
 
 SIZES = [
-    {"heads": 4, "queries": 70, "keys": 70, "t": 3, "d": 16},
+    {"heads": 4, "queries": 70, "keys": 70, "t": 3, "d": 32},
     {"lead": (3,), "heads": 3, "key_heads": 3, "queries": 33, "keys": 130, "t": 20, "d": 33},
     {"heads": 2, "key_heads": 1, "queries": 150, "keys": 20, "t": 0, "d": 80},
     {"lead": (1, 2), "queries": 17, "keys": 17, "t": 64, "d": 256},
+    {"lead": (2, 1), "heads": 1, "key_heads": 1, "queries": 40, "keys": 70, "t": 17, "d": 128},
     {"queries": 65, "keys": 197, "t": 6, "d": 64},
 ]
 MASKS = {
@@ -353,6 +354,23 @@ def test_block_matches_concatenation(impl, options, dtype):
     ):
         assert got.dtype == dtype
         assert_accurate(got, want, by_torch)
+
+
+@pytest.mark.parametrize("options", [{}, {"t": 0}, {"tokens": (3, 2, 5, 8)}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+def test_block_gradients_are_as_right_as_concatenation(impl, options, dtype):
+    args = block(**options, dtype=dtype, grad=True)
+    wide = {
+        name: x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) else x for name, x in args.items()
+    }
+    found = []
+    for kind, values in ((impl, args), ("reference", wide), ("reference", args)):
+        outputs = modulate_concat_attention(**values, impl=kind)
+        loss = sum((x * make(*x.shape, dtype=x.dtype, seed=9)).sum() for x in outputs)
+        leaves = [x for x in values.values() if isinstance(x, torch.Tensor) and x.numel()]
+        found.append(torch.autograd.grad(loss, leaves))
+    for got, want, concatenation in zip(*found, strict=True):
+        assert_accurate(got, want.cpu(), concatenation, terms=30)  # rounded rows are summed over streams and images
 
 
 @pytest.mark.float64

@@ -89,6 +89,11 @@ SAMPLES["expanded_attention_backward"] = [
     [*ATTENTION_BACKWARD, MASK, False, 0.5, True],
     [*ATTENTION_BACKWARD, MASK > 0, False, None, False],
 ]
+QKV, TASK_KV = make(T, 2, 5, 3, 2, 4, requires_grad=True), make(T, 2, 2, 2, 4, seed=1, requires_grad=True)
+SAMPLES["packed_attention"] = [[QKV, TASK_KV], [QKV.detach().bfloat16(), TASK_KV.detach().bfloat16(), 0.3]]
+SAMPLES["packed_attention_backward"] = [
+    [make(T, 2, 2, 5, 4), make(T, 2, 2, 5, 4), make(2, T, 2, 2, 5), QKV.detach(), TASK_KV.detach(), None]
+]
 SAMPLES["modulate_concat_attention"] += [[*arguments("modulate_concat_attention")[:7], None, 3, 1e-5, 0.2]]
 
 
