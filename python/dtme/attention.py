@@ -126,7 +126,7 @@ class TransformersSeam(Seam):
         if not (code and set(code.co_names) <= _PLAIN) or (attention.training and attention.attention_dropout):
             return None
         linear = (attention.q_proj, attention.k_proj, attention.v_proj)
-        if not all(is_plain(x, nn.Linear) and x.out_features == x.in_features for x in linear):
+        if not all(is_plain_linear(x) and x.out_features == x.in_features for x in linear):
             return None
         biases = [x.bias for x in linear if x.bias is not None]
         if len(biases) not in (0, 3):
@@ -218,7 +218,7 @@ class TimmSeam(Seam):
     def projection(self) -> Projection | None:
         attention, qkv = self.attention, self.attention.qkv
         normed = (attention.q_norm, attention.k_norm, getattr(attention, "norm", nn.Identity()))
-        plain = is_plain(qkv, nn.Linear) and all(is_plain(x, nn.Identity) for x in normed)
+        plain = is_plain_linear(qkv) and all(type(x) is nn.Identity and not is_hooked(x) for x in normed)
         dropped = attention.training and attention.attn_drop.p
         if not plain or dropped or getattr(attention, "gate", None) or qkv.out_features != 3 * qkv.in_features:
             return None
@@ -319,9 +319,9 @@ def seam_class(module: nn.Module) -> type[Seam] | None:
     return GenericSeam if "scaled_dot_product_attention" in names else None
 
 
-def is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Exactly of this class, and nothing hangs on it."""
-    return type(module) is kind and not is_hooked(module)
+def is_plain_linear(module: Any) -> bool:
+    """No subclass, nothing that hangs on it, no weight that is quantised or shared among devices."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_hooked(module)
 
 
 def is_layer_norm(module: nn.Module) -> bool:

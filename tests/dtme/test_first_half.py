@@ -73,6 +73,25 @@ def test_gradients_are_those_of_the_seam(build, randomise, client):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+def test_checkpointed_blocks_run_at_once_again(build, randomise, calls):
+    model, x = build("timm ViT")
+    randomise(expanded_everywhere(model))
+    model.train()
+
+    def gradients():
+        loss = sum(p.square().sum() for p in (model(x, "depth") | model(x, ["semseg", "normals"])).values())
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    want = gradients()
+    model.backbone.set_grad_checkpointing(True)
+    calls.clear()
+    for a, b in zip(gradients(), want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert calls == ["modulate_concat_attention"] * 12  # two choices of tasks, three blocks, each twice
+
+
 class Low(nn.Linear):
     """Somebody's own linear layer, as an adapter method would put there."""
 
