@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
 
 def cases() -> dict[str, Callable[[], object]]:
     """{name: a launch} of every configuration: widths that tile well and ill, every dtype, 2 to 16 tasks."""
-    return _covariance_cases() | _conflict_cases() | _modulation_cases() | _attention_cases()
+    return _covariance_cases() | _conflict_cases() | _modulation_cases() | _attention_cases() | _cases_of_one()
 
 
 def _covariance_cases() -> dict[str, Callable[[], object]]:
@@ -132,6 +132,28 @@ def _attention_cases() -> dict[str, Callable[[], object]]:
                     *(shared[0], shared[0], statistics, *rest, mask is square),
                 )
     return found
+
+
+def _cases_of_one() -> dict[str, Callable[[], object]]:
+    """Triton makes constants of sizes and strides of 1: of a tensor's, here all of them."""
+    from .attention import kernel as attention
+    from .conflicts import kernel as conflicts
+    from .modulation import kernel as modulation
+
+    half = partial(torch.empty, device="meta", dtype=torch.float16)
+    one = [*[half(1, 1, 1, 1, 16)] * 3, *[half(1, 1, 1, 16)] * 2]
+    rest: tuple[Any, ...] = (*one, half(1, 1), False, None)
+    saved: tuple[Any, ...] = (one[0], one[0], torch.empty(2, 1, 1, 1, 1, device="meta"))
+    token, row = torch.empty(1, 1, 16, device="meta"), torch.empty(1, 16, device="meta")
+    grads, basis = torch.empty(2, 1, 16, device="meta"), torch.empty(16, 16, device="meta")
+    norm = partial(modulation.modulate_layer_norm_backward, token[None], token[None], token, row, row, row[0], 1e-6)
+    return {
+        "ones: attention": partial(attention.expanded_attention, *rest),
+        "ones: attention backward": partial(attention.expanded_attention_backward, *saved, *rest, True),  # type: ignore[call-arg]
+        "ones: norm": partial(modulation.modulate_layer_norm, token, row, row, row[0], row[0], 1e-6),
+        "ones: norm backward": norm,
+        "ones: conflicts": partial(conflicts.count_conflicts, grads, basis, [1]),
+    }
 
 
 def compile_cases(capability: int, only: str = "") -> Iterator[Compiled]:

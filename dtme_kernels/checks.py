@@ -28,10 +28,10 @@ def check_shape(name: str, tensor: Tensor, symbols: str, expected: tuple[int, ..
 
 
 def check_number(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """A real number in [low, high); NaN is in no range."""
+    """A finite real number in [low, high)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not low <= value < high:
+    if not low <= value < high or value == float("-inf"):
         raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {value}")
 
 

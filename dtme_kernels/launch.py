@@ -72,7 +72,7 @@ def collapse(tensor: Tensor, keep: int = 0) -> Tensor:
             merged[-1] = (last_size * size, stride)
         else:
             merged.append((size, stride))
-    if len(merged) > 2 or p * tensor.stride(-1) >= 2**31:
+    if len(merged) > 2 or (p - 1) * tensor.stride(-1) >= 2**31:
         return collapse(tensor.contiguous(), keep)
     outer, inner = merged if len(merged) == 2 else [(1, 0), *merged]
     shape = (*tensor.shape[:keep], outer[0], inner[0], p)

@@ -151,8 +151,9 @@ class _Named(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Operator, impl: str, *args: Any) -> Any:
         assert operator.gradient
-        setup, backward, once = operator.gradient
-        ctx.backward = partial(backward, partial(once, impl), ctx)
+        setup, _, _ = operator.gradient
+        ctx.operator, ctx.impl = operator, impl
+        ctx.needed = ctx.needs_input_grad[2:]
         output = operator.implementations[impl](*args)
         setup(ctx, args, output)
         return output
@@ -160,7 +161,8 @@ class _Named(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        found = ctx.backward(*grads)
+        _, backward, once = ctx.operator.gradient
+        found = backward(partial(once, ctx.impl), ctx, *grads)
         return None, None, *(found if isinstance(found, tuple) else (found,))
 
 

@@ -79,8 +79,9 @@ def modulate_concat_attention(
     num_heads: int,
     eps: float = 1e-6,
     scale: float | None = None,
+    return_normalized: bool = False,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run the first half of an expanded pre-norm block: modulate, layer norm, qkv, expanded attention.
 
     Equals, to rounding, appending ``task_tokens`` to the modulated tokens, running the block's norm, qkv and attention
@@ -97,11 +98,13 @@ def modulate_concat_attention(
         num_heads: H, divides p.
         eps: of the layer norm.
         scale: default ``1 / sqrt(p / H)``.
+        return_normalized: return the layer norm of the modulated tokens too.
         impl: ``"auto"``, ``"reference"``, which does concatenate, ``"triton"`` or ``"cpp"``.
 
     Returns:
         (attended, modulated), both (T, B, N, p): heads merged, before the output projection; and the residual stream,
-        in the dtype of ``tokens``. Differentiable, once, in all tensors.
+        in the dtype of ``tokens``. With ``return_normalized``, (attended, modulated, normalized). Differentiable, once,
+        in all tensors.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``modulate_layer_norm`` and ``expanded_attention``; ``num_heads`` is
@@ -128,7 +131,8 @@ def modulate_concat_attention(
     if scale is not None:
         check_number("scale", scale, float("-inf"))
     tensors = (tokens, weight, bias, task_tokens, norm_weight, norm_bias, qkv_weight, qkv_bias)
-    return op.modulate_concat_attention(impl, *tensors, num_heads, float(eps), scale)
+    args = (*tensors, num_heads, float(eps), scale)
+    return op.first_half(impl, *args) if return_normalized else op.modulate_concat_attention(impl, *args)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, task_key: Tensor, task_value: Tensor) -> None:

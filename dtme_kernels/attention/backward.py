@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import LOG2E, hide, load, load_statistics, place_of, span, store
+from .blocks import LOG2E, SIZES, hide, load, load_statistics, place_of, span, store
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _query_part(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["all_rows", "sizes"])
+@triton.jit(do_not_specialize=SIZES)
 def query_gradients(
     grad,
     query,
@@ -76,7 +76,12 @@ def query_gradients(
     delta,
     all_rows,
     scale,
-    sizes,
+    images,
+    heads,
+    groups,
+    queries,
+    keys,
+    task_keys,
     d_strides,
     grad_strides,
     q_strides,
@@ -96,30 +101,29 @@ def query_gradients(
     BD: tl.constexpr,
 ):
     """dQ and delta = rowsum(dO O) of BM queries; what they have of dK and dV of the task keys, a partial sum."""
-    queries = sizes[3]
     blocks = tl.cdiv(queries, BM)
-    block, head, row = place_of(blocks, sizes, CAUSAL)
-    stream, image, key_head = row // sizes[0], row % sizes[0], (head // sizes[2]).to(tl.int64)
+    block, head, row = place_of(blocks, heads, CAUSAL)
+    stream, image, key_head = row // images, row % images, (head // groups).to(tl.int64)
     m = block * BM + tl.arange(0, BM)  # [BM]
     b_q = load(query + row * q_strides[0] + head.to(tl.int64) * q_strides[1], m, q_strides[2], queries, D, BD, True)
     grad += row * grad_strides[0] + head.to(tl.int64) * grad_strides[1]
     b_do = load(grad, m, grad_strides[2], queries, D, BD, True)
     mask += stream * mask_strides[0] + image * mask_strides[1] + head.to(tl.int64) * mask_strides[2]
-    stride = sizes[1].to(tl.int64) * D
+    stride = heads.to(tl.int64) * D
     b_o = load(output + row * queries * stride + head * D, m, stride, queries, D, BD, True)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BM]
-    vector = (row * sizes[1] + head) * queries + m
+    vector = (row * heads + head) * queries + m
     tl.store(delta + vector, b_delta, m < queries)
     b_at, b_share = load_statistics(statistics, vector, all_rows, m < queries, EXACT)
     b_dq = tl.zeros([BM, BD], tl.float32)
-    partial = ((row * sizes[1] + head) * blocks + block) * sizes[5] * D
+    partial = ((row * heads + head) * blocks + block) * task_keys * D
     for part in tl.static_range(1 if MASK != "" else 0, 3):
         k, k_stride = key + row * k_strides[0] + key_head * k_strides[1], k_strides[2]
         v, v_stride = value + row * v_strides[0] + key_head * v_strides[1], v_strides[2]
         if part == 2:
             k, k_stride = task_key + stream * task_k_strides[0] + key_head * task_k_strides[1], task_k_strides[2]
             v, v_stride = task_value + stream * task_v_strides[0] + key_head * task_v_strides[1], task_v_strides[2]
-        begin, end = span(part, block * BM, sizes[4], sizes[5], MASK != "", CAUSAL, BM, BN)
+        begin, end = span(part, block * BM, keys, task_keys, MASK != "", CAUSAL, BM, BN)
         b_dq = _query_part(
             b_q, b_do, b_delta, b_at, b_share, b_dq, k, k_stride, v, v_stride, begin, end, m, queries, scale,
             mask, mask_strides, d_task_key + partial, d_task_value + partial,
@@ -129,7 +133,7 @@ def query_gradients(
     store(start, m, d_strides[2], queries, b_dq * (scale / LOG2E), D, BD)
 
 
-@triton.jit(do_not_specialize=["all_rows", "sizes"])
+@triton.jit(do_not_specialize=SIZES)
 def key_gradients(
     grad,
     query,
@@ -142,7 +146,12 @@ def key_gradients(
     d_value,
     all_rows,
     scale,
-    sizes,
+    images,
+    heads,
+    groups,
+    queries,
+    keys,
+    task_keys,
     d_strides,
     grad_strides,
     q_strides,
@@ -158,13 +167,12 @@ def key_gradients(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dK and dV of BN shared keys, summed over the query heads that share them. sizes[1]: of the keys' heads."""
-    queries, keys = sizes[3], sizes[4]
-    key_heads = sizes[1] // sizes[2]
+    """dK and dV of BN shared keys, summed over the query heads that share them."""
+    key_heads = heads // groups
     blocks = tl.cdiv(keys, BN)
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     key_head, row = rest % key_heads, (rest // key_heads).to(tl.int64)
-    stream, image = row // sizes[0], row % sizes[0]
+    stream, image = row // images, row % images
     n = block * BN + tl.arange(0, BN)  # [BN]
     b_k = load(key + row * k_strides[0] + key_head.to(tl.int64) * k_strides[1], n, k_strides[2], keys, D, BD, True)
     b_v = load(value + row * v_strides[0] + key_head.to(tl.int64) * v_strides[1], n, v_strides[2], keys, D, BD, True)
@@ -172,11 +180,11 @@ def key_gradients(
     b_dv = tl.zeros([BN, BD], tl.float32)
     unit = 1.0 if MASK == "additive" else scale
     begin = block * BN // BM * BM if CAUSAL else 0
-    for head in range(key_head * sizes[2], (key_head + 1) * sizes[2]):
+    for head in range(key_head * groups, (key_head + 1) * groups):
         own = tl.cast(head, tl.int64)
         q, do = query + row * q_strides[0] + own * q_strides[1], grad + row * grad_strides[0] + own * grad_strides[1]
         own_mask = mask + stream * mask_strides[0] + image * mask_strides[1] + own * mask_strides[2]
-        vector = (row * sizes[1] + head) * queries
+        vector = (row * heads + head) * queries
         for first in range(begin, queries, BM):
             m = first + tl.arange(0, BM)  # [BM]
             b_q = load(q, m, q_strides[2], queries, D, BD, True)  # [BM, BD]
@@ -198,7 +206,7 @@ def key_gradients(
     store(d_value + start, n, d_strides[2], keys, b_dv, D, BD)
 
 
-@triton.jit(do_not_specialize=["all_rows", "sizes", "kept"])
+@triton.jit(do_not_specialize=[*SIZES, "streams", "kept_streams", "kept_images", "kept_heads"])
 def mask_gradients(
     grad,
     query,
@@ -210,8 +218,16 @@ def mask_gradients(
     d_mask,
     all_rows,
     scale,
-    sizes,
-    kept,
+    images,
+    heads,
+    groups,
+    queries,
+    keys,
+    task_keys,
+    streams,
+    kept_streams,
+    kept_images,
+    kept_heads,
     grad_strides,
     q_strides,
     k_strides,
@@ -226,27 +242,30 @@ def mask_gradients(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One tile of dS, summed over the streams, images and heads that share the mask: ``kept`` are those that do not."""
-    queries, keys = sizes[3], sizes[4]
+    """One tile of dS, summed over the streams, images and heads that share the mask; ``kept_...`` are its own, or 1."""
     blocks = tl.cdiv(queries, BM)
     tiles = blocks * tl.cdiv(keys, BN)
     tile, own = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     m = tile % blocks * BM + tl.arange(0, BM)  # [BM]
     n = tile // blocks * BN + tl.arange(0, BN)  # [BN]
-    own_stream, own_image, own_head = own // (kept[1] * kept[2]), own // kept[2] % kept[1], own % kept[2]
-    images, heads = sizes[0] // kept[1], sizes[1] // kept[2]  # that share
+    own_stream, own_image, own_head = (
+        own // (kept_images * kept_heads),
+        own // kept_heads % kept_images,
+        own % kept_heads,
+    )
+    share_images, share_heads = images // kept_images, heads // kept_heads
     b_sum = tl.zeros([BM, BN], tl.float32)
-    for i in range(sizes[6] // kept[0] * images * heads):
-        image, head = own_image + i // heads % images, own_head + i % heads
-        stream = (own_stream + i // (images * heads)).to(tl.int64)
-        row, key_head = stream * sizes[0] + image, (head // sizes[2]).to(tl.int64)
+    for i in range(streams // kept_streams * share_images * share_heads):
+        image, head = own_image + i // share_heads % share_images, own_head + i % share_heads
+        stream = (own_stream + i // (share_images * share_heads)).to(tl.int64)
+        row, key_head = stream * images + image, (head // groups).to(tl.int64)
         head = head.to(tl.int64)
         b_q = load(query + row * q_strides[0] + head * q_strides[1], m, q_strides[2], queries, D, BD, True)
         b_k = load(key + row * k_strides[0] + key_head * k_strides[1], n, k_strides[2], keys, D, BD, True)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         own_mask = mask + stream * mask_strides[0] + image.to(tl.int64) * mask_strides[1] + head * mask_strides[2]
         b_s = hide(b_s, scale, own_mask, mask_strides, m[:, None], n[None, :], queries, keys, MASK, False)
-        vector = (row * sizes[1] + head) * queries + m
+        vector = (row * heads + head) * queries + m
         b_at, b_share = load_statistics(statistics, vector, all_rows, m < queries, EXACT)
         b_p = tl.exp2(b_s - b_at[:, None])
         if EXACT:

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# of a problem: heads of the queries, query heads a key head; their numbers make no kernel of their own
+SIZES = ["all_rows", "images", "heads", "groups", "queries", "keys", "task_keys"]
 
 
 @triton.jit
@@ -37,7 +39,10 @@ def hide(b_s, scale, mask, strides, row, column, rows, columns, MASK: tl.constex
         if MASK == "bool":
             b_s = tl.where(tl.load(place, inside, 0) != 0, b_s, float("-inf"))
         else:
-            b_s = b_s * scale + tl.load(place, inside, 0.0).to(tl.float32) * LOG2E
+            b_mask = tl.load(place, inside, 0.0).to(tl.float32)
+            # the lowest finite number stays one in units of log 2: a row of them is visible, if nothing else is
+            b_mask = tl.where(b_mask == float("-inf"), b_mask, tl.maximum(b_mask * LOG2E, -3.4e38))
+            b_s = b_s * scale + b_mask
     b_s = tl.where(column < columns, b_s, float("-inf"))
     if CAUSAL:
         b_s = tl.where(column <= row, b_s, float("-inf"))
@@ -71,9 +76,9 @@ def span(part, first, keys, task_keys, CHECKED: tl.constexpr, CAUSAL: tl.constex
 
 
 @triton.jit
-def place_of(BLOCKS, sizes, CAUSAL: tl.constexpr):
+def place_of(BLOCKS, heads, CAUSAL: tl.constexpr):
     """Block, head and row (stream and image) of a program; under a causal mask the longest loops start first."""
     block, rest = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     if CAUSAL:
         block = BLOCKS - 1 - block
-    return block, rest % sizes[1], (rest // sizes[1]).to(tl.int64)
+    return block, rest % heads, (rest // heads).to(tl.int64)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import hide, load, place_of, span, store
+from .blocks import SIZES, hide, load, place_of, span, store
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _attend_part(
     return b_out, b_sum, b_most
 
 
-@triton.jit(do_not_specialize=["all_rows", "sizes"])
+@triton.jit(do_not_specialize=SIZES)
 def attend(
     query,
     key,
@@ -63,7 +63,12 @@ def attend(
     statistics,
     all_rows,
     scale,
-    sizes,
+    images,
+    heads,
+    groups,
+    queries,
+    keys,
+    task_keys,
     q_strides,
     k_strides,
     v_strides,
@@ -80,10 +85,9 @@ def attend(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """output[row, queries, head] for BM queries. sizes: images, heads, heads a key head, queries, keys, task keys."""
-    queries = sizes[3]
-    block, head, row = place_of(tl.cdiv(queries, BM), sizes, CAUSAL)
-    stream, image, key_head = row // sizes[0], row % sizes[0], (head // sizes[2]).to(tl.int64)
+    """output[row, queries, head] for BM queries."""
+    block, head, row = place_of(tl.cdiv(queries, BM), heads, CAUSAL)
+    stream, image, key_head = row // images, row % images, (head // groups).to(tl.int64)
     m = block * BM + tl.arange(0, BM)  # [BM]
     b_q = load(query + row * q_strides[0] + head.to(tl.int64) * q_strides[1], m, q_strides[2], queries, D, BD, True)
     mask += stream * mask_strides[0] + image * mask_strides[1] + head.to(tl.int64) * mask_strides[2]
@@ -96,14 +100,14 @@ def attend(
         if part == 2:
             k, k_stride = task_key + stream * task_k_strides[0] + key_head * task_k_strides[1], task_k_strides[2]
             v, v_stride = task_value + stream * task_v_strides[0] + key_head * task_v_strides[1], task_v_strides[2]
-        begin, end = span(part, block * BM, sizes[4], sizes[5], MASK != "", CAUSAL, BM, BN)
+        begin, end = span(part, block * BM, keys, task_keys, MASK != "", CAUSAL, BM, BN)
         b_out, b_sum, b_most = _attend_part(
             b_q, b_out, b_sum, b_most, k, k_stride, v, v_stride, begin, end, m, queries, scale, mask, mask_strides,
             part, D, MASK if part == 1 else "", CAUSAL and part == 1, PRECISION, BT if part == 2 else BN, BD,
         )  # fmt: skip
     b_out *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
-    stride = sizes[1].to(tl.int64) * D
+    stride = heads.to(tl.int64) * D
     store(output + row * queries * stride + head * D, m, stride, queries, b_out, D, BD)
-    vector = (row * sizes[1] + head) * queries + m
+    vector = (row * heads + head) * queries + m
     tl.store(statistics + vector, tl.where(b_sum == 0.0, float("inf"), b_most), m < queries)
     tl.store(statistics + all_rows + vector, tl.where(b_sum == 0.0, 1.0, b_sum), m < queries)

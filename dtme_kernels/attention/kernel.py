@@ -42,6 +42,7 @@ class _Problem:
     ) -> None:
         self.lead = query.shape[:-3]
         self.rows, self.images = self.lead.numel(), query.shape[-4]
+        self.streams = self.lead[0] if len(self.lead) == 2 else 1
         _, self.heads, self.queries, self.channels = self.fold(query).shape
         self.key_heads, self.keys, self.task_keys = key.shape[-3], key.shape[-2], task_key.shape[-2]
         self.all_rows = self.rows * self.heads * self.queries  # the sums lie behind the greatest scores
@@ -56,6 +57,8 @@ class _Problem:
         self.mask, self.mask_strides, self.kind = query, (0, 0, 0, 0, 0), ""
         if attn_mask is not None:
             full = (*(self.lead if len(self.lead) == 2 else (1, *self.lead)), self.heads, self.queries, self.keys)
+            if attn_mask.dtype not in (torch.bool, query.dtype):
+                attn_mask = attn_mask.to(query.dtype)
             attn_mask = attn_mask.expand(full)
             self.kind = "bool" if attn_mask.dtype == torch.bool else "additive"
             self.mask, self.mask_strides = attn_mask, attn_mask.stride()
@@ -88,7 +91,7 @@ def expanded_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     if out.numel():
         with on_device(query):
             attend[(p.rows * p.heads * triton.cdiv(p.queries, own.queries),)](
-                *(*p.shared, *p.task, p.mask, out, statistics, p.all_rows, p.scale, p.sizes, *p.strides),
+                *(*p.shared, *p.task, p.mask, out, statistics, p.all_rows, p.scale, *p.sizes, *p.strides),
                 **p.constants,
                 **own.options(p.task_keys),
             )
@@ -153,7 +156,7 @@ def _gradients(
         if d_query.numel():
             query_gradients[(p.rows * p.heads * blocks,)](
                 *(grad, *p.shared, *p.task, p.mask, output, statistics, d_query, *parts, delta),
-                *(p.all_rows, p.scale, p.sizes, d_query.stride()[:3], grad.stride()[:3], *p.strides),
+                *(p.all_rows, p.scale, *p.sizes, d_query.stride()[:3], grad.stride()[:3], *p.strides),
                 **p.constants,
                 **first.options(p.task_keys),
             )
@@ -161,14 +164,14 @@ def _gradients(
             strides = p.strides
             key_gradients[(p.rows * p.key_heads * triton.cdiv(p.keys, second.keys),)](
                 *(grad, *p.shared, p.mask, statistics, delta, d_key, d_value),
-                *(p.all_rows, p.scale, p.sizes, d_key.stride()[:3], grad.stride()[:3], *strides[:3], strides[-1]),
+                *(p.all_rows, p.scale, *p.sizes, d_key.stride()[:3], grad.stride()[:3], *strides[:3], strides[-1]),
                 **p.constants,
                 **second.options(),
             )
     if p.sign < 0:
         d_query.neg_()
     # of every stream, over its images and over the blocks of the query heads that share a key head
-    groups = p.rows // max(1, p.images), p.images, p.key_heads, p.sizes[2] * blocks, p.task_keys, p.channels
+    groups = p.streams, p.images, p.key_heads, p.sizes[2] * blocks, p.task_keys, p.channels
     return delta, [x.view(groups).sum((1, 3)) for x in parts]
 
 
@@ -185,7 +188,7 @@ def _mask_gradient(p: _Problem, grad: Tensor, statistics: Tensor, delta: Tensor,
             tiles = triton.cdiv(p.queries, own.queries) * triton.cdiv(p.keys, own.keys)
             mask_gradients[(tiles * kept[0] * kept[1] * kept[2],)](
                 *(grad, *p.shared, p.mask, statistics, delta, d_mask),
-                *(p.all_rows, p.scale, (*p.sizes, leading[0]), kept, grad.stride()[:3], *strides[:3], strides[-1]),
+                *(p.all_rows, p.scale, *p.sizes, leading[0], *kept, grad.stride()[:3], *strides[:3], strides[-1]),
                 **p.constants,
                 **own.options(),
             )

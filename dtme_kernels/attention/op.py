@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import cannot_run, highest
+from ..launch import cannot_run, chip, highest
 from ..registry import Operator, library
 from . import composite, reference
+from .composite import first_half as first_half
 from .packing import unpack
-from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS
+from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS, SHARED_MEMORY_OF_WIDE_HEADS
 
 
 def _fake(
@@ -48,7 +49,8 @@ def _backward_fake(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.is_causal, ctx.scale = inputs
     # needs_input_grad ends where the defaults begin
-    ctx.mask_grad = tensors[-1] is not None and ctx.needs_input_grad[5]
+    needed = getattr(ctx, "needed", ctx.needs_input_grad)
+    ctx.mask_grad = tensors[-1] is not None and tensors[-1].is_floating_point() and needed[5]
     ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(output[1])
 
@@ -141,6 +143,9 @@ def _unsupported(
     if query.shape[-1] > most:
         precision = " of float32 at matrix precision 'highest'" if exact else ""
         return f"the kernels take {most} channels a head at most{precision}, got {query.shape[-1]}"
+    wide = query.shape[-1] > (64 if query.dtype == torch.float32 else 128)
+    if wide and query.is_cuda and chip(query.device).shared_memory < SHARED_MEMORY_OF_WIDE_HEADS:
+        return f"the kernels of {query.shape[-1]} channels a head want more shared memory than this GPU has"
     return cannot_run(query)
 
 

@@ -9,6 +9,8 @@ from ..launch import chip, highest
 MOST_CHANNELS = 256  # of a head: a tile of them in the registers of one program
 MOST_CHANNELS_IN_THREE_PARTS = 64  # of float32 as exact as float32: every operand is three times as large
 
+SHARED_MEMORY_OF_WIDE_HEADS = 160 * 1024  # data-centre GPUs have it; others 99 KB
+
 
 class Tile(NamedTuple):
     """Of one kernel: queries and keys, warps, and how many tiles are in flight."""
@@ -29,8 +31,8 @@ class Tile(NamedTuple):
 # kernel, how it multiplies -> {channels, up to which: tiles of sm_80, sm_90 and sm_100, the last going on}
 _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
     ("forward", "low"): {
-        64: (Tile(64, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
-        128: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2)),
+        128: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)),
     },
     ("forward", "tf32"): {
@@ -44,7 +46,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         64: (Tile(64, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
     },
     ("query gradients", "low"): {
-        64: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        64: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
         128: (Tile(64, 64, 4, 2),),
         256: (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     },
@@ -59,21 +61,21 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         64: (Tile(16, 32, 4, 1),),
     },
     ("key gradients", "low"): {
-        64: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+        64: (Tile(32, 64, 4, 2), Tile(64, 128, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 128, 8, 2)),
-        256: (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+        256: (Tile(16, 64, 8, 2),),
     },
     ("key gradients", "tf32"): {
         32: (Tile(64, 128, 8, 2),),
-        64: (Tile(32, 64, 4, 2),),
+        64: (Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
         128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
         256: (Tile(16, 32, 8, 1),),
     },
     ("key gradients", "tf32x3"): {
         32: (Tile(32, 64, 4, 2),),
-        64: (Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 4, 1)),
+        64: (Tile(16, 32, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 4, 1)),
     },
-    ("mask gradients", "low"): {128: (Tile(64, 64, 4, 2),), 256: (Tile(64, 32, 8, 1),)},
+    ("mask gradients", "low"): {128: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)), 256: (Tile(64, 32, 8, 1),)},
     ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(32, 32, 8, 1),)},
     ("mask gradients", "tf32x3"): {64: (Tile(16, 32, 4, 1),)},
 }

@@ -135,19 +135,21 @@ def _rotate(
     return b_rotated
 
 
-@triton.jit(do_not_specialize=["sizes", "ranks", "slab"])
+@triton.jit(do_not_specialize=["num_tokens", "inner", "start", "stop"])
 def _pair_dots(
     grads,
     scales,
     basis,
     units,
     dots,
-    sizes,
+    num_tokens,
+    inner,
     p,
     strides,
     basis_strides,
     ranks,
-    slab,
+    start,
+    stop,
     K: tl.constexpr,
     G: tl.constexpr,
     PASSES: tl.constexpr,
@@ -156,23 +158,24 @@ def _pair_dots(
     BK: tl.constexpr,
 ):
     """dots[segment, pair, token of the slab] = sum of h_i h_j over the segment, in the tokens' scales."""
+    sizes = num_tokens, inner
     segment = tl.program_id(0)  # of one tile of tokens all segments side by side: its gradients come to the cache once
-    token = slab[0] + tl.program_id(1) * BT + tl.arange(0, BT)  # [BT]
+    token = start + tl.program_id(1) * BT + tl.arange(0, BT)  # [BT]
     rows = token_offset(token, sizes, strides)  # [BT]
     first, last = _segment(segment, ranks, p, BN)
     b_h = _rotate(
         grads, scales, basis, units, sizes, p, strides, basis_strides,
         token, rows, first, last, K, G, PASSES, BT, BN, BK,
     )  # fmt: skip
-    length = slab[1] - slab[0]
-    place = dots + segment.to(tl.int64) * (K * (K - 1) // 2) * length + token - slab[0]
+    length = stop - start
+    place = dots + segment.to(tl.int64) * (K * (K - 1) // 2) * length + token - start
     for i in tl.static_range(K):
         for j in tl.static_range(i + 1, K):
-            tl.store(place, tl.sum(b_h[i] * b_h[j], 1), token < slab[1])
+            tl.store(place, tl.sum(b_h[i] * b_h[j], 1), token < stop)
             place += length
 
 
-@triton.jit(do_not_specialize=["sizes", "ranks", "slab"])
+@triton.jit(do_not_specialize=["num_tokens", "inner", "start", "stop"])
 def _count(
     dots,
     scales,
@@ -180,25 +183,28 @@ def _count(
     null,
     valid,
     nonfinite,
-    sizes,
+    num_tokens,
+    inner,
     p,
     ranks,
-    slab,
+    start,
+    stop,
     K: tl.constexpr,
     COUNT_ZERO: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Add what one tile of tokens has of one pair to range_ and null (R, K, K), valid (K, K) and nonfinite."""
+    sizes = num_tokens, inner
     i, j = tl.program_id(1) // K, tl.program_id(1) % K
     if i < j:
-        token = slab[0] + tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
-        inside = token < slab[1]
+        token = start + tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
+        inside = token < stop
         compared = inside
         if not COUNT_ZERO:
             compared &= (load_scale(scales, i, token, sizes) != 0) & (load_scale(scales, j, token, sizes) != 0)
-        length = tl.cast(slab[1] - slab[0], tl.int64)
-        place = dots + _pair(i, j, K) * length + token - slab[0]
+        length = tl.cast(stop - start, tl.int64)
+        place = dots + _pair(i, j, K) * length + token - start
         stride_segment = length * (K * (K - 1) // 2)
         segments = _segments_below(len(ranks), ranks, p, BN)
         for r in tl.static_range(len(ranks)):
@@ -276,7 +282,7 @@ class _Rotation:
         self.scales = grads.new_empty((self.num_tasks, self.num_tokens), dtype=torch.float32)
         grid = (triton.cdiv(self.num_tokens, 8), self.num_tasks)
         block = min(1024, triton.next_power_of_2(self.p))
-        scale_tokens[grid](self.grads, self.scales, self.sizes, self.p, self.grads.stride(), BT=8, BC=block)
+        scale_tokens[grid](self.grads, self.scales, *self.sizes, self.p, self.grads.stride(), BT=8, BC=block)
         basis = in_reach(basis)
         self.basis, self.units = basis, self.scales  # units belong to a split basis
         if self.passes:
@@ -300,7 +306,7 @@ class _Rotation:
             dots = memory[: lines * (slab[1] - start)]
             _pair_dots[(segments, triton.cdiv(slab[1] - start, self.tile.tokens))](
                 *(self.grads, self.scales, self.basis, self.units, dots),
-                *(self.sizes, self.p, self.grads.stride(), self.basis.stride()[-2:], tuple(ranks), slab),
+                *(*self.sizes, self.p, self.grads.stride(), self.basis.stride()[-2:], tuple(ranks), *slab),
                 K=self.num_tasks,
                 G=self.tile.tasks,
                 PASSES=self.passes,
@@ -332,7 +338,7 @@ def count_conflicts(
             rotation = _Rotation(grads, basis)
             for slab, dots in rotation.pair_dots(ranks):
                 _count[(triton.cdiv(dots.shape[-1], 512), num_tasks**2)](
-                    *(dots, rotation.scales, *counts, rotation.sizes, rotation.p, tuple(ranks), slab),
+                    *(dots, rotation.scales, *counts, *rotation.sizes, rotation.p, tuple(ranks), *slab),
                     K=num_tasks,
                     COUNT_ZERO=count_zero_gradients,
                     BT=512,

@@ -29,10 +29,10 @@ def token_offset(token, sizes, strides):
     return (token // inner).to(tl.int64) * strides[1] + (token % inner).to(tl.int64) * strides[2]  # may pass 2^31
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def scale_tokens(grads, scales, sizes, p, strides, BT: tl.constexpr, BC: tl.constexpr):
+@triton.jit(do_not_specialize=["num_tokens", "inner"])
+def scale_tokens(grads, scales, num_tokens, inner, p, strides, BT: tl.constexpr, BC: tl.constexpr):
     """scales[task, token]: the power of two for a gradient, 0 for a gradient of zeros, NaN for one with NaN or Inf."""
-    num_tokens, _ = sizes
+    sizes = num_tokens, inner
     token = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
     task = tl.program_id(1).to(tl.int64)
     inside = token < num_tokens

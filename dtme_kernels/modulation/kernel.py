@@ -69,7 +69,7 @@ def _modulate(
             tl.store(normalized + place, b_s * b_gain + b_shift, inside)
 
 
-@triton.jit(do_not_specialize=["rows", "inner"])
+@triton.jit(do_not_specialize=["rows", "inner", "inner_modulated", "inner_normalized"])
 def _modulate_backward(
     grad_modulated,
     grad_normalized,
@@ -82,6 +82,8 @@ def _modulate_backward(
     eps,
     rows,
     inner,
+    inner_modulated,
+    inner_normalized,
     p,
     modulated_strides,
     normalized_strides,
@@ -96,7 +98,7 @@ def _modulate_backward(
     """Every program_id(0)-th tile of BR rows, S streams from S * program_id(1) on.
 
     d_tokens (+)= the sum over the S streams; partials[program, group] = dW of S streams, db of S, and with NORM the
-    gradients of the norm's weight and bias. ``inner``: of tokens and of the two gradients.
+    gradients of the norm's weight and bias.
     """
     channel = tl.arange(0, BP)  # [BP]
     first = tl.program_id(1) * S
@@ -104,13 +106,13 @@ def _modulate_backward(
     b_sums = ()  # [BR, BP] each
     for _ in tl.static_range(2 * S + 2 * NORM):
         b_sums += (tl.zeros([BR, BP], tl.float32),)
-    for begin in tl.range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR, num_stages=STAGES):
+    for begin in tl.range(tl.program_id(0).to(tl.int64) * BR, rows, tl.num_programs(0) * BR, num_stages=STAGES):
         row = begin + tl.arange(0, BR)  # [BR]
         inside = (row < rows)[:, None] & (columns < p)
-        start = tokens + first.to(tl.int64) * strides[0] + _offset(row, inner[0], strides)[:, None]
+        start = tokens + first.to(tl.int64) * strides[0] + _offset(row, inner, strides)[:, None]
         b_x = tl.load(start + columns * strides[3], inside, 0.0).to(tl.float32)  # [BR, BP]
-        row_modulated = _offset(row, inner[1], modulated_strides)[:, None] + columns * modulated_strides[3]
-        row_normalized = _offset(row, inner[2], normalized_strides)[:, None] + columns * normalized_strides[3]
+        row_modulated = _offset(row, inner_modulated, modulated_strides)[:, None] + columns * modulated_strides[3]
+        row_normalized = _offset(row, inner_normalized, normalized_strides)[:, None] + columns * normalized_strides[3]
         b_dx = tl.zeros([BR, BP], tl.float32)
         b_next, b_next_bias = (), ()
         if NORM:
@@ -129,7 +131,7 @@ def _modulate_backward(
                 mean, slope = tl.sum(b_ds, 1) / p, tl.sum(b_ds * b_s, 1) / p
                 b_dy += (b_ds - mean[:, None] - b_s * slope[:, None]) * inverse_std[:, None]
                 b_dy = tl.where(inside, b_dy, 0.0)  # the mean is subtracted beyond the last channel too
-                b_d_gain += b_dz * b_s
+                b_d_gain += tl.where(inside, b_dz * b_s, 0.0)  # beyond the last row a standard deviation may be 0
                 b_d_shift += b_dz
             b_dx += b_w * b_dy
             b_next += (b_sums[s] + b_dy * b_x,)
@@ -277,7 +279,7 @@ def _launch_backward(
     with on_device(tokens):
         _modulate_backward[(programs, groups)](
             *(gm, gn, x, *vectors, gain, d_tokens, partials),
-            *(eps, rows, (inner, gm_inner, gn_inner), p, gm_strides, gn_strides, strides),
+            *(eps, rows, inner, gm_inner, gn_inner, p, gm_strides, gn_strides, strides),
             NORM=slots == 4,
             ADD=add,
             S=in_group,

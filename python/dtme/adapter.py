@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,8 @@ class BlockAdapter(nn.Module):
         self._is_last = False
         self.selected: tuple[str, ...] = ()  # of the forward that runs
         self._layout: Layout = ()
-        self._attended: Tensor | None = None  # on its way from the block's input to the end of its attention
+        self._half: FirstHalf | None = None  # on its way from the block's input to its attention
+        self._replaced_norm = False
 
     # --- set up and taken down ------------------------------------------------------------------------------------
 
@@ -76,8 +77,9 @@ class BlockAdapter(nn.Module):
             (site.norm or self.seam.attention).register_forward_pre_hook(self.remember, with_kwargs=True)
         )
         self.seam.install(self.attention_forward)
-        if site.is_pre_norm:
+        if site.is_pre_norm and is_layer_norm(site.norm) and "forward" not in vars(site.norm):
             site.norm.forward = self.norm_forward  # type: ignore[union-attr]
+            self._replaced_norm = True
         self.separated_after |= frozenset(tasks)
         self._layout = ((tasks[0],),)
         with torch.no_grad():  # what cannot be projected is refused now rather than in the first forward
@@ -94,9 +96,12 @@ class BlockAdapter(nn.Module):
             handle.remove()
         if self.seam is not None:
             self.seam.remove()
-        if self._site is not None and self._site.is_pre_norm:
+        if self._site is not None and self._replaced_norm:
             del self._site.norm.forward  # type: ignore[union-attr]
         del self._block[0].dtme
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_half": None}  # an interrupted forward's
 
     def fold(self, task: str) -> None:
         """Keep one task only, its task keys and values as constants: what ``export_task`` ships."""
@@ -127,9 +132,10 @@ class BlockAdapter(nn.Module):
                 self.streams.num_rows = batch
         index = sources(before, after)
         modulated = any(stream[0] in self.weight for stream in after)
-        self._attended = None
+        self._half = None
         others = [value for value in (*args, *kwargs.values()) if value is not tokens]
-        if not any(isinstance(value, Tensor) or value for value in others) and (projection := self._projection()):
+        plain = tokens.ndim == 3 and not any(isinstance(value, Tensor) or value for value in others)
+        if plain and (projection := self._projection()):
             changed = self.first_half(projection, tokens, index, len(before))
         else:
             changed = (self.modulate if modulated else repeat_rows)(tokens, index, len(before))
@@ -183,7 +189,7 @@ class BlockAdapter(nn.Module):
         with its input, and transformers' checkpointing runs the block again from there.
         """
         site = self._site
-        if site is None or not site.is_pre_norm or self.running_mean is not None or self.task_key is not None:
+        if site is None or not self._replaced_norm or self.running_mean is not None or self.task_key is not None:
             return None
         block = self._block[0]
         alone = not is_hooked(block, 1, own_after=self._is_last) and not getattr(block, "gradient_checkpointing", False)
@@ -191,14 +197,14 @@ class BlockAdapter(nn.Module):
             return None
         norm: Any = site.norm
         watched = is_hooked(norm, 1) or is_hooked(site.seam.attention)
-        return site.seam.projection() if is_layer_norm(norm) and not watched else None
+        return None if watched else site.seam.projection()
 
     def first_half(self, projection: Projection, tokens: Tensor, index: list[int], num_streams: int) -> Tensor:
-        """The modulated tokens; what the attention will return waits until it is called."""
+        """The modulated tokens; what their norm and the attention will return waits until they are called."""
         assert self._site is not None
         norm: Any = self._site.norm
         streams, weight, bias = self._maps(tokens, index, num_streams)
-        attended, modulated = dtme_kernels.modulate_concat_attention(
+        attended, modulated, normalized = dtme_kernels.modulate_concat_attention(
             streams,
             weight,
             bias,
@@ -210,15 +216,19 @@ class BlockAdapter(nn.Module):
             num_heads=projection.num_heads,
             eps=norm.eps,
             scale=projection.scale,
+            return_normalized=True,
         )
-        self._attended = attended.flatten(0, 1)
-        return modulated.flatten(0, 1)
+        self._half = FirstHalf(modulated.flatten(0, 1), normalized.flatten(0, 1), attended.flatten(0, 1), context())
+        return self._half.modulated
 
     def norm_forward(self, tokens: Tensor) -> Tensor:
-        """Stands in for the forward of the norm before the attention: done already where that is."""
+        """Stands in for the forward of the norm before the attention, which may be done already."""
         assert self._site is not None
         norm: Any = self._site.norm
-        return tokens if self._attended is not None else type(norm).forward(norm, tokens)
+        half = self._half
+        if half is not None and tokens is half.modulated and half.context == context():
+            return half.normalized
+        return type(norm).forward(norm, tokens)
 
     def _batch_norm(self, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
@@ -251,9 +261,10 @@ class BlockAdapter(nn.Module):
     def attention_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the attention's own forward."""
         assert self.seam is not None
-        if self._attended is not None:
-            attended, self._attended = self._attended, None
-            return self.seam.finish(attended)
+        half, self._half = self._half, None
+        alone = not any(isinstance(value, Tensor) or value for value in (*args[1:], *kwargs.values()))
+        if half is not None and alone and args and args[0] is half.normalized and half.context == context():
+            return self.seam.finish(half.attended)
         task_kv = self.task_keys_values() if self._joined() else None
         return self.seam.run(partial(self.attend, task_kv), *args, **kwargs)
 
@@ -314,6 +325,25 @@ class BlockAdapter(nn.Module):
             return plain.flatten(0, 1)
         order = [*joined, *rest]
         return torch.cat([run(joined, task_kv), plain])[[order.index(i) for i in range(num_streams)]].flatten(0, 1)
+
+
+class FirstHalf(NamedTuple):
+    """What a plain block's first half makes of its input, (T * B, N, p) each."""
+
+    modulated: Tensor
+    normalized: Tensor
+    attended: Tensor
+    context: tuple[Any, ...]
+
+
+def context() -> tuple[Any, ...]:
+    """Whether gradients are wanted, and who saves tensors for them: what checkpointing a part of a block changes.
+
+    A part that is run again must have been run, not found done.
+    """
+    if torch.compiler.is_compiling():
+        return ()
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 class TaskBuffers(nn.Module):

@@ -122,8 +122,10 @@ class TransformersSeam(Seam):
 
     def projection(self) -> Projection | None:
         attention = self.attention
+        if (type(attention).__module__, type(attention).__name__) not in _PLAIN_ATTENTION or attention.is_causal:
+            return None
         code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
-        if not (code and set(code.co_names) <= _PLAIN) or (attention.training and attention.attention_dropout):
+        if not (code and set(code.co_names) <= _PLAIN_NAMES) or (attention.training and attention.attention_dropout):
             return None
         linear = (attention.q_proj, attention.k_proj, attention.v_proj)
         if not all(is_plain_linear(x) and x.out_features == x.in_features for x in linear):
@@ -181,8 +183,12 @@ def _transformers_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-# all that the forward of a plain attention names: that of ViT, DINOv2 and their like
-_PLAIN = {
+# attentions that project, attend and project back, and all that the forward of one names, in case a release adds to it
+_PLAIN_ATTENTION = {
+    (f"transformers.models.{name.lower()}.modeling_{name.lower()}", f"{name.replace('_', '')}Attention")
+    for name in ("ViT", "DeiT", "Dinov2", "Dinov2_With_Registers", "ViT_MAE", "ViT_MSN")
+}
+_PLAIN_NAMES = {
     *("shape", "head_dim", "view", "transpose", "reshape", "contiguous", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation", "eager_attention_forward"),
     *("training", "attention_dropout", "scaling"),
@@ -321,15 +327,16 @@ def seam_class(module: nn.Module) -> type[Seam] | None:
 
 def is_plain_linear(module: Any) -> bool:
     """No subclass, nothing that hangs on it, no weight that is quantised or shared among devices."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_hooked(module)
+    own = type(module) is nn.Linear and "forward" not in vars(module) and not is_hooked(module)
+    return own and type(module.weight) is nn.Parameter
 
 
-def is_layer_norm(module: nn.Module) -> bool:
+def is_layer_norm(module: Any) -> bool:
     """Of the channels, with a weight and a bias."""
     timm = (type(module).__module__, type(module).__name__) == ("timm.layers.norm", "LayerNorm")
     if not timm and type(module) is not nn.LayerNorm:
         return False
-    return len(module.normalized_shape) == 1 and module.weight is not None and module.bias is not None  # type: ignore[arg-type]
+    return len(module.normalized_shape) == 1 and module.weight is not None and module.bias is not None
 
 
 def is_hooked(module: nn.Module, own_before: int = 0, own_after: int = 0) -> bool:

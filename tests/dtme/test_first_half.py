@@ -4,11 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dtme
 import dtme_kernels
 from dtme.blocks import find_blocks
+from dtme_kernels.testing import make
 from tests.dtme.clients import CLIENTS, TASKS
 
 PLAIN = ["transformers ViT", "transformers DINOv2", "timm ViT"]
@@ -90,6 +93,60 @@ def test_checkpointed_blocks_run_at_once_again(build, randomise, calls):
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     assert calls == ["modulate_concat_attention"] * 12  # two choices of tasks, three blocks, each twice
+
+
+BLOCKS = {
+    "the norm read twice": lambda b, x: x + b.attn(h := b.norm1(x)) + b.mlp(h),
+    "normed residual": lambda b, x: (h := b.norm1(x)) + b.attn(h),
+    "causal inside": lambda b, x: x + b.attn(b.norm1(x), is_causal=True),
+    "mask inside": lambda b, x: x + b.attn(b.norm1(x), attn_mask=x.new_ones(5, 5).tril().bool()),
+    "dropout between": lambda b, x: x + b.attn(F.dropout(b.norm1(x), 0.5, b.training)),
+    "scaled in place": lambda b, x: x + b.attn(b.norm1(x)).mul_(2),
+    "attention checkpointed": lambda b, x: x + checkpoint(b.attn, b.norm1(x), use_reentrant=False),
+    "attention checkpointed, reentrant": lambda b, x: x + checkpoint(b.attn, b.norm1(x), use_reentrant=True),
+    "half checkpointed": lambda b, x: x + checkpoint(lambda y: b.attn(b.norm1(y)), x, use_reentrant=False),
+}
+
+
+class Written(nn.Module):
+    """A block as somebody may have written it around timm's attention."""
+
+    def __init__(self, kind):
+        super().__init__()
+        from timm.layers.attention import Attention
+
+        self.kind, self.norm1, self.attn, self.mlp = kind, nn.LayerNorm(24), Attention(24, 3), nn.Linear(24, 24)
+
+    def forward(self, x):
+        return BLOCKS[self.kind](self, x)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_whatever_else_a_block_does_stays(randomise, kind):
+    torch.manual_seed(0)
+    model = dtme.MultiTaskModel(nn.Sequential(Written(kind)), {task: nn.Linear(24, 2) for task in TASKS}).double()
+    dtme.expand(model, dtme.ExpansionPlan(TASKS, 2, {"0": TASKS}, {"0": TASKS}, {"0": 24}))
+    randomise(model)
+    x, found = make(3, 5, 24, dtype=torch.float64, requires_grad=True), []
+    for run in (model, lambda x: through_the_seam(model, x)):
+        torch.manual_seed(1)
+        out = run(x)
+        loss = sum(p.square().sum() for p in out.values())
+        model.zero_grad()
+        loss.backward()  # what reentrant checkpointing asks for
+        found.append([*out.values(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_a_norm_that_somebody_patched_is_left_alone(build):
+    model, x = build("timm ViT")
+    norm = model.backbone.blocks[1].norm1
+    patched = norm.forward = partial(type(norm).forward, norm)
+    expanded_everywhere(model)
+    model(x)
+    dtme.collapse(model)
+    assert norm.forward is patched
 
 
 class Low(nn.Linear):

@@ -192,6 +192,14 @@ def test_gradients(impl, lead, key_heads, shape, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("sizes", [{"lead": (2, 0)}, {"lead": (0,)}, {"queries": 0}, {"keys": 0}, {"t": 0}], ids=str)
+def test_gradients_of_nothing_are_zero_and_have_their_shapes(impl, sizes):
+    args = problem(**sizes, grad=True)
+    grads = torch.autograd.grad(expanded_attention(*args, impl=impl).sum(), args)
+    assert [x.shape for x in grads] == [x.shape for x in args]
+    assert all(x.isfinite().all() for x in grads)
+
+
 @pytest.mark.float64
 @pytest.mark.parametrize("sizes", [{"t": 0}, {"keys": 0}, {"queries": 0}, {"lead": (2, 0)}, {"queries": 3}], ids=str)
 def test_gradients_of_a_causal_or_empty_problem(impl, sizes):
@@ -246,6 +254,24 @@ def test_gradient_of_an_additive_mask(impl, shape, dtype):
     by_torch = gradients("concatenated", args, {"attn_mask": mask})
     for got, exactly, plainly in zip(gradients(impl, args, {"attn_mask": mask}), want, by_torch, strict=True):
         assert_accurate(got, exactly.cpu(), plainly, terms=30 if dtype == torch.float32 else 1)
+
+
+def test_only_the_mask_wants_a_gradient(impl):
+    args, mask = problem(), make(5, 5, seed=7, requires_grad=True)
+    (got,) = torch.autograd.grad(expanded_attention(*args, attn_mask=mask, impl=impl).square().sum(), mask)
+    (want,) = torch.autograd.grad(joined(*args, attn_mask=mask).square().sum(), mask)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_lowest_finite_mask_hides_only_beside_others(impl, dtype):
+    """transformers' masks are finite: where they hide everything, everything is seen alike."""
+    for t in (0, 2):
+        args = problem(t=t, dtype=dtype)
+        mask = torch.full((5, 5), torch.finfo(dtype).min, dtype=dtype)
+        mask[:2] = 0
+        got = expanded_attention(*args, attn_mask=mask, impl=impl)
+        torch.testing.assert_close(got, joined(*args, attn_mask=mask), rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -408,7 +434,12 @@ def test_bad_block(change, error, says):
 
 @pytest.mark.parametrize(
     ("change", "error"),
-    [({"scale": "x"}, TypeError), ({"dropout_p": "x"}, TypeError), ({"dropout_p": 1.0}, ValueError)],
+    [
+        ({"scale": "x"}, TypeError),
+        ({"scale": -math.inf}, ValueError),
+        ({"dropout_p": "x"}, TypeError),
+        ({"dropout_p": 1.0}, ValueError),
+    ],
 )
 def test_numbers_are_numbers(change, error):
     shared, task = [torch.randn(2, 3, 4, 5, 8) for _ in range(3)], [torch.randn(2, 4, 2, 8) for _ in range(2)]

@@ -50,6 +50,7 @@ def test_past_two_to_the_31():
     """Token offsets are 64 bits wide; channels of a token that lie further apart are copied together."""
     far = torch.empty(1, device="meta").as_strided((3, 768), (1, 2**22))
     assert collapse(far).stride(-1) == 1
+    assert collapse(torch.empty(1, device="meta").as_strided((3, 1), (1, 2**40))).shape == (1, 3, 1)
     assert in_reach(far).stride() == (768, 1)
     wide = torch.empty(2**22, 768, dtype=torch.bfloat16, device="meta")
     assert collapse(wide).shape == (1, 2**22, 768)

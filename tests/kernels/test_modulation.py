@@ -153,6 +153,14 @@ def test_gradients_of_no_tokens_are_zero(impl, shape):
     assert all(x.grad.shape == x.shape and not x.grad.any() for x in args)
 
 
+def test_a_constant_bias_and_no_eps(impl):
+    """Beyond the last row of a tile, and the last channel, everything is 0, and 0 times 1 / std(0) is not."""
+    args = [make(2, 5, 24), torch.ones(1, 24), torch.zeros(1, 24), torch.ones(24), torch.zeros(24)]
+    args = [x.requires_grad_() for x in args]
+    sum(x.square().sum() for x in modulate_layer_norm(*args, 0.0, impl=impl)).backward()
+    assert all(x.grad.isfinite().all() for x in args)
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_parameter_gradients_are_summed_in_float32(impl, dtype):
     """4096 ones and then some: neither half type counts that far in steps of one."""
