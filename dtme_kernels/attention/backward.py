@@ -109,7 +109,7 @@ def query_gradients(
     grad += row * grad_strides[0] + head.to(tl.int64) * grad_strides[1]
     b_do = load(grad, m, grad_strides[2], queries, D, BD, True)
     mask += stream * mask_strides[0] + image * mask_strides[1] + head.to(tl.int64) * mask_strides[2]
-    stride = heads.to(tl.int64) * D
+    stride = tl.cast(heads, tl.int64) * D
     b_o = load(output + row * queries * stride + head * D, m, stride, queries, D, BD, True)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BM]
     vector = (row * heads + head) * queries + m

@@ -106,7 +106,7 @@ def attend(
             part, D, MASK if part == 1 else "", CAUSAL and part == 1, PRECISION, BT if part == 2 else BN, BD,
         )  # fmt: skip
     b_out *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
-    stride = heads.to(tl.int64) * D
+    stride = tl.cast(heads, tl.int64) * D
     store(output + row * queries * stride + head * D, m, stride, queries, b_out, D, BD)
     vector = (row * heads + head) * queries + m
     tl.store(statistics + vector, tl.where(b_sum == 0.0, float("inf"), b_most), m < queries)

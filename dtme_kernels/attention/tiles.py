@@ -19,10 +19,14 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int = 0
+    """A thread at most; where the assembler would rather spill than use as many, they are allowed by name."""
 
     def options(self, task_keys: int | None = None) -> dict[str, object]:
         """Of a launch, by the kernels' names; a tile of task keys where the kernel takes them."""
         found = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        if self.registers:
+            found["maxnreg"] = self.registers
         if task_keys is not None:
             found["BT"] = 16 if task_keys <= 16 else 32
         return found | {"PRECISION": "tf32x3" if highest() else "tf32"}
@@ -31,7 +35,7 @@ class Tile(NamedTuple):
 # kernel, how it multiplies -> {channels, up to which: tiles of sm_80, sm_90 and sm_100, the last going on}
 _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
     ("forward", "low"): {
-        64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2)),
+        64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
         128: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)),
     },
@@ -39,15 +43,15 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         32: (Tile(128, 64, 4, 2),),
         64: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 32, 8, 2),),
-        256: (Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)),
+        256: (Tile(32, 16, 8, 1), Tile(32, 32, 8, 1, 255)),
     },
     ("forward", "tf32x3"): {
         32: (Tile(64, 64, 4, 2),),
         64: (Tile(64, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
     },
     ("query gradients", "low"): {
-        64: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
-        128: (Tile(64, 64, 4, 2),),
+        64: (Tile(64, 32, 4, 2, 255), Tile(128, 64, 8, 2)),
+        128: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2, 255)),
         256: (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     },
     ("query gradients", "tf32"): {
@@ -61,19 +65,19 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         64: (Tile(16, 32, 4, 1),),
     },
     ("key gradients", "low"): {
-        64: (Tile(32, 64, 4, 2), Tile(64, 128, 8, 2)),
+        64: (Tile(32, 64, 8, 2, 255), Tile(64, 128, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 128, 8, 2)),
-        256: (Tile(16, 64, 8, 2),),
+        256: (Tile(16, 64, 8, 2), Tile(32, 32, 8, 2, 255)),
     },
     ("key gradients", "tf32"): {
         32: (Tile(64, 128, 8, 2),),
-        64: (Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
-        128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
-        256: (Tile(16, 32, 8, 1),),
+        64: (Tile(32, 32, 8, 1, 255), Tile(32, 64, 8, 1), Tile(32, 64, 8, 1, 255)),
+        128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1, 255)),
+        256: (Tile(16, 32, 8, 1, 255),),
     },
     ("key gradients", "tf32x3"): {
         32: (Tile(32, 64, 4, 2),),
-        64: (Tile(16, 32, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 4, 1)),
+        64: (Tile(16, 32, 8, 1, 255),),
     },
     ("mask gradients", "low"): {128: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)), 256: (Tile(64, 32, 8, 1),)},
     ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(32, 32, 8, 1),)},

@@ -239,9 +239,9 @@ def _backward(
         d_tokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
         partials = _launch_backward(grads, tokens, vectors, gain, eps, d_tokens, slots)
         return d_tokens, partials.sum(0)
-    # the sums of six streams of 1,024 channels are what the registers of a multiprocessor hold
+    # the sums of five streams of 1,024 channels are what the registers of a multiprocessor hold
     tile, block = _tile(p, 1024)
-    launches = triton.cdiv(num_streams, max(1, 6 * 1024 // (tile * block)))
+    launches = triton.cdiv(num_streams, max(1, 5 * 1024 // (tile * block)))
     dtype = tokens.dtype if launches == 1 else torch.float32
     d_tokens = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     for i in range(launches):
