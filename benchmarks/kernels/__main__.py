@@ -76,10 +76,10 @@ def draw(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     names = list(dict.fromkeys(rival for rivals in found.values() for rival in rivals if rival != "ours"))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.26 * len(found)), layout="constrained")
     axes.axvline(1, color="black", linewidth=1)
-    for name in names:
+    for i, name in enumerate(names):
         rows = [(y, rivals) for y, rivals in enumerate(found.values()) if name in rivals]
         ratios = [rivals[name]["median"] / rivals["ours"]["median"] for _, rivals in rows]
-        axes.plot(ratios, [y for y, _ in rows], "o", label=name, alpha=0.85)
+        axes.plot(ratios, [y for y, _ in rows], "osD^"[i // 10 % 4], label=name, alpha=0.85)
     axes.set(xscale="log", xlabel="time relative to ours (right of the line: slower than ours)", ylim=(len(found), -1))
     axes.set_yticks(range(len(found)), found)
     low, high = axes.get_xlim()
