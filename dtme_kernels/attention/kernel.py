@@ -43,7 +43,7 @@ class _Problem:
         self.lead = query.shape[:-3]
         self.rows, self.images = self.lead.numel(), query.shape[-4]
         self.streams = self.lead[0] if len(self.lead) == 2 else 1
-        _, self.heads, self.queries, self.channels = self.fold(query).shape
+        self.heads, self.queries, self.channels = query.shape[-3:]
         self.key_heads, self.keys, self.task_keys = key.shape[-3], key.shape[-2], task_key.shape[-2]
         self.all_rows = self.rows * self.heads * self.queries  # the sums lie behind the greatest scores
         scale = self.channels**-0.5 if scale is None else scale
@@ -115,10 +115,11 @@ def expanded_attention_backward(
     """Gradients of query, key, value, task key and task value, contiguous, and of an additive mask."""
     p = _Problem(query, key, value, task_key, task_value, attn_mask, is_causal, scale)
     shared = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    grad = p.fold(grad)
     delta, parts = _gradients(p, grad, output, statistics, shared)
     d_mask = query.new_empty(0)
     if mask_grad and attn_mask is not None:
-        d_mask = _mask_gradient(p, p.fold(grad), statistics, delta, attn_mask)
+        d_mask = _mask_gradient(p, grad, statistics, delta, attn_mask)
     return *shared, *(x.view(task_key.shape).to(query.dtype) for x in parts), d_mask
 
 
@@ -134,7 +135,7 @@ def packed_attention_backward(
     p = _Problem(*unpack(qkv, task_kv), None, False, scale)
     d_qkv, d_task_kv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), torch.empty_like(task_kv)
     *shared, d_task_key, d_task_value = unpack(d_qkv, d_task_kv)
-    _, parts = _gradients(p, grad, output, statistics, shared)
+    _, parts = _gradients(p, p.fold(grad), output, statistics, shared)
     d_task_key.copy_(parts[0])
     d_task_value.copy_(parts[1])
     return d_qkv, d_task_kv
@@ -143,10 +144,12 @@ def packed_attention_backward(
 def _gradients(
     p: _Problem, grad: Tensor, output: Tensor, statistics: Tensor, found: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Fill ``found``: gradients of query, key and value. Delta, and float32 (T, H, t, d) of task key and value."""
+    """Fill ``found``: gradients of query, key and value. Delta, and float32 (T, H, t, d) of task key and value.
+
+    ``grad``: folded.
+    """
     wide = partial(torch.empty, dtype=torch.float32, device=grad.device)
     delta = wide(p.rows, p.heads, p.queries)
-    grad = p.fold(grad)
     output = output.transpose(-3, -2).contiguous()  # a view, as the forward lays it out
     first, second = (tile(kernel, p.block, p.shared[0]) for kernel in ("query gradients", "key gradients"))
     blocks = triton.cdiv(p.queries, first.queries)
