@@ -27,11 +27,12 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# torch is named on every line that could replace it by a CUDA build
-$(READY): pyproject.toml
+# torch is named on every line that could replace it by a CUDA build, and comes first: the C++ kernels are built against it
+$(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	python3 -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) build dist out *.egg-info dtme_kernels/*.so dtme_kernels/_build.json

@@ -11,6 +11,7 @@ import torch
 
 import dtme_kernels
 
+from . import registry
 from .registry import OPERATORS
 
 
@@ -46,8 +47,18 @@ def _versions() -> list[str]:
         f"triton       {triton_version()}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"cpu          {torch.get_num_threads()} threads",
+        f"c++          {_extension()}",
         f"cuda         {', '.join(devices) or 'no device'}",
     ]
+
+
+def _extension() -> str:
+    module = registry.cpp_module
+    if module is None:
+        return "no extension"
+    facts = module.build_facts()
+    sets = f"{module.instruction_set()} kernels (of {', '.join(module.instruction_sets())})"
+    return f"{sets}, {facts['compiler']} {facts['flags']}, for torch {facts['torch_target']} and later"
 
 
 def triton_version() -> str:

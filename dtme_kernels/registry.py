@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import extension
 from .launch import cannot_run
 
 library = torch.library.Library("dtme", "DEF")
@@ -16,6 +17,9 @@ library = torch.library.Library("dtme", "DEF")
 # The reference answers on every device; a kernel overrides it under its own key, and a missing one is a missing key.
 DISPATCH_KEYS = {"reference": "CompositeExplicitAutograd", "triton": "CUDA", "cpp": "CPU"}
 OPERATORS: dict[str, "Operator"] = {}
+# the extension; without it, why
+cpp_module: Any = None
+cpp_missing: str | None = None
 
 
 class Operator:
@@ -48,7 +52,7 @@ class Operator:
         self.composite = composite
         self.implementations: dict[str, Callable[..., Any]] = {}
         self.gradient: tuple[Callable[..., None], Callable[..., Any], Operator] | None = None
-        self.unsupported: Callable[..., str | None] = cannot_run
+        self.unsupported: dict[str, Callable[..., str | None]] = {"triton": cannot_run, "cpp": off_cpu}
         library.define(schema)
         self.overload = getattr(torch.ops.dtme, self.operator).default
         if composite:
@@ -81,7 +85,13 @@ class Operator:
 
         if find_spec("triton") is not None:
             self.implement("triton", lambda *args: (reference if unsupported(*args) else kernel)(*args))
-            self.implementations["triton"], self.unsupported = kernel, unsupported
+            self.implementations["triton"], self.unsupported["triton"] = kernel, unsupported
+
+    def find_cpp(self) -> None:
+        """Let ``impl="cpp"`` have the kernel that the extension has registered under the CPU key, if it has one."""
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"dtme::{self.operator}", DISPATCH_KEYS["cpp"]):
+            keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+            self.implementations["cpp"] = partial(self.overload.redispatch, keys)
 
     def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any], once: "Operator") -> None:
         """Register the gradient.
@@ -109,6 +119,8 @@ class Operator:
             return None  # of a composition, its parts say
         if impl == "triton" and find_spec("triton") is None:
             return "Triton is not installed (on Linux it comes with a CUDA build of torch)"
+        if impl == "cpp" and cpp_missing:
+            return cpp_missing
         return f"this version has no {'Triton' if impl == 'triton' else 'C++'} kernel for it"
 
     def automatic(self, device: str) -> str:
@@ -124,8 +136,8 @@ class Operator:
             raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
         if self.composite:
             return self.implementations["reference"](*args) if impl == "reference" else self.composite(impl, *args)
-        if impl == "triton" and (why := self.unsupported(*args)):
-            raise RuntimeError(f"impl='triton' cannot run {self.name}: {why}")
+        if impl in self.unsupported and (why := self.unsupported[impl](*args)):
+            raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
         function = self.implementations[impl]
         if impl != "reference" and self.gradient:
             function = partial(_Named.apply, self, impl)  # the reference is plain torch, with torch's own gradient
@@ -164,6 +176,20 @@ class _Named(torch.autograd.Function):
         _, backward, once = ctx.operator.gradient
         found = backward(partial(once, ctx.impl), ctx, *grads)
         return None, None, *(found if isinstance(found, tuple) else (found,))
+
+
+def load_extension() -> None:
+    """Once all operators are defined: look which of them have C++ kernels here."""
+    global cpp_module, cpp_missing
+    cpp_module, cpp_missing = extension.load()
+    for operator in OPERATORS.values():
+        operator.find_cpp()
+
+
+def off_cpu(*args: Any) -> str | None:
+    """Why C++ kernels cannot run on these arguments."""
+    device = next(x.device.type for x in args if isinstance(x, Tensor))
+    return None if device == "cpu" else f"C++ kernels run on CPU tensors, got {device} tensors"
 
 
 def autocast_enabled(device: str) -> bool:

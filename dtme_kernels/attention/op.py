@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..launch import cannot_run, chip, highest
-from ..registry import Operator, library
+from ..registry import Operator, library, off_cpu
 from . import composite, reference
 from .composite import first_half as first_half
 from .packing import unpack
@@ -152,5 +152,6 @@ def _unsupported(
 _KERNELS = f"{__package__}.kernel"
 expanded_attention.implement_triton(_KERNELS, _unsupported)
 expanded_attention_backward.implement_triton(_KERNELS, lambda *args: _unsupported(*args[3:-1]))
+expanded_attention.unsupported["cpp"] = lambda *args: "dropout is the reference's" if any(args[8:]) else off_cpu(*args)
 packed_attention.implement_triton(_KERNELS, lambda *args: _unsupported(*unpack(*args[:2])))
 packed_attention_backward.implement_triton(_KERNELS, lambda *args: _unsupported(*unpack(*args[3:5])))

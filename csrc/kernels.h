@@ -1,0 +1,53 @@
+// What library.cpp and the kernels know of each other: plain views, no torch. The unit tests are built on this alone.
+#pragma once
+
+#include <cstdint>
+
+namespace dtme {
+
+enum class Dtype { float32, float64, float16, bfloat16, boolean };
+
+constexpr int MAX_DIM = 8;
+
+// A strided tensor that somebody else owns. Strides count elements. Without data: an argument that is absent.
+struct View {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int dim = 0;
+  int64_t size[MAX_DIM] = {}, stride[MAX_DIM] = {};
+};
+
+// Runs f(begin, end) on parts of [0, n), on several threads where n is more than `grain`.
+struct Parallel {
+  using Function = void (*)(int64_t begin, int64_t end, void* context);
+  void (*run)(int64_t n, int64_t grain, Function, void* context);
+  int64_t threads;
+
+  template <class F>
+  void operator()(int64_t n, int64_t grain, const F& f) const {
+    run(n, grain, [](int64_t begin, int64_t end, void* g) { (*static_cast<const F*>(g))(begin, end); }, (void*)&f);
+  }
+};
+
+// softmax(scale * q [k ; k_task]^T + mask) [v ; v_task]: query (T, B, H, N, d), key and value (T, B, H', S, d),
+// task_key and task_value (T, H', t, d), mask (T, B, H, N, S) with strides of 0, or without data.
+struct Attention {
+  View query, key, value, task_key, task_value, mask;
+  bool causal;
+  double scale;
+};
+
+// The kernels exist once an instruction set. Which one runs is decided by the machine, in library.cpp.
+namespace portable {
+#include "signatures.h"
+}
+#if defined(__x86_64__)
+namespace avx2 {
+#include "signatures.h"
+}
+namespace avx512 {
+#include "signatures.h"
+}
+#endif
+
+}  // namespace dtme
