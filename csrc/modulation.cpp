@@ -10,7 +10,8 @@ namespace dtme::DTME_ISA {
 namespace {
 
 constexpr int TOGETHER = 4;           // rows
-constexpr int64_t CACHED = 1 << 13;   // numbers of tokens that one stream after the other works on
+constexpr int64_t CACHED = 1 << 13;   // numbers of tokens that one stream after the other works on,
+constexpr int64_t MOST_CACHED = 32;   // and rows of them: what they add to a sum is summed first
 constexpr int64_t GRAIN = 1 << 14;    // numbers worth a thread
 constexpr int64_t STREAMED = 4 << 20; // bytes of a result that no second cache holds until it is read
 constexpr int64_t MOST_PARTS = 64;    // of the tokens, each with its own sums of parameter gradients
@@ -32,6 +33,8 @@ struct Tokens : Rows {
   int64_t per_stream;
   explicit Tokens(const View& x) : Rows(x, 1), per_stream(x.size[0] > 1 ? x.stride[0] : 0) {}
 };
+
+inline int64_t rows_cached(int64_t p) { return std::clamp<int64_t>(CACHED / p, TOGETHER, MOST_CACHED); }
 
 // J rows at a time, as many as are left at the end: f(integral_constant J, first row).
 template <class F>
@@ -61,15 +64,20 @@ template <class S, int J>
 struct Statistics {
   S mean[J], inverse_std[J];
   Statistics(S* const (&y)[J], const Sums<S, J>& sums, int64_t p, S eps) {
-    Sums<S, J> squares;
+    Sums<S, J> rests, squares;
     for (int j = 0; j < J; j++) mean[j] = sums[j].total() / p;
     for_places<S>(p, [&](auto at) DTME_INLINE {
       for (int j = 0; j < J; j++) {
         auto centred = at(y[j]) - mean[j];
+        at.add(rests[j], centred);
         at.add(squares[j], centred * centred);
       }
     });
-    for (int j = 0; j < J; j++) inverse_std[j] = 1 / std::sqrt(squares[j].total() / p + eps);
+    for (int j = 0; j < J; j++) {
+      S rest = rests[j].total() / p;  // what rounding has left of a mean that is far larger than the deviations
+      mean[j] += rest;
+      inverse_std[j] = 1 / std::sqrt(std::max(squares[j].total() / p - rest * rest, S(0)) + eps);
+    }
   }
 };
 
@@ -84,7 +92,7 @@ void forward(const Parallel& parallel, const View& tokens, const View& weight, c
   bool with_norm = normalized.data;
   Tokens x(tokens);
   Rows out(modulated, 1), norm(with_norm ? normalized : modulated, 1);
-  int64_t streams = weight.size[0], p = x.width, cached = std::max<int64_t>(TOGETHER, CACHED / p);
+  int64_t streams = weight.size[0], p = x.width, cached = rows_cached(p);
   Table<S> w(weight), b(bias), gain(with_norm ? norm_weight : bias), shift(with_norm ? norm_bias : bias);
   bool in_place = out.place<S>(0) && (!with_norm || norm.place<S>(0));
   bool streamed = in_place && with_norm && streams * x.count * p * int64_t(sizeof(S)) > STREAMED &&
@@ -138,6 +146,12 @@ struct Partial {
   Partial(int64_t parts, int64_t streams, int64_t p)
       : streams(streams), p(p), data(parts * (2 * streams + 2) * p, S(0)) {}
   S* row(int64_t part, int64_t which) { return data + (part * (2 * streams + 2) + which) * p; }
+  // row += more, and more = 0
+  void add(int64_t part, int64_t which, S* more) {
+    S* sum = row(part, which);
+    for_places<S>(p, [&](auto at) DTME_INLINE { at.put(sum, at(sum) + at(more)); });
+    std::fill_n(more, p, S(0));
+  }
   // One row of all parts together, in order.
   void reduce(int64_t parts, int64_t which, const Rows& to, int64_t index) {
     S* sum = row(0, which);
@@ -188,12 +202,14 @@ void backward(const Parallel& parallel, const View& grad_modulated, const View& 
   bool with_norm = d_norm_weight.data;
   Tokens x(tokens), dx(d_tokens);
   Rows direct(grad_modulated, 1), normed(with_norm ? grad_normalized : grad_modulated, 1);
-  int64_t streams = weight.size[0], p = x.width, cached = std::max<int64_t>(TOGETHER, CACHED / p);
+  int64_t streams = weight.size[0], p = x.width, cached = rows_cached(p);
   Table<S> w(weight), b(with_norm ? bias : weight), gain(with_norm ? norm_weight : weight);
   // as many parts as the shape says, not the threads: the sums are the same whoever takes them
   int64_t parts = std::clamp<int64_t>(x.count * streams * p / GRAIN / 2, 1, MOST_PARTS);
   Partial<S> partial(parts, streams, p);
-  auto group = [&]<int J>(std::integral_constant<int, J>, int64_t i, int64_t t, int64_t part, S* scratch, S* dx_rows) {
+  // sums_of_rows: d_weight, d_bias, d_norm_weight, d_norm_bias
+  auto group = [&]<int J>(std::integral_constant<int, J>, int64_t i, int64_t t, S* sums_of_rows, S* scratch,
+                          S* dx_rows) {
     const S *in[J], *up[J], *dz[J];
     S *y[J], *through[J];
     for (int j = 0; j < J; j++) {
@@ -207,10 +223,9 @@ void backward(const Parallel& parallel, const View& grad_modulated, const View& 
     if (with_norm) {
       Sums<S, J> sums;
       scale_and_shift<S, J>(in, w[t], b[t], y, sums, p);
-      S *d_gain = partial.row(part, 2 * streams), *d_shift = partial.row(part, 2 * streams + 1);
-      norm_backward<S, J>(y, sums, dz, gain[0], eps, through, d_gain, d_shift, p);
+      norm_backward<S, J>(y, sums, dz, gain[0], eps, through, sums_of_rows + 2 * p, sums_of_rows + 3 * p, p);
     }
-    S *d_weight_row = partial.row(part, t), *d_bias_row = partial.row(part, streams + t);
+    S *d_weight_row = sums_of_rows, *d_bias_row = sums_of_rows + p;
     for_places<S>(p, [&](auto at) DTME_INLINE {
       auto scale = at(w[t]), dw = at(d_weight_row), db = at(d_bias_row);
       for (int j = 0; j < J; j++) {
@@ -225,17 +240,21 @@ void backward(const Parallel& parallel, const View& grad_modulated, const View& 
     });
   };
   parallel(parts, 1, [&](int64_t begin, int64_t end) {
-    Buffer<S> scratch(5 * TOGETHER * p), rows(cached * p);
+    Buffer<S> scratch(5 * TOGETHER * p), rows(cached * p), sums(4 * p, S(0));
     for (int64_t part = begin; part < end; part++) {
       int64_t first = part * x.count / parts, stop = (part + 1) * x.count / parts;
       for (; first < stop; first += cached) {
         int64_t last = std::min(first + cached, stop);
         for (int64_t t = 0; t < streams; t++) {
           if (t == 0 || x.per_stream) std::fill_n(static_cast<S*>(rows), (last - first) * p, S(0));
-          for_groups(first, last, [&](auto j, int64_t i) { group(j, i, t, part, scratch, rows + (i - first) * p); });
+          for_groups(first, last, [&](auto j, int64_t i) { group(j, i, t, sums, scratch, rows + (i - first) * p); });
+          partial.add(part, t, sums);
+          partial.add(part, streams + t, sums + p);
           if (t < streams - 1 && !x.per_stream) continue;
           for (int64_t i = first; i < last; i++) dx.put<S>(rows + (i - first) * p, i, t * dx.per_stream);
         }
+        partial.add(part, 2 * streams, sums + 2 * p);
+        partial.add(part, 2 * streams + 1, sums + 3 * p);
       }
     }
   });
