@@ -86,11 +86,15 @@ class BuildWithCMake(build_ext):
             "DTME_TORCH": torch,
             "DTME_TESTS": "OFF",
         }
-        self.call(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{key}={value}" for key, value in options.items()))
+        self.call(
+            cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{key}={value}" for key, value in options.items())
+        )
         self.call(cmake, "--build", build)
 
     def call(self, *command: object) -> None:
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         print(done.stdout)
         if done.returncode:
             errors = [line for line in done.stdout.splitlines() if "rror" in line]

@@ -18,7 +18,9 @@ def load() -> tuple[Any, str | None]:
     spec = find_spec(f"{__package__}._C")
     build = _build()
     if spec is None or spec.origin is None:
-        reason = build.get("not built", "the C++ extension was not built: `pip install .` builds it with a C++ compiler")
+        reason = build.get(
+            "not built", "the C++ extension was not built: `pip install .` builds it with a C++ compiler"
+        )
         return None, reason
     if why := _damage(Path(spec.origin), build):
         return None, why

@@ -47,12 +47,13 @@ def _versions() -> list[str]:
         f"triton       {triton_version()}",
         f"python       {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"cpu          {torch.get_num_threads()} threads",
-        f"c++          {_extension()}",
+        f"c++          {extension()}",
         f"cuda         {', '.join(devices) or 'no device'}",
     ]
 
 
-def _extension() -> str:
+def extension() -> str:
+    """Whose C++ kernels run, and how they were built."""
     module = registry.cpp_module
     if module is None:
         return "no extension"

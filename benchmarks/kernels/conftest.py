@@ -1,5 +1,6 @@
 """What every speed report shares: shapes, device, and the facts that a figure is worth nothing without."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -8,11 +9,19 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dtme_kernels.info import triton_version
+from dtme_kernels.info import extension, triton_version
 
 from .race import Replay, Result, race
 
 DEVICE = torch.device(os.environ.get("DTME_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
+
+
+if DEVICE.type == "cpu" and platform.libc_ver()[0] == "glibc":
+    # freed memory stays with the process, as in the midst of a training run: else what is timed is the kernel clearing
+    # pages for whoever allocates
+    _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+    for _option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(_option, 2**31 - 1)
 
 
 class Shape(NamedTuple):
@@ -95,6 +104,7 @@ def _facts() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "triton": triton_version(),
+        "c++": extension(),
         "commit": commit or "unknown",
     }
 

@@ -248,8 +248,10 @@ class _Analysis:
                 streams = self._streams(name)
                 size = (tokens[d].shape[0] // len(streams), *tokens[d].shape[1:])
                 if i == 0:
-                    found.append(tokens[d].new_zeros((len(self.tasks), *size)))
-                if gradient is not None:
+                    found.append(tokens[d].new_empty((len(self.tasks), *size)))
+                if gradient is None:
+                    found[d][i] = 0
+                else:
                     own = sources(streams, ((task,),))[0] if len(streams) > 1 else 0
                     found[d][i] = unfold(gradient, len(streams))[own]
         return found

@@ -1,4 +1,4 @@
-"""The same bits, run after run: outputs and gradients."""
+"""The same bits, run after run, and in C++ on any number of threads: outputs and gradients."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from dtme_kernels import (
     modulate_concat_attention,
     modulate_layer_norm,
     projected_dots,
+    registry,
     split_token_space,
     token_covariance,
     token_covariance_,
@@ -66,3 +67,39 @@ def run(function, shapes):
 def test_two_runs_give_the_same_bits(function, shapes):
     for first, second in zip(run(function, shapes), run(function, shapes), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [case for case in CASES.items() if case[0] not in (split, block)],  # those run the library's products too
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_any_number_of_threads_gives_the_same_bits(function, shapes):
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(function, shapes))
+    finally:
+        torch.set_num_threads(threads)
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
+def test_threads_do_not_change_counts_of_many_tokens():
+    """Enough tokens for several blocks and for signs in doubt."""
+    grads = make(5, 3000, 64)
+    basis = torch.linalg.qr(make(64, 64, dtype=torch.float64, seed=1)).Q
+    grads = grads * torch.where(torch.arange(64) < 20, 300.0, 1.0) @ basis.T.float()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(count_conflicts(grads, basis, 20))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0].range, found[1].range)
+    assert torch.equal(found[0].null, found[1].null)

@@ -1,0 +1,54 @@
+"""The C++ kernels of every instruction set, against the oracles of the reference; the best one is what "auto" runs."""
+
+import shutil
+from inspect import signature
+
+import pytest
+import torch
+
+from dtme_kernels import launch, modulate, registry
+from dtme_kernels.registry import OPERATORS
+from dtme_kernels.testing import make
+from tests.kernels import test_attention, test_conflicts, test_covariance, test_modulation
+
+pytestmark = pytest.mark.skipif(launch.interpreted(), reason="Triton's interpreter takes the CPU tensors")
+
+
+def others():
+    """All but the best, or the reason to skip."""
+    sets = registry.cpp_module.instruction_sets()[1:] if registry.cpp_module else []
+    return sets or [pytest.param("", marks=pytest.mark.skip(reason=registry.cpp_missing or "there is only one"))]
+
+
+@pytest.fixture(params=others())
+def impl(request):
+    best = registry.cpp_module.instruction_set()
+    registry.cpp_module.use_instruction_set(request.param)
+    yield "cpp"
+    registry.cpp_module.use_instruction_set(best)
+
+
+for _module in (test_covariance, test_conflicts, test_modulation, test_attention):
+    for _name, _test in vars(_module).items():
+        if _name.startswith("test_") and "impl" in signature(_test).parameters:
+            globals()[f"{_name}_of_{_module.__name__.rpartition('_')[2]}"] = _test
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_the_extension_is_built_where_it_can_be():
+    """Else nothing here, nor any "auto" on the CPU, tests the C++ kernels."""
+    assert registry.cpp_module, f"{registry.cpp_missing}; `make test` builds it"
+    assert {operator.automatic("cpu") for operator in OPERATORS.values()} == {"cpp", "composite"}
+
+
+@pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
+def test_a_named_extension_refuses_what_it_cannot_run():
+    with pytest.raises(ValueError, match=r"one of instruction_sets\(\), got 'mmx'"):
+        registry.cpp_module.use_instruction_set("mmx")
+    args = make(2, 5, 6), make(3, 6), make(3, 6)
+    with pytest.raises(RuntimeError, match=r"cannot run modulate: C\+\+ kernels run on CPU tensors, got meta tensors"):
+        modulate(*(x.to("meta") for x in args), impl="cpp")
+    q, t = make(2, 3, 5, 8), make(3, 2, 8)
+    with pytest.raises(RuntimeError, match="cannot run expanded_attention: dropout is the reference's"):
+        OPERATORS["expanded_attention"]("cpp", q, q, q, t, t, None, False, None, 0.5)
+    assert registry.cpp_module.num_threads() == torch.get_num_threads()
