@@ -1,7 +1,7 @@
 // Attention over shared and task keys (Sec. 4.3): softmax(scale * q [k ; k_task]^T + mask) [v ; v_task].
 //
-// The keys and values of a head, those of its task behind the shared ones, are laid out once, in panels; then a few dozen
-// queries at a time meet all of them, so that a row of scores is complete before its softmax and nothing is rescaled.
+// The keys and values of a head, those of its task behind the shared ones, are laid out once, in panels; then a few
+// dozen queries at a time meet all of them: a row of scores is complete before its softmax and nothing is rescaled.
 // Scores, and in the backward pass their gradients, never leave the cache.
 
 #include "gemm.h"
@@ -63,7 +63,8 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
-// scores *= scale, + mask, then their exponentials less the greatest; returns 1 / sum, 0 where nothing is visible.
+// scores *= scale, + mask, then their exponentials less the greatest; returns 1 / sum, 0 where nothing is visible. NaN
+// stays NaN.
 template <class S>
 inline S softmax(S* __restrict s, int64_t n, S scale, const S* mask) {
   constexpr S NONE = -std::numeric_limits<S>::infinity();
@@ -78,7 +79,7 @@ inline S softmax(S* __restrict s, int64_t n, S scale, const S* mask) {
 #pragma omp simd reduction(max : greatest)
   for (int64_t j = 0; j < n; j++) greatest = s[j] > greatest ? s[j] : greatest;
   if (greatest == NONE) {
-    std::fill_n(s, n, S(0));
+    for (int64_t j = 0; j < n; j++) s[j] = s[j] == NONE ? 0 : s[j];
     return 0;
   }
 #pragma omp simd reduction(+ : sum)
@@ -235,8 +236,8 @@ struct Backward {
 #pragma omp simd
       for (int64_t j = 0; j < keys; j++) to[j] = probability[j] * (to[j] - mean);
       if (d_scores.data) {
-        auto rows = static_cast<char*>(d_scores.data) + (head.in(d_scores) + (first + q) * d_scores.stride[3]) * sizeof(S);
-        std::copy_n(to, size.shared, reinterpret_cast<S*>(rows));
+        S* row = static_cast<S*>(d_scores.data) + head.in(d_scores) + (first + q) * d_scores.stride[3];
+        std::copy_n(to, size.shared, row);
       }
 #pragma omp simd
       for (int64_t j = 0; j < keys; j++) to[j] *= scale;

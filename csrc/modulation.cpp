@@ -28,10 +28,11 @@ struct Table {
   const S* operator[](int64_t t) const { return data + t * p; }
 };
 
-// Which row of the tokens feeds row i of stream t.
+// Which row of the tokens feeds row i of stream t; `own` streams have gradients of their own, even of the same tokens.
 struct Tokens : Rows {
+  bool own;
   int64_t per_stream;
-  explicit Tokens(const View& x) : Rows(x, 1), per_stream(x.size[0] > 1 ? x.stride[0] : 0) {}
+  explicit Tokens(const View& x) : Rows(x, 1), own(x.size[0] > 1), per_stream(own ? x.stride[0] : 0) {}
 };
 
 inline int64_t rows_cached(int64_t p) { return std::clamp<int64_t>(CACHED / p, TOGETHER, MOST_CACHED); }
@@ -91,6 +92,7 @@ void forward(const Parallel& parallel, const View& tokens, const View& weight, c
              const View& norm_weight, const View& norm_bias, S eps, const View& modulated, const View& normalized) {
   bool with_norm = normalized.data;
   Tokens x(tokens);
+  if (x.count == 0) return;
   Rows out(modulated, 1), norm(with_norm ? normalized : modulated, 1);
   int64_t streams = weight.size[0], p = x.width, cached = rows_cached(p);
   Table<S> w(weight), b(bias), gain(with_norm ? norm_weight : bias), shift(with_norm ? norm_bias : bias);
@@ -246,11 +248,11 @@ void backward(const Parallel& parallel, const View& grad_modulated, const View& 
       for (; first < stop; first += cached) {
         int64_t last = std::min(first + cached, stop);
         for (int64_t t = 0; t < streams; t++) {
-          if (t == 0 || x.per_stream) std::fill_n(static_cast<S*>(rows), (last - first) * p, S(0));
+          if (t == 0 || x.own) std::fill_n(static_cast<S*>(rows), (last - first) * p, S(0));
           for_groups(first, last, [&](auto j, int64_t i) { group(j, i, t, sums, scratch, rows + (i - first) * p); });
           partial.add(part, t, sums);
           partial.add(part, streams + t, sums + p);
-          if (t < streams - 1 && !x.per_stream) continue;
+          if (t < streams - 1 && !x.own) continue;
           for (int64_t i = first; i < last; i++) dx.put<S>(rows + (i - first) * p, i, t * dx.per_stream);
         }
         partial.add(part, 2 * streams, sums + 2 * p);

@@ -87,7 +87,7 @@ def outcome(python, cwd):
 def test_sdist_is_complete(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"setup.py", "CMakeLists.txt", "LICENSE", "README.md", "tests/csrc/test_kernels.cpp"}
+    wanted = {"setup.py", "CMakeLists.txt", "LICENSE", "README.md", "tests/csrc/main.cpp"}
     wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.[ch]*")}
     assert wanted <= names
     assert not any(name.endswith((".so", "_build.json")) for name in names)

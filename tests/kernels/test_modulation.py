@@ -153,6 +153,15 @@ def test_gradients_of_no_tokens_are_zero(impl, shape):
     assert all(x.grad.shape == x.shape and not x.grad.any() for x in args)
 
 
+def test_streams_of_expanded_tokens_have_gradients_of_their_own(impl):
+    """Streams that share their memory are still streams: (T, B, N, p), whatever the stride of T."""
+    tokens, weight, bias = problem(2, 5, 8)[:3]
+    leaf = tokens.expand(3, -1, -1, -1).requires_grad_()
+    up = make(3, 2, 5, 8, seed=5)
+    (grad,) = torch.autograd.grad(modulate(leaf, weight, bias, impl=impl), leaf, up)
+    torch.testing.assert_close(grad, up * weight[:, None, None])
+
+
 def test_a_constant_bias_and_no_eps(impl):
     """Beyond the last row of a tile, and the last channel, everything is 0, and 0 times 1 / std(0) is not."""
     args = [make(2, 5, 24), torch.ones(1, 24), torch.zeros(1, 24), torch.ones(24), torch.zeros(24)]
