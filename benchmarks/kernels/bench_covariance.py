@@ -7,10 +7,12 @@ import torch
 from dtme_kernels import token_covariance_
 from dtme_kernels.covariance import reference
 
-from .conftest import DEVICE
+from .conftest import DEVICE, Shape
 
 ON_GPU = ["addmm", "baddbmm"] if DEVICE.type == "cuda" else []
 RIVALS = ["eager", "compiled", *ON_GPU, "ours into float64", "ours"]
+if DEVICE.type != "cuda":
+    MORE_SHAPES = {"8,192 x 768": Shape(1, 8192, 768, 12, blocks=1)}
 
 
 def eager(accumulator, tokens):
