@@ -1,9 +1,9 @@
 // Pairwise conflicts of task gradients in the range and in the null space (Eq. 4).
 //
 // A block of tokens stays in the second cache while it is rotated and its dot products are taken: no coordinate is ever
-// written to memory. The rotation is nearly all of the work, so the larger of the two spaces is not rotated into at all:
-// with an orthonormal basis its dot product is the whole one, <g_i, g_j>, less that of the other space. Where the result
-// is so small that rounding could have made its sign, that pair at that token is rotated after all.
+// written to memory. The rotation is nearly all of the work, so the larger of the two spaces is not rotated into: with
+// an orthonormal basis its dot product is the whole one, <g_i, g_j>, less that of the other space. Where the result is
+// so small that rounding could have made its sign, that pair at that token is rotated after all.
 
 #include <atomic>
 
@@ -39,7 +39,7 @@ double distance_from_orthonormal(const S* basis, int64_t p) {
       for (int d = 0; d < DIRECTIONS; d++) left[d] -= basis[c * p + e] * u[e * DIRECTIONS + d];
     for (double x : left) square += x * x / DIRECTIONS;
   }
-  return 4 * std::sqrt(square);  // 4: an estimate from 8 directions, of one bad eigenvector, is rarely that much too low
+  return 4 * std::sqrt(square);  // 4: from 8 directions, of one bad eigenvector, it is rarely estimated lower by more
 }
 
 // --- counting --------------------------------------------------------------------------------------------------------

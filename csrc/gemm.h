@@ -84,7 +84,7 @@ inline void multiply(int64_t m, int64_t n, int64_t depth, Left<S> a, Right<S> b,
   }
 }
 
-// The same with sums of at most `BLOCK` products each, whose sum is then taken: a rounding error of BLOCK + depth / BLOCK.
+// The same with sums of at most `BLOCK` products each, and their sum: a rounding error of BLOCK + depth / BLOCK.
 constexpr int64_t BLOCK = 64;
 template <class S>
 inline void multiply_in_blocks(int64_t m, int64_t n, int64_t depth, Left<S> a, Right<S> b, S* c, int64_t ldc) {

@@ -1,7 +1,7 @@
 // The kernels as CPU implementations of torch.ops.dtme, through torch's stable ABI, and what `_C` tells about itself.
 //
-// Schemas, checks of arguments and gradients are Python's (dtme_kernels/*/op.py); here tensors become views, results are
-// allocated, and the kernels of the best instruction set that this machine has are called.
+// Schemas, checks of arguments and gradients are Python's (dtme_kernels/*/op.py); here tensors become views, results
+// are allocated, and the kernels of the best instruction set that this machine has are called.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
@@ -256,15 +256,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_layer_norm_backward(
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
+// Whether a mask has one row for all of dimension i of (T, B, H, N, S). Its stride does not tell: it may be expanded.
+bool broadcasts(const Tensor& mask, int64_t i) {
+  int64_t own = i - 5 + mask.dim();
+  return own < 0 || mask.size(own) == 1;
+}
+
 // (T, B, H, N, S) of a mask that broadcasts to it
 View mask_view(const std::optional<Tensor>& mask, const View& query, const View& key) {
   if (!mask) return {};
   View view = start(*mask);
   int64_t full[] = {query.size[0], query.size[1], query.size[2], query.size[3], key.size[3]};
-  for (int64_t i = 0; i < 5; i++) {
-    int64_t own = i - 5 + mask->dim();
-    append(view, full[i], own < 0 || mask->size(own) == 1 ? 0 : mask->stride(own));
-  }
+  for (int64_t i = 0; i < 5; i++) append(view, full[i], broadcasts(*mask, i) ? 0 : mask->stride(i - 5 + mask->dim()));
   return view;
 }
 
@@ -298,7 +301,7 @@ std::tuple<Tensor, Tensor> expanded_attention_forward(Tensor query, Tensor key, 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expanded_attention_backward(
-    Tensor grad, Tensor output, Tensor statistics, Tensor query, Tensor key, Tensor value, Tensor task_key,
+    Tensor grad, Tensor /* output */, Tensor /* statistics */, Tensor query, Tensor key, Tensor value, Tensor task_key,
     Tensor task_value, std::optional<Tensor> mask, bool causal, std::optional<double> scale, bool mask_grad) {
   Attention a = attention_of(query, key, value, task_key, task_value, mask, causal, scale);
   int lead = query.dim() == 4;
@@ -312,10 +315,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expanded_attention_ba
   kernels->attend_backward(parallel(), a, view_of(grad, lead), view_of(d_query, lead), view_of(d_key, lead),
                            view_of(d_value, lead), view_of(d_task_key, lead), view_of(d_task_value, lead), scores);
   if (mask_grad) {
-    std::vector<int64_t> broadcast;
+    std::vector<int64_t> shared;
     for (int64_t i = 0; i < 5; i++)
-      if (a.mask.stride[i] == 0 && a.mask.size[i] != 1) broadcast.push_back(i);
-    if (!broadcast.empty()) d_mask = torch::stable::sum(d_mask, broadcast, true);
+      if (broadcasts(*mask, i)) shared.push_back(i);
+    if (!shared.empty()) d_mask = torch::stable::sum(d_mask, shared, true);
     d_mask = torch::stable::to(torch::stable::reshape(d_mask, mask->sizes()), mask->scalar_type());
   }
   return {d_query, d_key, d_value, d_task_key, d_task_value, d_mask};
@@ -343,8 +346,8 @@ std::tuple<Tensor, Tensor> packed_attention(Tensor qkv, Tensor task_kv, std::opt
   return attend(a, qkv, {a.query.size, a.query.size + 5});
 }
 
-std::tuple<Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor output, Tensor statistics, Tensor qkv,
-                                                     Tensor task_kv, std::optional<double> scale) {
+std::tuple<Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor /* output */, Tensor /* statistics */,
+                                                     Tensor qkv, Tensor task_kv, std::optional<double> scale) {
   Tensor d_qkv = empty_as(qkv), d_task_kv = empty_as(task_kv);
   kernels->attend_backward(parallel(), packed(qkv, task_kv, scale), view_of(grad), of_qkv(d_qkv, 0), of_qkv(d_qkv, 1),
                            of_qkv(d_qkv, 2), of_task(d_task_kv, 0), of_task(d_task_kv, 1), {});

@@ -35,7 +35,8 @@ def token_covariance(tokens: Tensor, *, impl: str = "auto") -> Tensor:
 def token_covariance_(accumulator: Tensor, tokens: Tensor | Sequence[Tensor], *, impl: str = "auto") -> Tensor:
     """Add ``sum x x^T`` over all tokens to ``accumulator``, in place: all layers of a network in one call.
 
-    The sum of one call is formed in float32 (float64 for float64 tokens), then added in the accumulator's dtype.
+    What one call adds is formed in float32 (float64 for float64 tokens), at once or some thousand tokens at a time, and
+    then added in the accumulator's dtype.
     Nothing is added when any layer is invalid. No gradient flows.
 
     Args:

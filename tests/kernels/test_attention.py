@@ -267,6 +267,16 @@ def test_gradient_of_an_additive_mask(impl, shape, dtype):
         assert_accurate(got, exactly.cpu(), plainly, terms=30 if dtype == torch.float32 else 1)
 
 
+def test_gradient_of_an_expanded_mask(impl):
+    """It has the mask's shape, whatever memory the rows of the mask share."""
+    args, mask = problem(), make(2, 5, 5, seed=7)
+    mask, own = mask[:1].expand(2, 5, 5).requires_grad_(), mask[:1].repeat(2, 1, 1).requires_grad_()
+    got, want = (
+        torch.autograd.grad(expanded_attention(*args, attn_mask=x, impl=impl).square().sum(), x)[0] for x in (mask, own)
+    )
+    torch.testing.assert_close(got, want)
+
+
 def test_only_the_mask_wants_a_gradient(impl):
     args, mask = problem(), make(5, 5, seed=7, requires_grad=True)
     (got,) = torch.autograd.grad(expanded_attention(*args, attn_mask=mask, impl=impl).square().sum(), mask)
