@@ -1,8 +1,8 @@
 // Modulation and its layer norm (Sec. 4.3): one read of the tokens, a write a stream; backward likewise.
 //
 // Tokens stay in the first cache while every stream that shares them is formed. A few rows are worked on together:
-// their sums wait for each other less, and what they share is loaded once. The variance is taken around the mean, in a second
-// pass over numbers that are cached.
+// their sums wait for each other less, and what they share is loaded once. The variance is taken around the mean, in a
+// second pass over numbers that are cached.
 
 #include "vector.h"
 
