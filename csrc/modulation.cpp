@@ -174,6 +174,7 @@ inline void norm_backward(S* const (&y)[J], const Sums<S, J>& sums_y, const S* c
   for_places<S>(p, [&](auto at) DTME_INLINE {
     auto scale = at(gain);
     for (int j = 0; j < J; j++) {
+      __builtin_prefetch(dz[j] + J * p + at.c);  // of the next rows: every page is a new stream to the hardware's own
       auto ds = at(dz[j]) * scale;
       at.add(sums[j], ds);
       at.add(products[j], ds * (at(y[j]) - of.mean[j]));
@@ -231,6 +232,7 @@ void backward(const Parallel& parallel, const View& grad_modulated, const View& 
     for_places<S>(p, [&](auto at) DTME_INLINE {
       auto scale = at(w[t]), dw = at(d_weight_row), db = at(d_bias_row);
       for (int j = 0; j < J; j++) {
+        __builtin_prefetch(up[j] + J * p + at.c);
         auto g = at(up[j]);
         if (with_norm) g += at(through[j]);
         dw += g * at(in[j]);
