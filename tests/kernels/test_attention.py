@@ -87,7 +87,9 @@ def check(args, impl, **options):
     got = expanded_attention(*args, impl=impl, **options)
     assert got.dtype == args[0].dtype
     assert got.transpose(-3, -2).is_contiguous()
-    assert_accurate(got, oracle(*args, **options), plain(*args, **options))
+    # low precision rounds once, others at every addition
+    terms = 1 if got.dtype in LOW_PRECISION else args[0].shape[-1] + args[1].shape[-2] + args[3].shape[-2]
+    assert_accurate(got, oracle(*args, **options), plain(*args, **options), terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
