@@ -90,8 +90,12 @@ class Operator:
     def find_cpp(self) -> None:
         """Let ``impl="cpp"`` have the kernel that the extension has registered under the CPU key, if it has one."""
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"dtme::{self.operator}", DISPATCH_KEYS["cpp"]):
-            keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-            self.implementations["cpp"] = partial(self.overload.redispatch, keys)
+            self.implementations["cpp"] = self._below_autograd
+
+    def _below_autograd(self, *args: Any) -> Any:
+        """Through the dispatcher, as fake, traced and lazily negated tensors have to go."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any], once: "Operator") -> None:
         """Register the gradient.

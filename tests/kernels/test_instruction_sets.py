@@ -5,6 +5,7 @@ from inspect import signature
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from dtme_kernels import launch, modulate, registry
 from dtme_kernels.registry import OPERATORS
@@ -52,3 +53,13 @@ def test_a_named_extension_refuses_what_it_cannot_run():
     with pytest.raises(RuntimeError, match="cannot run expanded_attention: dropout is the reference's"):
         OPERATORS["expanded_attention"]("cpp", q, q, q, t, t, None, False, None, 0.5)
     assert registry.cpp_module.num_threads() == torch.get_num_threads()
+
+
+@pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
+def test_a_named_extension_goes_through_the_dispatcher():
+    tokens, weight, bias = make(2, 5, 6), make(3, 6), make(3, 6)
+    negated = torch.complex(torch.zeros_like(tokens), tokens).conj().imag
+    torch.testing.assert_close(modulate(negated, weight, bias, impl="cpp"), modulate(-tokens, weight, bias, impl="cpp"))
+    with FakeTensorMode():
+        fake = modulate(torch.empty(2, 5, 6), torch.empty(3, 6), torch.empty(3, 6), impl="cpp")
+    assert isinstance(fake, FakeTensor)
