@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..launch import cannot_run
-from ..registry import Operator
+from ..registry import Operator, library
 from . import reference
 
 _KERNELS = f"{__package__}.kernel"
@@ -46,3 +46,12 @@ token_covariance_ = Operator(
 token_covariance.implement_triton(_KERNELS, cannot_run)
 token_covariance_backward.implement_triton(_KERNELS, lambda grad, tokens: cannot_run(tokens))
 token_covariance_.implement_triton(_KERNELS, lambda accumulator, tokens: cannot_run(*tokens))
+
+
+def _count_version(keys: Any, accumulator: Tensor, tokens: list[Tensor]) -> None:
+    """Autograd must see that the accumulator has changed; of an operator in Python it does not by itself."""
+    token_covariance_.overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, accumulator, tokens)
+    torch.autograd.graph.increment_version(accumulator)
+
+
+library.impl("token_covariance_", _count_version, "ADInplaceOrView", with_keyset=True)

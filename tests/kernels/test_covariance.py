@@ -162,3 +162,11 @@ def test_operator_takes_tokens_that_require_grad_and_float64_into_float32():
     want = (tokens.T @ tokens).detach().float()
     torch.testing.assert_close(token_covariance_(torch.zeros(3, 3), tokens), want)
     torch.testing.assert_close(accumulator[0], want)
+
+
+def test_autograd_sees_that_the_accumulator_has_changed(impl):
+    sums, leaf = torch.zeros(8, 8), torch.ones(8, 8, requires_grad=True)
+    product = (sums * leaf).sum()
+    token_covariance_(sums, make(3, 8), impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
