@@ -144,6 +144,11 @@ Tensor empty_as(const Tensor& x) { return empty(x, sizes_of(x)); }
 void token_covariance_(Tensor sums, std::vector<Tensor> tokens) {
   std::vector<View> targets, sources;
   View all = view_of(sums);
+  bool fits = (all.dtype == Dtype::float32 || all.dtype == Dtype::float64) && (all.dim == 2 || all.dim == 3) &&
+              all.size[all.dim - 1] == all.size[all.dim - 2] &&
+              int64_t(tokens.size()) == (all.dim == 3 ? all.size[0] : 1);
+  for (const Tensor& x : tokens) fits &= x.dim() > 0 && x.size(x.dim() - 1) == all.size[all.dim - 1];
+  STD_TORCH_CHECK(fits, "dtme: the accumulator must be float32 or float64, (p, p) or (D, p, p) for D tokens (..., p)");
   for (size_t i = 0; i < tokens.size(); i++) {
     View target = view_of(sums);
     if (all.dim == 3) {
