@@ -179,9 +179,19 @@ Tensor token_covariance_backward(Tensor grad, Tensor tokens) {
 
 // --- conflicts -------------------------------------------------------------------------------------------------------
 
+void check_basis(const Tensor& grads, const Tensor& basis) {
+  int64_t p = grads.dim() > 1 ? grads.size(grads.dim() - 1) : -1;
+  STD_TORCH_CHECK(basis.dim() == 2 && basis.size(0) == p && basis.size(1) == p,
+                  "dtme: grads must be (K, ..., p), and the basis (p, p)");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> count_conflicts(Tensor grads, Tensor basis, std::vector<int64_t> ranks,
                                                            bool count_zero_gradients) {
+  check_basis(grads, basis);
   int64_t num_tasks = grads.size(0), num_ranks = ranks.size();
+  for (int64_t i = 0; i < num_ranks; i++)
+    STD_TORCH_CHECK((i == 0 || ranks[i - 1] < ranks[i]) && ranks[i] >= 0 && ranks[i] <= basis.size(0),
+                    "dtme: ranks must increase from 0 to p");
   auto zeros = [&](std::vector<int64_t> size) { return torch::stable::new_zeros(grads, size, ScalarType::Long); };
   Tensor range = zeros({num_ranks, num_tasks, num_tasks}), null = zeros({num_ranks, num_tasks, num_tasks});
   Tensor valid = zeros({num_tasks, num_tasks}), nonfinite = zeros({});
@@ -192,6 +202,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> count_conflicts(Tensor grads, Tensor 
 }
 
 std::tuple<Tensor, Tensor> projected_dots(Tensor grads, Tensor basis, int64_t rank) {
+  check_basis(grads, basis);
+  STD_TORCH_CHECK(rank >= 0 && rank <= basis.size(0), "dtme: the rank must be 0 to p");
   std::vector<int64_t> size = sizes_of(grads);
   size.pop_back();
   size[0] = size[0] * (size[0] - 1) / 2;
@@ -222,6 +234,10 @@ View tokens_view(Tensor& tokens) {
 }
 
 Tensor empty_streams(const Tensor& tokens, const Tensor& weight) {
+  STD_TORCH_CHECK((tokens.dim() == 3 || tokens.dim() == 4) && weight.dim() == 2 &&
+                      weight.size(1) == tokens.size(tokens.dim() - 1) &&
+                      (tokens.dim() == 3 || tokens.size(0) == weight.size(0)),
+                  "dtme: tokens must be (B, N, p) or (T, B, N, p), and the weight (T, p)");
   int64_t first = tokens.dim() - 3;
   return empty(tokens, {weight.size(0), tokens.size(first), tokens.size(first + 1), tokens.size(first + 2)});
 }
