@@ -1,7 +1,8 @@
 // The kernels as CPU implementations of torch.ops.dtme, through torch's stable ABI, and what `_C` tells about itself.
 //
 // Schemas, checks of arguments and gradients are Python's (dtme_kernels/*/op.py); here tensors become views, results
-// are allocated, and the kernels of the best instruction set that this machine has are called.
+// are allocated, and the kernels of the best instruction set that this machine has are called. Some sizes are checked
+// again: who calls torch.ops.dtme passes by Python's checks.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
