@@ -63,23 +63,24 @@ inline void scale_and_shift(const S* const (&x)[J], const S* w, const S* b, S* c
 
 template <class S, int J>
 struct Statistics {
-  S mean[J], inverse_std[J];
+  S mean[J], rest[J], inverse_std[J];
   Statistics(S* const (&y)[J], const Sums<S, J>& sums, int64_t p, S eps) {
     Sums<S, J> rests, squares;
     for (int j = 0; j < J; j++) mean[j] = sums[j].total() / p;
     for_places<S>(p, [&](auto at) DTME_INLINE {
       for (int j = 0; j < J; j++) {
-        auto centred = at(y[j]) - mean[j];
-        at.add(rests[j], centred);
-        at.add(squares[j], centred * centred);
+        auto near = at(y[j]) - mean[j];
+        at.add(rests[j], near);
+        at.add(squares[j], near * near);
       }
     });
     for (int j = 0; j < J; j++) {
-      S rest = rests[j].total() / p;  // what rounding has left of a mean that is far larger than the deviations
-      mean[j] += rest;
-      inverse_std[j] = 1 / std::sqrt(std::max(squares[j].total() / p - rest * rest, S(0)) + eps);
+      rest[j] = rests[j].total() / p;  // of the mean, below its last digit: much, where it is far larger than deviations
+      inverse_std[j] = 1 / std::sqrt(std::max(squares[j].total() / p - rest[j] * rest[j], S(0)) + eps);
     }
   }
+  template <class V>
+  V centred(V y, int j) const { return y - mean[j] - rest[j]; }
 };
 
 // Every row begins at a whole vector, if the rows are whole vectors.
@@ -115,7 +116,7 @@ void forward(const Parallel& parallel, const View& tokens, const View& weight, c
       for_places<S>(p, [&](auto at) DTME_INLINE {
         auto scale = at(gain[0]), more = at(shift[0]);
         for (int j = 0; j < J; j++) {
-          auto formed = at(y[j]), normed = (formed - of.mean[j]) * of.inverse_std[j] * scale + more;
+          auto formed = at(y[j]), normed = of.centred(formed, j) * of.inverse_std[j] * scale + more;
           if (!streamed) {
             at.put(z[j], normed);
             continue;
@@ -177,7 +178,7 @@ inline void norm_backward(S* const (&y)[J], const Sums<S, J>& sums_y, const S* c
       __builtin_prefetch(dz[j] + J * p + at.c);  // of the next rows: every page is a new stream to the hardware's own
       auto ds = at(dz[j]) * scale;
       at.add(sums[j], ds);
-      at.add(products[j], ds * (at(y[j]) - of.mean[j]));
+      at.add(products[j], ds * of.centred(at(y[j]), j));
     }
   });
   S mean[J], mean_product[J];  // of ds, and of ds with s
@@ -188,7 +189,7 @@ inline void norm_backward(S* const (&y)[J], const Sums<S, J>& sums_y, const S* c
   for_places<S>(p, [&](auto at) DTME_INLINE {
     auto scale = at(gain), more_gain = at(d_gain), more_shift = at(d_shift);
     for (int j = 0; j < J; j++) {
-      auto s = (at(y[j]) - of.mean[j]) * of.inverse_std[j], up = at(dz[j]);
+      auto s = of.centred(at(y[j]), j) * of.inverse_std[j], up = at(dz[j]);
       at.put(dy[j], (up * scale - mean[j] - s * mean_product[j]) * of.inverse_std[j]);
       more_gain += up * s;
       more_shift += up;

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtme_kernels import modulate, modulate_layer_norm
+from dtme_kernels.registry import OPERATORS
 from dtme_kernels.testing import DTYPES, LAYOUTS, LOW_PRECISION, assert_accurate, exact, make
 
 EPS = 1e-6
@@ -38,14 +39,21 @@ def plain(tokens, weight, bias, norm_weight, norm_bias):
     return y, F.layer_norm(y, y.shape[-1:], *norm, EPS)
 
 
+def condition(y):
+    """What the norm makes of an error of y: the largest |y| / std of a row."""
+    return float((abs(y) / np.sqrt(y.var(-1, keepdims=True) + EPS)).max(initial=1))
+
+
 def check(args, impl):
     modulated = modulate(*args[:3], impl=impl)
     pair = modulate_layer_norm(*args, EPS, impl=impl)
     assert torch.equal(modulated, pair[0])
-    for got, want, by_torch in zip(pair, oracle(*args), plain(*args), strict=True):
+    expected = oracle(*args)
+    terms = (1, condition(expected[0]) ** 2)
+    for got, want, by_torch, n in zip(pair, expected, plain(*args), terms, strict=True):
         assert got.dtype == args[0].dtype
         assert got.is_contiguous()
-        assert_accurate(got, want, by_torch)
+        assert_accurate(got, want, by_torch, n)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,6 +99,15 @@ def test_a_large_mean_does_not_eat_the_variance(impl):
     args = (tokens, torch.ones(1, 192), torch.zeros(1, 192), *parameters[2:])
     got, want = modulate_layer_norm(*args, EPS, impl=impl)[1], oracle(*args)[1]
     assert_accurate(got, want, plain(*args)[1])
+
+
+@pytest.mark.skipif(OPERATORS["modulate_layer_norm"].automatic("cpu") != "cpp", reason="no C++ kernels")
+@pytest.mark.parametrize("p", [2, 3, 7, 192])
+def test_what_rounding_takes_from_the_mean_is_not_lost(p):
+    tokens, *_, norm_weight, norm_bias = problem(50, 2, p)
+    args = (tokens / 100 + 1000, torch.ones(1, p), torch.zeros(1, p), norm_weight, norm_bias)
+    want = oracle(*args)[1]  # of tokens float32 holds exactly
+    assert_accurate(modulate_layer_norm(*args, EPS, impl="cpp")[1], want, torch.from_numpy(want), terms=16)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
