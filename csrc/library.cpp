@@ -1,24 +1,17 @@
 // The kernels as CPU implementations of torch.ops.dtme, through torch's stable ABI, and what `_C` tells about itself.
 //
 // Schemas, checks of arguments and gradients are Python's (dtme_kernels/*/op.py); here tensors become views, results
-// are allocated, and the kernels of the best instruction set that this machine has are called. Some sizes are checked
-// again: who calls torch.ops.dtme passes by Python's checks.
+// are allocated, and the kernels of the best instruction set that this machine has are called.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <string>
-#include <vector>
 
-#include "kernels.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace dtme;
 
 // --- which kernels ---------------------------------------------------------------------------------------------------
@@ -71,101 +64,39 @@ void run(int64_t n, int64_t grain, Parallel::Function function, void* context) {
 }
 Parallel parallel() { return {run, torch::stable::get_num_threads()}; }
 
-// --- tensors as views ------------------------------------------------------------------------------------------------
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Bool: return Dtype::boolean;
-    default: STD_TORCH_CHECK(false, "dtme: tensors must be floating point, or bool as a mask"); std::abort();
-  }
-}
-
-ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void append(View& view, int64_t size, int64_t stride) {
-  view.size[view.dim] = size;
-  view.stride[view.dim++] = stride;
-}
-
-View start(const Tensor& x) {
-  View view;
-  view.data = const_cast<void*>(x.const_data_ptr());
-  view.dtype = dtype_of(x);
-  return view;
-}
-
-// All dimensions; `lead` of size 1 in front.
-View view_of(const Tensor& x, int lead = 0) {
-  STD_TORCH_CHECK(x.dim() + lead <= MAX_DIM, "dtme: a tensor of ", x.dim(), " dimensions");
-  View view = start(x);
-  while (lead--) append(view, 1, 0);
-  for (int64_t i = 0; i < x.dim(); i++) append(view, x.size(i), x.stride(i));
-  return view;
-}
-
-// (kept..., rows..., p): the rows merged into as few dimensions as their strides allow, at least one. `owner` keeps the
-// copy of a tensor that has too many.
-View rows_of(Tensor& owner, int keep = 0) {
-  View view = start(owner);
-  int64_t last = owner.dim() - 1;
-  for (int64_t i = 0; i < keep; i++) append(view, owner.size(i), owner.stride(i));
-  for (int64_t i = keep; i < last; i++) {
-    int64_t size = owner.size(i), stride = owner.stride(i);
-    int before = view.dim - 1;
-    if (size == 1 && view.dim > keep) continue;
-    if (view.dim > keep && (view.size[before] == 1 || view.stride[before] == size * stride)) {
-      view.size[before] *= size;
-      view.stride[before] = stride;
-    } else if (view.dim < MAX_DIM - 1) {
-      append(view, size, stride);
-    } else {
-      owner = torch::stable::contiguous(owner);
-      return rows_of(owner, keep);
-    }
-  }
-  if (view.dim == keep) append(view, 1, 0);
-  append(view, owner.size(last), owner.stride(last));
-  return view;
-}
-
-Tensor empty(const Tensor& like, std::vector<int64_t> size, std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, size, dtype);
-}
-std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
-Tensor empty_as(const Tensor& x) { return empty(x, sizes_of(x)); }
-
 // --- covariance ------------------------------------------------------------------------------------------------------
 
+constexpr int64_t ANY = 1 << 30;
+
+int64_t check_tokens(const Tensor& tokens) {
+  expect_dim("tokens", tokens, 1, ANY);
+  int64_t p = tokens.size(tokens.dim() - 1);
+  STD_TORCH_CHECK(p, "dtme: tokens without channels");
+  return p;
+}
+
 void token_covariance_(Tensor sums, std::vector<Tensor> tokens) {
+  bool grouped = sums.dim() == 3;
+  expect_dim("the accumulator", sums, 2, 3);
+  STD_TORCH_CHECK(dtype_of(sums) == Dtype::float32 || dtype_of(sums) == Dtype::float64,
+                  "dtme: the accumulator must be float32 or float64");
+  int64_t p = sums.size(sums.dim() - 1), layers = tokens.size();
+  expect("the accumulator", sums, grouped ? Sizes{layers, p, p} : Sizes{p, p});
+  STD_TORCH_CHECK(grouped || layers == 1, "dtme: the accumulator of ", layers, " layers must be (D, p, p)");
+  sums.mutable_data_ptr();  // a lazy clone becomes a real one before it is written to
   std::vector<View> targets, sources;
-  View all = view_of(sums);
-  bool fits = (all.dtype == Dtype::float32 || all.dtype == Dtype::float64) && (all.dim == 2 || all.dim == 3) &&
-              all.size[all.dim - 1] == all.size[all.dim - 2] &&
-              int64_t(tokens.size()) == (all.dim == 3 ? all.size[0] : 1);
-  for (const Tensor& x : tokens) fits &= x.dim() > 0 && x.size(x.dim() - 1) == all.size[all.dim - 1];
-  STD_TORCH_CHECK(fits, "dtme: the accumulator must be float32 or float64, (p, p) or (D, p, p) for D tokens (..., p)");
-  for (size_t i = 0; i < tokens.size(); i++) {
-    View target = view_of(sums);
-    if (all.dim == 3) {
-      target = start(sums);
-      target.data = static_cast<char*>(all.data) + i * all.stride[0] * (all.dtype == Dtype::float64 ? 8 : 4);
-      append(target, all.size[1], all.stride[1]);
-      append(target, all.size[2], all.stride[2]);
-    }
-    targets.push_back(target);
+  for (int64_t i = 0; i < layers; i++) {
+    STD_TORCH_CHECK(check_tokens(tokens[i]) == p, "dtme: tokens must be (..., ", p, "), got ",
+                    text(sizes_of(tokens[i])));
+    targets.push_back(start(sums, 0, grouped ? i : 0));
+    for (int64_t at = grouped; at < sums.dim(); at++) append(targets[i], p, sums.stride(at));
     sources.push_back(rows_of(tokens[i]));
   }
-  kernels->accumulate_covariance(parallel(), tokens.size(), targets.data(), sources.data());
+  kernels->accumulate_covariance(parallel(), layers, targets.data(), sources.data());
 }
 
 Tensor token_covariance(Tensor tokens) {
-  int64_t p = tokens.size(tokens.dim() - 1);
+  int64_t p = check_tokens(tokens);
   Tensor sum = torch::stable::new_zeros(tokens, {p, p}, wide(tokens));
   View target = view_of(sum), source = rows_of(tokens);
   kernels->accumulate_covariance(parallel(), 1, &target, &source);
@@ -173,6 +104,8 @@ Tensor token_covariance(Tensor tokens) {
 }
 
 Tensor token_covariance_backward(Tensor grad, Tensor tokens) {
+  int64_t p = check_tokens(tokens);
+  expect("grad", grad, {p, p});
   Tensor d_tokens = empty_as(tokens);
   kernels->covariance_backward(parallel(), view_of(grad), rows_of(tokens), rows_of(d_tokens));
   return d_tokens;
@@ -180,20 +113,21 @@ Tensor token_covariance_backward(Tensor grad, Tensor tokens) {
 
 // --- conflicts -------------------------------------------------------------------------------------------------------
 
-void check_basis(const Tensor& grads, const Tensor& basis) {
-  int64_t p = grads.dim() > 1 ? grads.size(grads.dim() - 1) : -1;
-  STD_TORCH_CHECK(basis.dim() == 2 && basis.size(0) == p && basis.size(1) == p,
-                  "dtme: grads must be (K, ..., p), and the basis (p, p)");
+void check_grads(const Tensor& grads, const Tensor& basis) {
+  expect_dim("grads", grads, 2, ANY);
+  int64_t p = grads.size(grads.dim() - 1);
+  STD_TORCH_CHECK(grads.size(0) && p, "dtme: grads without tasks or channels");
+  expect("basis", basis, {p, p});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> count_conflicts(Tensor grads, Tensor basis, std::vector<int64_t> ranks,
+std::tuple<Tensor, Tensor, Tensor, Tensor> count_conflicts(Tensor grads, Tensor basis, Sizes ranks,
                                                            bool count_zero_gradients) {
-  check_basis(grads, basis);
+  check_grads(grads, basis);
   int64_t num_tasks = grads.size(0), num_ranks = ranks.size();
   for (int64_t i = 0; i < num_ranks; i++)
     STD_TORCH_CHECK((i == 0 || ranks[i - 1] < ranks[i]) && ranks[i] >= 0 && ranks[i] <= basis.size(0),
                     "dtme: ranks must increase from 0 to p");
-  auto zeros = [&](std::vector<int64_t> size) { return torch::stable::new_zeros(grads, size, ScalarType::Long); };
+  auto zeros = [&](Sizes size) { return torch::stable::new_zeros(grads, size, ScalarType::Long); };
   Tensor range = zeros({num_ranks, num_tasks, num_tasks}), null = zeros({num_ranks, num_tasks, num_tasks});
   Tensor valid = zeros({num_tasks, num_tasks}), nonfinite = zeros({});
   auto data = [](const Tensor& x) { return static_cast<int64_t*>(x.mutable_data_ptr()); };
@@ -202,20 +136,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> count_conflicts(Tensor grads, Tensor 
   return {range, null, valid, nonfinite};
 }
 
-std::tuple<Tensor, Tensor> projected_dots(Tensor grads, Tensor basis, int64_t rank) {
-  check_basis(grads, basis);
+// (P, ...): a number for every pair of tasks and token
+Sizes check_projection(const Tensor& grads, const Tensor& basis, int64_t rank) {
+  check_grads(grads, basis);
   STD_TORCH_CHECK(rank >= 0 && rank <= basis.size(0), "dtme: the rank must be 0 to p");
-  std::vector<int64_t> size = sizes_of(grads);
+  Sizes size = sizes_of(grads);
   size.pop_back();
   size[0] = size[0] * (size[0] - 1) / 2;
+  return size;
+}
+
+std::tuple<Tensor, Tensor> projected_dots(Tensor grads, Tensor basis, int64_t rank) {
+  Sizes size = check_projection(grads, basis, rank);
   Tensor range = empty(grads, size, wide(grads)), null = empty(grads, size, wide(grads));
-  View to_range = start(range), to_null = start(null);
-  kernels->projected_dots(parallel(), rows_of(grads, 1), view_of(basis), rank, to_range, to_null);
+  kernels->projected_dots(parallel(), rows_of(grads, 1), view_of(basis), rank, start(range), start(null));
   return {range, null};
 }
 
 std::tuple<Tensor, Tensor> projected_dots_backward(Tensor grad_range, Tensor grad_null, Tensor grads, Tensor basis,
                                                    int64_t rank) {
+  Sizes size = check_projection(grads, basis, rank);
+  expect("grad_range", grad_range, size);
+  expect("grad_null", grad_null, size);
+  STD_TORCH_CHECK(grad_range.scalar_type() == wide(grads) && grad_null.scalar_type() == wide(grads),
+                  "dtme: grad_range and grad_null must have the dtype of what they are gradients of");
   Tensor d_grads = empty_as(grads), d_basis = empty_as(basis);
   Tensor up_range = torch::stable::contiguous(grad_range), up_null = torch::stable::contiguous(grad_null);
   kernels->projected_dots_backward(parallel(), start(up_range), start(up_null), rows_of(grads, 1), view_of(basis), rank,
@@ -234,22 +178,26 @@ View tokens_view(Tensor& tokens) {
   return view;
 }
 
-Tensor empty_streams(const Tensor& tokens, const Tensor& weight) {
-  STD_TORCH_CHECK((tokens.dim() == 3 || tokens.dim() == 4) && weight.dim() == 2 &&
-                      weight.size(1) == tokens.size(tokens.dim() - 1) &&
-                      (tokens.dim() == 3 || tokens.size(0) == weight.size(0)),
-                  "dtme: tokens must be (B, N, p) or (T, B, N, p), and the weight (T, p)");
-  int64_t first = tokens.dim() - 3;
-  return empty(tokens, {weight.size(0), tokens.size(first), tokens.size(first + 1), tokens.size(first + 2)});
+// (T, B, N, p) of all streams
+Sizes check_streams(const Tensor& tokens, const Tensor& weight) {
+  expect_dim("tokens", tokens, 3, 4);
+  expect_dim("weight", weight, 2, 2);
+  Sizes size = sizes_of(tokens);
+  if (tokens.dim() == 3) size.insert(size.begin(), weight.size(0));
+  expect("weight", weight, {size[0], size[3]});
+  STD_TORCH_CHECK(size[0] && size[3], "dtme: tokens without streams or channels");
+  return size;
 }
 
 Tensor modulate(Tensor tokens, Tensor weight, Tensor bias) {
-  Tensor out = empty_streams(tokens, weight);
+  Tensor out = empty(tokens, check_streams(tokens, weight));
+  expect("bias", bias, sizes_of(weight));
   kernels->modulate(parallel(), tokens_view(tokens), view_of(weight), view_of(bias), {}, {}, 0, rows_of(out, 1), {});
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> modulate_backward(Tensor grad, Tensor tokens, Tensor weight) {
+  expect("grad", grad, check_streams(tokens, weight));
   Tensor d_tokens = empty_as(tokens), d_weight = empty_as(weight), d_bias = empty_as(weight);
   kernels->modulate_backward(parallel(), rows_of(grad, 1), {}, tokens_view(tokens), view_of(weight), {}, {}, 0,
                              tokens_view(d_tokens), view_of(d_weight), view_of(d_bias), {}, {});
@@ -258,7 +206,11 @@ std::tuple<Tensor, Tensor, Tensor> modulate_backward(Tensor grad, Tensor tokens,
 
 std::tuple<Tensor, Tensor> modulate_layer_norm(Tensor tokens, Tensor weight, Tensor bias, Tensor norm_weight,
                                                Tensor norm_bias, double eps) {
-  Tensor modulated = empty_streams(tokens, weight), normalized = empty_streams(tokens, weight);
+  Sizes size = check_streams(tokens, weight);
+  expect("bias", bias, sizes_of(weight));
+  expect("norm_weight", norm_weight, {size[3]});
+  expect("norm_bias", norm_bias, {size[3]});
+  Tensor modulated = empty(tokens, size), normalized = empty(tokens, size);
   kernels->modulate(parallel(), tokens_view(tokens), view_of(weight), view_of(bias), view_of(norm_weight, 1),
                     view_of(norm_bias, 1), eps, rows_of(modulated, 1), rows_of(normalized, 1));
   return {modulated, normalized};
@@ -268,6 +220,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_layer_norm_backward(
                                                                                 Tensor grad_normalized, Tensor tokens,
                                                                                 Tensor weight, Tensor bias,
                                                                                 Tensor norm_weight, double eps) {
+  Sizes size = check_streams(tokens, weight);
+  expect("grad_modulated", grad_modulated, size);
+  expect("grad_normalized", grad_normalized, size);
+  expect("bias", bias, sizes_of(weight));
+  expect("norm_weight", norm_weight, {size[3]});
   Tensor d_tokens = empty_as(tokens), d_weight = empty_as(weight), d_bias = empty_as(bias);
   Tensor d_norm_weight = empty_as(norm_weight), d_norm_bias = empty_as(norm_weight);
   kernels->modulate_backward(parallel(), rows_of(grad_modulated, 1), rows_of(grad_normalized, 1), tokens_view(tokens),
@@ -287,15 +244,38 @@ bool broadcasts(const Tensor& mask, int64_t i) {
 // (T, B, H, N, S) of a mask that broadcasts to it
 View mask_view(const std::optional<Tensor>& mask, const View& query, const View& key) {
   if (!mask) return {};
-  View view = start(*mask);
-  int64_t full[] = {query.size[0], query.size[1], query.size[2], query.size[3], key.size[3]};
-  for (int64_t i = 0; i < 5; i++) append(view, full[i], broadcasts(*mask, i) ? 0 : mask->stride(i - 5 + mask->dim()));
+  expect_dim("the mask", *mask, 0, 5);
+  View view = start(*mask, 0, 0, true);
+  Sizes full = {query.size[0], query.size[1], query.size[2], query.size[3], key.size[3]};
+  for (int64_t i = 0; i < 5; i++) {
+    int64_t own = i - 5 + mask->dim();
+    bool shared = broadcasts(*mask, i);
+    STD_TORCH_CHECK(shared || mask->size(own) == full[i], "dtme: the mask must broadcast to ", text(full), ", got ",
+                    text(sizes_of(*mask)));
+    append(view, full[i], shared ? 0 : mask->stride(own));
+  }
   return view;
 }
 
 Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& task_key,
                        const Tensor& task_value, const std::optional<Tensor>& mask, bool causal,
                        std::optional<double> scale) {
+  expect_dim("query", query, 4, 5);
+  expect_dim("key", key, query.dim(), query.dim());
+  expect_dim("task_key", task_key, query.dim() - 1, query.dim() - 1);
+  int64_t heads = query.dim() - 3, key_heads = key.size(heads);
+  Sizes keys = sizes_of(query), task_keys = sizes_of(task_key);
+  keys[heads] = key_heads;
+  keys[heads + 1] = key.size(heads + 1);
+  if (query.dim() == 5) task_keys[0] = keys[0];
+  task_keys[heads - 1] = key_heads;
+  task_keys[heads + 1] = keys[heads + 2];
+  STD_TORCH_CHECK(key_heads && keys[heads + 2], "dtme: heads without channels, or none");
+  STD_TORCH_CHECK(query.size(heads) % key_heads == 0, "dtme: heads of key must divide those of query");
+  expect("key", key, keys);
+  expect("value", value, keys);
+  expect("task_key", task_key, task_keys);
+  expect("task_value", task_value, task_keys);
   int lead = query.dim() == 4;  // one stream
   Attention a{view_of(query, lead), view_of(key, lead), view_of(value, lead), view_of(task_key, lead),
               view_of(task_value, lead), {}, causal, 0};
@@ -305,7 +285,7 @@ Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& val
 }
 
 // As the reference returns it: merging heads is a view.
-std::tuple<Tensor, Tensor> attend(const Attention& a, const Tensor& like, std::vector<int64_t> size) {
+std::tuple<Tensor, Tensor> attend(const Attention& a, const Tensor& like, Sizes size) {
   int64_t dim = size.size();
   std::swap(size[dim - 3], size[dim - 2]);
   Tensor output = torch::stable::transpose(empty(like, size), dim - 3, dim - 2);
@@ -326,6 +306,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expanded_attention_ba
     Tensor grad, Tensor /* output */, Tensor /* statistics */, Tensor query, Tensor key, Tensor value, Tensor task_key,
     Tensor task_value, std::optional<Tensor> mask, bool causal, std::optional<double> scale, bool mask_grad) {
   Attention a = attention_of(query, key, value, task_key, task_value, mask, causal, scale);
+  expect("grad", grad, sizes_of(query));
+  mask_grad &= mask && dtype_of(*mask) != Dtype::boolean;
   int lead = query.dim() == 4;
   Tensor d_query = empty_as(query), d_key = empty_as(key), d_value = empty_as(value);
   Tensor d_task_key = empty_as(task_key), d_task_value = empty_as(task_value), d_mask = empty(query, {0});
@@ -337,7 +319,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expanded_attention_ba
   kernels->attend_backward(parallel(), a, view_of(grad, lead), view_of(d_query, lead), view_of(d_key, lead),
                            view_of(d_value, lead), view_of(d_task_key, lead), view_of(d_task_value, lead), scores);
   if (mask_grad) {
-    std::vector<int64_t> shared;
+    Sizes shared;
     for (int64_t i = 0; i < 5; i++)
       if (broadcasts(*mask, i)) shared.push_back(i);
     if (!shared.empty()) d_mask = torch::stable::sum(d_mask, shared, true);
@@ -348,9 +330,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expanded_attention_ba
 
 // Dimension `at` of a packed tensor taken at `i`, and the rest in the order of `dims`.
 View unpack(const Tensor& packed, int at, int64_t i, std::vector<int> dims) {
-  View view = start(packed);
-  int64_t size = view.dtype == Dtype::float64 ? 8 : view.dtype == Dtype::float32 ? 4 : 2;
-  view.data = static_cast<char*>(view.data) + i * packed.stride(at) * size;
+  View view = start(packed, at, i);
   for (int dim : dims) append(view, packed.size(dim), packed.stride(dim));
   return view;
 }
@@ -359,6 +339,11 @@ View of_task(const Tensor& task_kv, int64_t i) { return unpack(task_kv, 2, i, {0
 
 // qkv (T, B, N, 3, H, d) and task_kv (T, t, 2, H, d)
 Attention packed(const Tensor& qkv, const Tensor& task_kv, std::optional<double> scale) {
+  expect_dim("qkv", qkv, 6, 6);
+  expect_dim("task_kv", task_kv, 5, 5);
+  expect("qkv", qkv, {qkv.size(0), qkv.size(1), qkv.size(2), 3, qkv.size(4), qkv.size(5)});
+  STD_TORCH_CHECK(qkv.size(4) && qkv.size(5), "dtme: heads without channels, or none");
+  expect("task_kv", task_kv, {qkv.size(0), task_kv.size(1), 2, qkv.size(4), qkv.size(5)});
   return {of_qkv(qkv, 0), of_qkv(qkv, 1), of_qkv(qkv, 2), of_task(task_kv, 0), of_task(task_kv, 1), {}, false,
           scale.value_or(1 / std::sqrt(double(qkv.size(5))))};
 }
@@ -370,8 +355,10 @@ std::tuple<Tensor, Tensor> packed_attention(Tensor qkv, Tensor task_kv, std::opt
 
 std::tuple<Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor /* output */, Tensor /* statistics */,
                                                      Tensor qkv, Tensor task_kv, std::optional<double> scale) {
+  Attention a = packed(qkv, task_kv, scale);
+  expect("grad", grad, {a.query.size, a.query.size + 5});
   Tensor d_qkv = empty_as(qkv), d_task_kv = empty_as(task_kv);
-  kernels->attend_backward(parallel(), packed(qkv, task_kv, scale), view_of(grad), of_qkv(d_qkv, 0), of_qkv(d_qkv, 1),
+  kernels->attend_backward(parallel(), a, view_of(grad), of_qkv(d_qkv, 0), of_qkv(d_qkv, 1),
                            of_qkv(d_qkv, 2), of_task(d_task_kv, 0), of_task(d_task_kv, 1), {});
   return {d_qkv, d_task_kv};
 }

@@ -83,6 +83,13 @@ def test_accumulates_into_a_view(impl):
     assert torch.equal(storage, token_covariance(make(4, 6), impl=impl).expand(3, 6, 6))
 
 
+def test_a_lazy_clone_becomes_a_real_one(impl):
+    original = torch.zeros(6, 6)
+    accumulator = token_covariance_(torch._lazy_clone(original), make(4, 6), impl=impl)
+    assert accumulator.any()
+    assert not original.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_many_layers_of_many_tokens(impl, dtype):
     """Splits of the tokens, long sums, and layers of two layouts between each other."""

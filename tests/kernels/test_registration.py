@@ -3,9 +3,11 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
+from torch._C import DispatchKey
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dtme_kernels as dk
@@ -101,6 +103,51 @@ SAMPLES["modulate_concat_attention"] += [[*arguments("modulate_concat_attention"
 def test_opcheck(name):
     for args in SAMPLES[name]:
         torch.library.opcheck(OPERATORS[name].overload, tuple(args))
+
+
+def wrong(args):
+    """The arguments with one tensor at a time a row shorter or longer, a dimension less, or of integers.
+
+    And all of them without what there are n of.
+    """
+    for n in range(1, 7):
+        without = ([slice(size * (size != n)) for size in getattr(x, "shape", ())] for x in args)
+        yield [x[kept] if isinstance(x, torch.Tensor) else x for x, kept in zip(args, map(tuple, without), strict=True)]
+    for i, x in enumerate(args):
+        if isinstance(x, list):
+            yield from ([*args[:i], values, *args[i + 1 :]] for values in wrong(x))
+        if not isinstance(x, torch.Tensor):
+            continue
+        x = x.detach()
+        changed = [x.long(), *x[:1]]
+        for dim in range(x.dim()):
+            changed += [x.narrow(dim, 0, x.shape[dim] - 1)] if x.shape[dim] else []
+            changed += [torch.cat([x, x.narrow(dim, 0, 1)], dim)] if x.shape[dim] else []
+        yield from ([*args[:i], y, *args[i + 1 :]] for y in changed)
+
+
+def outcome(function, args):
+    """What is returned, or written into the first argument; None if it raises."""
+    args = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+    try:
+        outputs = function(*args)
+    except (RuntimeError, TypeError, IndexError, ValueError, ZeroDivisionError):
+        return None
+    return [args[0]] if outputs is None else outputs if isinstance(outputs, tuple) else [outputs]
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if not OPERATORS[name].composite])
+def test_wrong_sizes_are_refused_below_the_public_functions_too(name):
+    operator = OPERATORS[name]
+    for args in SAMPLES[name]:
+        for changed in wrong([x.detach() if isinstance(x, torch.Tensor) else x for x in args]):
+            got = outcome(operator.overload, changed)
+            if got is not None:
+                want = outcome(partial(operator.overload._op_dk, DispatchKey.CompositeExplicitAutograd), changed)
+                assert want is not None, [getattr(x, "shape", x) for x in changed]
+                if name in ("expanded_attention", "packed_attention"):  # of the statistics the reference has zeros
+                    got, want = got[:1], want[:1]
+                torch.testing.assert_close(list(got), list(want), rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", SHAPES)
