@@ -90,12 +90,7 @@ class Operator:
     def find_cpp(self) -> None:
         """Let ``impl="cpp"`` have the kernel that the extension has registered under the CPU key, if it has one."""
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"dtme::{self.operator}", DISPATCH_KEYS["cpp"]):
-            self.implementations["cpp"] = self._below_autograd
-
-    def _below_autograd(self, *args: Any) -> Any:
-        """Through the dispatcher, as fake, traced and lazily negated tensors have to go."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+            self.implementations["cpp"] = self.overload
 
     def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any], once: "Operator") -> None:
         """Register the gradient.
@@ -143,7 +138,9 @@ class Operator:
         if impl in self.unsupported and (why := self.unsupported[impl](*args)):
             raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
         function = self.implementations[impl]
-        if impl != "reference" and self.gradient:
+        if impl == "cpp":
+            return function(*args)  # what the dispatcher always has for CPU tensors
+        if impl == "triton" and self.gradient:
             function = partial(_Named.apply, self, impl)  # the reference is plain torch, with torch's own gradient
         return self._outside_autocast(function, args[0].device.type, args)
 

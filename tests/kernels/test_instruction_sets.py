@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from dtme_kernels import launch, modulate, registry
 from dtme_kernels.registry import OPERATORS
 from dtme_kernels.testing import make
-from tests.kernels import test_attention, test_conflicts, test_covariance, test_modulation
+from tests.kernels import test_attention, test_conflicts, test_covariance, test_modulation, test_registration
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="Triton's interpreter takes the CPU tensors")
 
@@ -63,3 +63,13 @@ def test_a_named_extension_goes_through_the_dispatcher():
     with FakeTensorMode():
         fake = modulate(torch.empty(2, 5, 6), torch.empty(3, 6), torch.empty(3, 6), impl="cpp")
     assert isinstance(fake, FakeTensor)
+
+
+@pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
+@pytest.mark.parametrize("name", test_registration.SHAPES)
+def test_a_named_extension_compiles_into_one_graph(name):
+    args = test_registration.arguments(name)
+    compiled = torch.compile(test_registration.call, fullgraph=True, backend="aot_eager")
+    got, want = (function(name, *args, impl="cpp") for function in (compiled, test_registration.call))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(test_registration.gradients(outputs, args) for outputs in (got, want)))
