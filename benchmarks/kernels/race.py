@@ -1,8 +1,10 @@
 """Time rivals against each other: interleaved, so that a drifting clock meets all of them, and from a cold cache."""
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ class Result(NamedTuple):
 
     seconds: list[float]
     peak_bytes: int | None
-    """The most memory above what was allocated before, on a GPU."""
+    """The most memory above what was allocated before; on the CPU, where Linux can tell what was resident."""
 
 
 def race(rivals: Rivals, device: torch.device, *, rounds: int = 21, host: bool = False) -> dict[str, Result]:
@@ -43,13 +45,31 @@ def _warm_up(rival: Callable[[], Any], device: torch.device) -> int | None:
     """Compile, then once more for the memory."""
     rival()
     if device.type != "cuda":
-        return None
+        return _host_peak(rival)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     rival()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _host_peak(rival: Callable[[], Any]) -> int | None:
+    own = Path("/proc/self")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else what the rival takes may be there already
+        (own / "clear_refs").write_text("5")  # the most resident so far is what is resident now
+        before = _status(own, "VmRSS")
+        rival()
+        return _status(own, "VmHWM") - before
+    except (AttributeError, OSError):
+        return None
+
+
+def _status(process: Path, key: str) -> int:
+    """Bytes."""
+    (line,) = (line for line in (process / "status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
 
 
 def _host_time(rival: Callable[[], Any], device: torch.device) -> float:

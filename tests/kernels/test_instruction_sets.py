@@ -1,7 +1,6 @@
 """The C++ kernels of every instruction set, against the oracles of the reference; the best one is what "auto" runs."""
 
 import shutil
-from inspect import signature
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from dtme_kernels import launch, modulate, registry
 from dtme_kernels.registry import OPERATORS
 from dtme_kernels.testing import make
-from tests.kernels import test_attention, test_conflicts, test_covariance, test_modulation, test_registration
+from tests.kernels import every_implementation, test_registration
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="Triton's interpreter takes the CPU tensors")
 
@@ -29,10 +28,7 @@ def impl(request):
     registry.cpp_module.use_instruction_set(best)
 
 
-for _module in (test_covariance, test_conflicts, test_modulation, test_attention):
-    for _name, _test in vars(_module).items():
-        if _name.startswith("test_") and "impl" in signature(_test).parameters:
-            globals()[f"{_name}_of_{_module.__name__.rpartition('_')[2]}"] = _test
+globals().update(every_implementation.collect())
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")

@@ -7,14 +7,19 @@ knows no races, and multiplies the raw bits of bfloat16 in ``tl.dot``; tests/gpu
 import os
 import subprocess
 import sys
-from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 
 from dtme_kernels import launch
-from tests.kernels import test_attention, test_conflicts, test_covariance, test_modulation
+from tests.kernels import (
+    every_implementation,
+    test_attention,
+    test_conflicts,
+    test_covariance,
+    test_modulate_concat_attention,
+)
 
 if not launch.interpreted():
 
@@ -37,14 +42,11 @@ else:
         dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
         if dtype == torch.float64 or request.node.get_closest_marker("float64"):
             pytest.skip("float64 is the reference's")
-        products = (test_covariance.__name__, test_attention.__name__)
-        if dtype == torch.bfloat16 and request.function.__module__ in products:
+        products = (test_covariance, test_attention, test_modulate_concat_attention)
+        if dtype == torch.bfloat16 and sys.modules[request.function.__module__] in products:
             pytest.skip("the interpreter cannot multiply bfloat16")
         if dtype == torch.bfloat16 and request.function is test_conflicts.test_magnitude_does_not_matter:
             pytest.skip("the interpreter misreads subnormal bfloat16")
         return "triton"
 
-    for _module in (test_covariance, test_conflicts, test_modulation, test_attention):
-        for _name, _test in vars(_module).items():
-            if _name.startswith("test_") and "impl" in signature(_test).parameters:
-                globals()[f"{_name}_of_{_module.__name__.rpartition('_')[2]}"] = _test
+    globals().update(every_implementation.collect())
