@@ -1,6 +1,6 @@
 """What ``expand`` hangs on a block: its tasks' modulation and tokens, as the child module ``<block>.dtme``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import dtme_kernels
 
-from .attention import KeysValues, NotExpandable, Projection, Seam, Site, is_hooked, is_layer_norm
+from .attention import Site, is_layer_norm
 from .blocks import Arguments, find_tokens, replace_argument
+from .seams import KeysValues, NotExpandable, Projection, Seam, is_hooked
 from .streams import Layout, Streams, layout, recomputing, repeat_rows, sources, unfold
 from .trees import map_tensors
 
@@ -218,7 +219,8 @@ class BlockAdapter(nn.Module):
             scale=projection.scale,
             return_normalized=True,
         )
-        self._half = FirstHalf(modulated.flatten(0, 1), normalized.flatten(0, 1), attended.flatten(0, 1), context())
+        modulated, normalized, attended = (x.flatten(0, 1) for x in (modulated, normalized, attended))
+        self._half = FirstHalf(modulated, normalized, attended, projection.finish, context())
         return self._half.modulated
 
     def norm_forward(self, tokens: Tensor) -> Tensor:
@@ -264,7 +266,7 @@ class BlockAdapter(nn.Module):
         half, self._half = self._half, None
         alone = not any(isinstance(value, Tensor) or value for value in (*args[1:], *kwargs.values()))
         if half is not None and alone and args and args[0] is half.normalized and half.context == context():
-            return self.seam.finish(half.attended)
+            return half.finish(half.attended)
         task_kv = self.task_keys_values() if self._joined() else None
         return self.seam.run(partial(self.attend, task_kv), *args, **kwargs)
 
@@ -333,6 +335,8 @@ class FirstHalf(NamedTuple):
     modulated: Tensor
     normalized: Tensor
     attended: Tensor
+    finish: Callable[[Tensor], Any]
+    """What the attention makes of ``attended``."""
     context: tuple[Any, ...]
 
 
