@@ -13,7 +13,7 @@ constexpr int TOGETHER = 4;           // rows
 constexpr int64_t CACHED = 1 << 13;   // numbers of tokens that one stream after the other works on,
 constexpr int64_t MOST_CACHED = 32;   // and rows of them: what they add to a sum is summed first
 constexpr int64_t GRAIN = 1 << 14;    // numbers worth a thread
-constexpr int64_t STREAMED = 4 << 20; // bytes of a result that no second cache holds until it is read
+constexpr int64_t STREAMED = 8 << 20; // bytes of results that no second cache holds until they are read
 constexpr int64_t MOST_PARTS = 64;    // of the tokens, each with its own sums of parameter gradients
 
 // (T, p) of any dtype, as rows of S
@@ -47,15 +47,16 @@ inline void for_groups(int64_t first, int64_t last, const F& f) {
 template <class S, int J>
 using Sums = Sum<S>[J];
 
-// y = w x + b, and the sums of y
-template <class S, int J>
+// y = w x + b, and the sums of y; with STREAM also to `result`, past the caches
+template <class S, int J, bool STREAM = false>
 inline void scale_and_shift(const S* const (&x)[J], const S* w, const S* b, S* const (&y)[J], Sums<S, J>& sums,
-                            int64_t p) {
+                            int64_t p, S* const* result = nullptr) {
   for_places<S>(p, [&](auto at) DTME_INLINE {
     auto scale = at(w), shift = at(b);
     for (int j = 0; j < J; j++) {
       auto formed = scale * at(x[j]) + shift;
       at.put(y[j], formed);
+      if constexpr (STREAM) stream(result[j] + at.c, formed);  // not with the norm's: memory is busy throughout
       at.add(sums[j], formed);
     }
   });
@@ -75,7 +76,7 @@ struct Statistics {
       }
     });
     for (int j = 0; j < J; j++) {
-      rest[j] = rests[j].total() / p;  // of the mean, below its last digit: much, where it is far larger than deviations
+      rest[j] = rests[j].total() / p;  // of the mean, below its last digit: much where deviations are far smaller
       inverse_std[j] = 1 / std::sqrt(std::max(squares[j].total() / p - rest[j] * rest[j], S(0)) + eps);
     }
   }
@@ -98,8 +99,8 @@ void forward(const Parallel& parallel, const View& tokens, const View& weight, c
   int64_t streams = weight.size[0], p = x.width, cached = rows_cached(p);
   Table<S> w(weight), b(bias), gain(with_norm ? norm_weight : bias), shift(with_norm ? norm_bias : bias);
   bool in_place = out.place<S>(0) && (!with_norm || norm.place<S>(0));
-  bool streamed = in_place && with_norm && streams * x.count * p * int64_t(sizeof(S)) > STREAMED &&
-                  p % LANES<S> == 0 && aligned(modulated) && aligned(normalized);
+  int64_t bytes = (with_norm ? 2 : 1) * streams * x.count * p * int64_t(sizeof(S));
+  bool streamed = in_place && bytes > STREAMED && p % LANES<S> == 0 && aligned(modulated) && aligned(normalized);
   auto group = [&]<int J>(std::integral_constant<int, J>, int64_t i, int64_t t, S* scratch) {
     const S* in[J];
     S *y[J], *z[J], *final_y[J];
@@ -110,19 +111,22 @@ void forward(const Parallel& parallel, const View& tokens, const View& weight, c
       z[j] = in_place && with_norm ? norm.place<S>(i + j, t * normalized.stride[0]) : scratch + (2 * TOGETHER + j) * p;
     }
     Sums<S, J> sums;
-    scale_and_shift<S, J>(in, w[t], b[t], y, sums, p);
+    if (streamed) {
+      scale_and_shift<S, J, true>(in, w[t], b[t], y, sums, p, final_y);
+    } else {
+      scale_and_shift<S, J>(in, w[t], b[t], y, sums, p);
+    }
     if (with_norm) {
       Statistics<S, J> of(y, sums, p, eps);
       for_places<S>(p, [&](auto at) DTME_INLINE {
         auto scale = at(gain[0]), more = at(shift[0]);
         for (int j = 0; j < J; j++) {
-          auto formed = at(y[j]), normed = of.centred(formed, j) * of.inverse_std[j] * scale + more;
-          if (!streamed) {
+          auto normed = of.centred(at(y[j]), j) * of.inverse_std[j] * scale + more;
+          if (streamed) {
+            stream(z[j] + at.c, normed);
+          } else {
             at.put(z[j], normed);
-            continue;
           }
-          stream(final_y[j] + at.c, formed);
-          stream(z[j] + at.c, normed);
         }
       });
     }

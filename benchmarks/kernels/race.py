@@ -3,6 +3,7 @@
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 Rivals = Mapping[str, Callable[[], Any]]
-FLUSH = 2**28  # bytes: several times the L2 cache of any GPU
+FLUSH = 2**28  # bytes: several times the last cache of a GPU, or of the cores that one process gets
 
 
 class Result(NamedTuple):
@@ -72,9 +73,17 @@ def _status(process: Path, key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+@cache
+def _flush(device: torch.device) -> torch.Tensor:
+    """What is written between two rivals, so that neither finds in a cache what the other has left there."""
+    return torch.zeros(FLUSH, dtype=torch.int8, device=device)
+
+
 def _host_time(rival: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
+    else:
+        _flush(device).add_(1)
     start = time.perf_counter()
     rival()
     if device.type == "cuda":
@@ -84,7 +93,7 @@ def _host_time(rival: Callable[[], Any], device: torch.device) -> float:
 
 def _device_time(rival: Callable[[], Any], device: torch.device) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.empty(FLUSH, dtype=torch.int8, device=device).zero_()
+    _flush(device).add_(1)
     torch.cuda._sleep(2_000_000)  # cycles: about a millisecond
     start.record()
     rival()

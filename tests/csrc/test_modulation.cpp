@@ -107,10 +107,10 @@ void test_modulation() {
   name_of_case = "several parts";
   check_modulation(float32, float32, {1, 500, 70}, 4, SPACED, DENSE);
   check_modulation(float16, float32, {2, 3, 250, 70}, 2, DENSE, TRANSPOSED);
-  name_of_case = "past the caches";  // results of more than 4 MiB, aligned or not
-  check_modulation(float32, float32, {1, 4001, 96}, 3, DENSE, DENSE);
-  check_modulation(float64, float64, {2, 1100, 128}, 2, DENSE, DENSE);
-  check_modulation(float32, float32, {1, 4001, 96}, 3, DENSE, OFFSET);
+  name_of_case = "past the caches";  // results of more than 8 MiB, aligned or not, with the norm or without
+  check_modulation(float32, float32, {1, 7301, 96}, 3, DENSE, DENSE);
+  check_modulation(float64, float64, {2, 4127, 128}, 2, DENSE, DENSE);
+  check_modulation(float32, float32, {1, 3701, 96}, 3, DENSE, OFFSET);
   name_of_case = "no tokens in two dimensions";
   check_modulation(float32, float32, {1, 2, 0, 16}, 2, DENSE, DENSE);
   far([] { check_modulation(float32, float32, {1, 3, 70}, 1, FAR, FAR); });
