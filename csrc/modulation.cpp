@@ -54,6 +54,7 @@ inline void scale_and_shift(const S* const (&x)[J], const S* w, const S* b, S* c
   for_places<S>(p, [&](auto at) DTME_INLINE {
     auto scale = at(w), shift = at(b);
     for (int j = 0; j < J; j++) {
+      __builtin_prefetch(x[j] + J * p + at.c);  // of the next rows: every page is a new stream to the hardware's own
       auto formed = scale * at(x[j]) + shift;
       at.put(y[j], formed);
       if constexpr (STREAM) stream(result[j] + at.c, formed);  // not with the norm's: memory is busy throughout
@@ -179,7 +180,7 @@ inline void norm_backward(S* const (&y)[J], const Sums<S, J>& sums_y, const S* c
   for_places<S>(p, [&](auto at) DTME_INLINE {
     auto scale = at(gain);
     for (int j = 0; j < J; j++) {
-      __builtin_prefetch(dz[j] + J * p + at.c);  // of the next rows: every page is a new stream to the hardware's own
+      __builtin_prefetch(dz[j] + J * p + at.c);
       auto ds = at(dz[j]) * scale;
       at.add(sums[j], ds);
       at.add(products[j], ds * of.centred(at(y[j]), j));
