@@ -88,7 +88,7 @@ def draw(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     device = next(iter(next(iter(found.values())).values()))["device"]
-    axes.set_title(f"{device}: medians of interleaved runs")
+    axes.set_title(f"{device}: medians of interleaved runs from cold caches")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=130)
     print(f"\n{path}")
