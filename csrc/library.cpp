@@ -60,7 +60,7 @@ const Kernels* best() {
 const Kernels* kernels = best();
 
 void run(int64_t n, int64_t grain, Parallel::Function function, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, function, context));
+  torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { function(begin, end, context); });
 }
 Parallel parallel() { return {run, torch::stable::get_num_threads()}; }
 

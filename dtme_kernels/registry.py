@@ -193,9 +193,13 @@ def off_cpu(*args: Any) -> str | None:
     return None if device == "cpu" else f"C++ kernels run on CPU tensors, got {device} tensors"
 
 
+# asked once: not every torch can trace the question
+_HAVE_AUTOCAST = {device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)}
+
+
 def autocast_enabled(device: str) -> bool:
     """Of a device type; ``"meta"`` and the like have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _HAVE_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
