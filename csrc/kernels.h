@@ -7,6 +7,11 @@ namespace dtme {
 
 enum class Dtype { float32, float64, float16, bfloat16, boolean };
 
+// static, as objects of every instruction set hold one: a linker must not choose among them
+static inline int64_t bytes(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : dtype == Dtype::boolean ? 1 : 2;
+}
+
 constexpr int MAX_DIM = 8;
 
 // A strided tensor that somebody else owns. Strides count elements. Without data: an argument that is absent.

@@ -8,6 +8,7 @@
 
 #include <string>
 
+#include "instruction_sets.h"
 #include "tensors.h"
 
 namespace {
@@ -16,45 +17,9 @@ using namespace dtme;
 
 // --- which kernels ---------------------------------------------------------------------------------------------------
 
-struct Kernels {
-  const char* name;
-  bool (*runs_here)();
-#define DTME_KERNEL(function) decltype(&portable::function) function
-  DTME_KERNEL(accumulate_covariance);
-  DTME_KERNEL(covariance_backward);
-  DTME_KERNEL(count_conflicts);
-  DTME_KERNEL(projected_dots);
-  DTME_KERNEL(projected_dots_backward);
-  DTME_KERNEL(modulate);
-  DTME_KERNEL(modulate_backward);
-  DTME_KERNEL(attend);
-  DTME_KERNEL(attend_backward);
-#undef DTME_KERNEL
-};
-
-#define DTME_KERNELS(isa, runs_here)                                                                             \
-  Kernels {                                                                                                      \
-    #isa, runs_here, isa::accumulate_covariance, isa::covariance_backward, isa::count_conflicts,                 \
-        isa::projected_dots, isa::projected_dots_backward, isa::modulate, isa::modulate_backward, isa::attend,   \
-        isa::attend_backward                                                                                     \
-  }
-
-// the best first
-const Kernels ALL[] = {
-#if defined(__x86_64__)
-    DTME_KERNELS(avx512,
-                 [] {
-                   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-                 }),
-    DTME_KERNELS(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
-#endif
-    DTME_KERNELS(portable, [] { return true; }),
-};
-
 const Kernels* best() {
-  for (const Kernels& kernels : ALL)
-    if (kernels.runs_here()) return &kernels;
+  for (const Kernels& each : INSTRUCTION_SETS)
+    if (each.runs_here()) return &each;
   return nullptr;
 }
 const Kernels* kernels = best();
@@ -257,6 +222,14 @@ View mask_view(const std::optional<Tensor>& mask, const View& query, const View&
   return view;
 }
 
+// Checked, and the scale it is given, or 1 / sqrt(d)
+Attention with_scale(Attention a, std::optional<double> scale) {
+  STD_TORCH_CHECK(a.key.size[2] && a.query.size[4], "dtme: heads without channels, or none");
+  STD_TORCH_CHECK(a.query.size[2] % a.key.size[2] == 0, "dtme: heads of key must divide those of query");
+  a.scale = scale.value_or(1 / std::sqrt(double(a.query.size[4])));
+  return a;
+}
+
 Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& task_key,
                        const Tensor& task_value, const std::optional<Tensor>& mask, bool causal,
                        std::optional<double> scale) {
@@ -270,8 +243,6 @@ Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& val
   if (query.dim() == 5) task_keys[0] = keys[0];
   task_keys[heads - 1] = key_heads;
   task_keys[heads + 1] = keys[heads + 2];
-  STD_TORCH_CHECK(key_heads && keys[heads + 2], "dtme: heads without channels, or none");
-  STD_TORCH_CHECK(query.size(heads) % key_heads == 0, "dtme: heads of key must divide those of query");
   expect("key", key, keys);
   expect("value", value, keys);
   expect("task_key", task_key, task_keys);
@@ -280,8 +251,7 @@ Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& val
   Attention a{view_of(query, lead), view_of(key, lead), view_of(value, lead), view_of(task_key, lead),
               view_of(task_value, lead), {}, causal, 0};
   a.mask = mask_view(mask, a.query, a.key);
-  a.scale = scale.value_or(1 / std::sqrt(double(a.query.size[4])));
-  return a;
+  return with_scale(a, scale);
 }
 
 // As the reference returns it: merging heads is a view.
@@ -342,10 +312,9 @@ Attention packed(const Tensor& qkv, const Tensor& task_kv, std::optional<double>
   expect_dim("qkv", qkv, 6, 6);
   expect_dim("task_kv", task_kv, 5, 5);
   expect("qkv", qkv, {qkv.size(0), qkv.size(1), qkv.size(2), 3, qkv.size(4), qkv.size(5)});
-  STD_TORCH_CHECK(qkv.size(4) && qkv.size(5), "dtme: heads without channels, or none");
   expect("task_kv", task_kv, {qkv.size(0), task_kv.size(1), 2, qkv.size(4), qkv.size(5)});
-  return {of_qkv(qkv, 0), of_qkv(qkv, 1), of_qkv(qkv, 2), of_task(task_kv, 0), of_task(task_kv, 1), {}, false,
-          scale.value_or(1 / std::sqrt(double(qkv.size(5))))};
+  Attention a{of_qkv(qkv, 0), of_qkv(qkv, 1), of_qkv(qkv, 2), of_task(task_kv, 0), of_task(task_kv, 1), {}, false, 0};
+  return with_scale(a, scale);
 }
 
 std::tuple<Tensor, Tensor> packed_attention(Tensor qkv, Tensor task_kv, std::optional<double> scale) {
@@ -393,13 +362,13 @@ PYBIND11_MODULE(_C, m) {
   }, "Compiler, flags, and the oldest torch that this binary runs with.");
   m.def("instruction_sets", [] {
     pybind11::list names;
-    for (const Kernels& each : ALL)
+    for (const Kernels& each : INSTRUCTION_SETS)
       if (each.runs_here()) names.append(each.name);
     return names;
   }, "Those that the kernels are built for and this machine has, the best first.");
   m.def("instruction_set", [] { return kernels->name; }, "Whose kernels run.");
   m.def("use_instruction_set", [](const std::string& name) {
-    for (const Kernels& each : ALL)
+    for (const Kernels& each : INSTRUCTION_SETS)
       if (each.name == name && each.runs_here()) {
         kernels = &each;
         return;

@@ -63,10 +63,6 @@ inline void with_type(Dtype dtype, const F& f) {
   }
 }
 
-inline int64_t bytes(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : dtype == Dtype::boolean ? 1 : 2;
-}
-
 template <class S>
 constexpr Dtype dtype_of = sizeof(S) == 4 ? Dtype::float32 : Dtype::float64;
 

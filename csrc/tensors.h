@@ -30,10 +30,6 @@ inline Dtype dtype_of(const Tensor& x) {
   }
 }
 
-inline int64_t bytes_of(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? 8 : x.scalar_type() == ScalarType::Float ? 4 : 2;
-}
-
 // what numbers of this dtype are computed in
 inline ScalarType wide(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -50,7 +46,7 @@ inline View start(const Tensor& x, int64_t at = 0, int64_t i = 0, bool is_mask =
   view.dtype = dtype_of(x);
   STD_TORCH_CHECK(is_mask || view.dtype != Dtype::boolean, "dtme: only a mask may be bool");
   auto data = static_cast<const char*>(x.const_data_ptr());
-  view.data = const_cast<char*>(i ? data + i * x.stride(at) * bytes_of(x) : data);
+  view.data = const_cast<char*>(i ? data + i * x.stride(at) * bytes(view.dtype) : data);
   return view;
 }
 

@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "instruction_sets.h"
 
 namespace dtme::test {
 
@@ -40,15 +40,6 @@ void test_attention();
 
 // --- which kernels, and who runs them --------------------------------------------------------------------------------
 
-#define DTME_EACH(f)                                                                               \
-  f(accumulate_covariance) f(covariance_backward) f(count_conflicts) f(projected_dots)             \
-      f(projected_dots_backward) f(modulate) f(modulate_backward) f(attend) f(attend_backward)
-#define DTME_MEMBER(function) decltype(&portable::function) function;
-struct Kernels {
-  std::string name;
-  bool (*runs_here)();
-  DTME_EACH(DTME_MEMBER)
-};
 inline const Kernels* kernels = nullptr;
 
 inline void alone(int64_t n, int64_t, Parallel::Function f, void* context) {
