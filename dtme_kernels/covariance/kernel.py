@@ -163,8 +163,6 @@ def token_covariance_(accumulator: Tensor, tokens: list[Tensor]) -> None:
     with on_device(accumulator):
         for group in groups.values():
             _accumulate_layers(*zip(*group, strict=True))
-    if not accumulator.is_inference():  # which counts no versions
-        torch.autograd.graph.increment_version(accumulator)
 
 
 def _accumulate_layers(outputs: tuple[Tensor, ...], layers: tuple[Tensor, ...]) -> None:

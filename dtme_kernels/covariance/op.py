@@ -1,5 +1,7 @@
 """Schemas, shapes, gradient and dispatch of ``torch.ops.dtme.token_covariance`` and its in-place sibling."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,10 +50,18 @@ token_covariance_backward.implement_triton(_KERNELS, lambda grad, tokens: cannot
 token_covariance_.implement_triton(_KERNELS, lambda accumulator, tokens: cannot_run(*tokens))
 
 
-def _count_version(keys: Any, accumulator: Tensor, tokens: list[Tensor]) -> None:
+def _counted(write: Callable[..., None], accumulator: Tensor, tokens: list[Tensor]) -> None:
     """Autograd must see that the accumulator has changed; of an operator in Python it does not by itself."""
-    token_covariance_.overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, accumulator, tokens)
-    torch.autograd.graph.increment_version(accumulator)
+    write(accumulator, tokens)
+    if not accumulator.is_inference():  # which counts no versions
+        torch.autograd.graph.increment_version(accumulator)
 
 
-library.impl("token_covariance_", _count_version, "ADInplaceOrView", with_keyset=True)
+def _dispatched(keys: Any, accumulator: Tensor, tokens: list[Tensor]) -> None:
+    below = keys & torch._C._after_ADInplaceOrView_keyset
+    _counted(partial(token_covariance_.overload.redispatch, below), accumulator, tokens)
+
+
+library.impl("token_covariance_", _dispatched, "ADInplaceOrView", with_keyset=True)
+if "triton" in token_covariance_.implementations:  # by its name it passes by the dispatcher
+    token_covariance_.implementations["triton"] = partial(_counted, token_covariance_.implementations["triton"])
