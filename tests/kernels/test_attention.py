@@ -50,20 +50,20 @@ def concatenated(query, key, value, task_key, task_value, attn_mask=None, is_cau
 
 
 def oracle(*args, **options):
-    *_, v, _ = concatenated(*args, **options)
-    scores = scores_of(*args, **options)
+    q, k, v, bias = concatenated(*args, **options)
+    scores = scores_of(q, k, bias)
     p = np.exp(scores - scores.max(-1, keepdims=True, initial=-1e300))
     return p / p.sum(-1, keepdims=True) @ v
 
 
-def scores_of(*args, **options):
-    q, k, _, bias = concatenated(*args, **options)
+def scores_of(q, k, bias):
     return q @ np.swapaxes(k, -1, -2) + bias
 
 
 def condition(want, *args, **options):
     """How much more than relatively to the result a rounding can show: scores become exponents, and values cancel."""
-    scores, (value,) = scores_of(*args, **options), exact(args[2])
+    q, k, _, bias = concatenated(*args, **options)
+    scores, (value,) = scores_of(q, k, bias), exact(args[2])
     size = abs(want).max(initial=0)
     return abs(scores[np.isfinite(scores)]).max(initial=1) * (abs(value).max(initial=0) / size if size else 1)
 

@@ -12,6 +12,7 @@ from dtme_kernels.testing import make
 from tests.kernels import every_implementation, test_registration
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="Triton's interpreter takes the CPU tensors")
+with_extension = pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
 
 
 def others():
@@ -38,7 +39,7 @@ def test_the_extension_is_built_where_it_can_be():
     assert {operator.automatic("cpu") for operator in OPERATORS.values()} == {"cpp", "composite"}
 
 
-@pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
+@with_extension
 def test_a_named_extension_refuses_what_it_cannot_run():
     with pytest.raises(ValueError, match=r"one of instruction_sets\(\), got 'mmx'"):
         registry.cpp_module.use_instruction_set("mmx")
@@ -51,7 +52,7 @@ def test_a_named_extension_refuses_what_it_cannot_run():
     assert registry.cpp_module.num_threads() == torch.get_num_threads()
 
 
-@pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
+@with_extension
 def test_a_named_extension_goes_through_the_dispatcher():
     tokens, weight, bias = make(2, 5, 6), make(3, 6), make(3, 6)
     negated = torch.complex(torch.zeros_like(tokens), tokens).conj().imag
@@ -61,7 +62,7 @@ def test_a_named_extension_goes_through_the_dispatcher():
     assert isinstance(fake, FakeTensor)
 
 
-@pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
+@with_extension
 @pytest.mark.parametrize("name", test_registration.SHAPES)
 def test_a_named_extension_compiles_into_one_graph(name):
     torch._dynamo.reset()  # the limit of graphs is one function's, in all tests together

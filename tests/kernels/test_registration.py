@@ -118,7 +118,6 @@ def wrong(args):
             yield from ([*args[:i], values, *args[i + 1 :]] for values in wrong(x))
         if not isinstance(x, torch.Tensor):
             continue
-        x = x.detach()
         changed = [x.long(), *x[:1]]
         for dim in range(x.dim()):
             changed += [x.narrow(dim, 0, x.shape[dim] - 1)] if x.shape[dim] else []

@@ -42,8 +42,8 @@ else:
         dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
         if dtype == torch.float64 or request.node.get_closest_marker("float64"):
             pytest.skip("float64 is the reference's")
-        products = (test_covariance, test_attention, test_modulate_concat_attention)
-        if dtype == torch.bfloat16 and sys.modules[request.function.__module__] in products:
+        products = {x.__name__ for x in (test_covariance, test_attention, test_modulate_concat_attention)}
+        if dtype == torch.bfloat16 and request.function.__module__ in products:
             pytest.skip("the interpreter cannot multiply bfloat16")
         if dtype == torch.bfloat16 and request.function is test_conflicts.test_magnitude_does_not_matter:
             pytest.skip("the interpreter misreads subnormal bfloat16")
