@@ -77,9 +77,11 @@ def main() -> None:
         nargs="*",
         type=int,
         metavar="CAPABILITY",
-        help="compile every Triton kernel, as launched, for these compute capabilities (80 90 100): a few minutes",
+        help="compile every Triton kernel, as launched, for these compute capabilities (80 86 89 90 100 120): a few minutes each",
     )
-    chosen = parser.parse_args().aot
+    parser.add_argument("--only", default="", metavar="NAME", help="with --aot, the cases with this in their name")
+    options = parser.parse_args()
+    chosen = options.aot
     if chosen is None:
         print(report())
         return
@@ -89,7 +91,7 @@ def main() -> None:
 
     if unknown := set(chosen) - CHIPS.keys():
         parser.error(f"capabilities must be of {list(CHIPS)}, got {sorted(unknown)}")
-    for line in table(chosen or list(CHIPS)):
+    for line in table(chosen or list(CHIPS), options.only):
         print(line, flush=True)
 
 

@@ -15,9 +15,22 @@ class Chip(NamedTuple):
     multiprocessors: int
     shared_memory: int
 
+    @property
+    def product(self) -> str:
+        """The instruction that Triton multiplies matrices with, by which tiles are chosen."""
+        return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(self.capability // 10, "mma")
 
-A100, H200, B200 = Chip(80, 108, 163 * 1024), Chip(90, 132, 227 * 1024), Chip(100, 148, 227 * 1024)
-_without_a_gpu = H200  # for the interpreter; aot compiles for others
+
+# A100, RTX A6000, RTX 4090, H200, B200, RTX 5090: every generation that Triton compiles for, and the least shared memory
+CHIPS = (
+    Chip(80, 108, 163 * 1024),
+    Chip(86, 84, 99 * 1024),
+    Chip(89, 128, 99 * 1024),
+    Chip(90, 132, 227 * 1024),
+    Chip(100, 148, 227 * 1024),
+    Chip(120, 170, 99 * 1024),
+)
+_without_a_gpu = CHIPS[3]  # for the interpreter; aot compiles for all of them
 
 
 def chip(device: torch.device) -> Chip:

@@ -1,42 +1,12 @@
-"""Compile every kernel, as launched for real shapes, for chips that need not be here: what did the compiler make of it?
+"""Launches of every kernel for real shapes: what ``dtme_kernels.aot`` compiles."""
 
-The launchers themselves run, on tensors without storage, and every launch ends after its compilation. So what is looked
-at is what ships: tiles, warps, stages, alignment, and the constants of each shape.
-"""
-
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from . import launch
-
-CHIPS = {chip.capability: chip for chip in (launch.A100, launch.H200, launch.B200)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DOTS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
-
-
-class Compiled(NamedTuple):
-    """One kernel of one launch, for one architecture."""
-
-    case: str
-    kernel: str
-    capability: int
-    warps: int
-    registers: int
-    """A thread; 255 are the most."""
-    spills: int
-    """Instructions that save a register in local memory or bring it back."""
-    shared: int
-    """Bytes a program."""
-    instruction: str
-    """What multiplies matrices: ``wgmma``, ``mma``, ``tcgen05``, or ``fma`` on no tensor core; else empty."""
 
 
 def cases() -> dict[str, Callable[[], object]]:
@@ -45,7 +15,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def _covariance_cases() -> dict[str, Callable[[], object]]:
-    from .covariance import kernel
+    from ..covariance import kernel
 
     found: dict[str, Callable[[], object]] = {}
     for name, dtype in DTYPES.items():
@@ -60,7 +30,7 @@ def _covariance_cases() -> dict[str, Callable[[], object]]:
 
 
 def _conflict_cases() -> dict[str, Callable[[], object]]:
-    from .conflicts import kernel
+    from ..conflicts import kernel
 
     found: dict[str, Callable[[], object]] = {}
     for num_tasks in (2, 3, 4, 5, 8, 11, 16):
@@ -85,7 +55,7 @@ def _conflict_cases() -> dict[str, Callable[[], object]]:
 
 
 def _modulation_cases() -> dict[str, Callable[[], object]]:
-    from .modulation import kernel
+    from ..modulation import kernel
 
     found: dict[str, Callable[[], object]] = {}
     sizes = {768: (1, 2, 3, 4, 5, 6), 192: (5, 16), 1280: (5,), 321: (5,), 4096: (4,)}
@@ -109,7 +79,7 @@ def _modulation_cases() -> dict[str, Callable[[], object]]:
 
 
 def _attention_cases() -> dict[str, Callable[[], object]]:
-    from .attention import kernel
+    from ..attention import kernel
 
     found: dict[str, Callable[[], object]] = {}
     for d in (32, 64, 80, 128, 256):
@@ -136,9 +106,9 @@ def _attention_cases() -> dict[str, Callable[[], object]]:
 
 def _cases_of_one() -> dict[str, Callable[[], object]]:
     """Triton makes constants of sizes and strides of 1: of a tensor's, here all of them."""
-    from .attention import kernel as attention
-    from .conflicts import kernel as conflicts
-    from .modulation import kernel as modulation
+    from ..attention import kernel as attention
+    from ..conflicts import kernel as conflicts
+    from ..modulation import kernel as modulation
 
     half = partial(torch.empty, device="meta", dtype=torch.float16)
     one = [*[half(1, 1, 1, 1, 16)] * 3, *[half(1, 1, 1, 16)] * 2]
@@ -154,96 +124,3 @@ def _cases_of_one() -> dict[str, Callable[[], object]]:
         "ones: norm backward": norm,
         "ones: conflicts": partial(conflicts.count_conflicts, grads, basis, [1]),
     }
-
-
-def compile_cases(capability: int, only: str = "") -> Iterator[Compiled]:
-    """Compile what the cases with ``only`` in their name launch; a kernel that several launch has the first one's name.
-
-    Float32 is compiled as ``torch.set_float32_matmul_precision`` "highest" and "high" have it.
-    """
-    seen: set[str] = set()
-    for precision in ("highest", "high"):
-        for name, run in cases().items():
-            if only not in name or (precision == "high" and "fp32" not in name.partition(",")[0]):
-                continue
-            if precision == "highest" and any(f"d={d} fp32" in name for d in (80, 128, 256)):
-                continue  # the reference's
-            with _compiling(capability, precision) as compiled:
-                run()
-            for kernel in compiled:
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    yield _inspect(f"{name}{', tf32' * (precision == 'high')}", capability, kernel)
-
-
-@contextmanager
-def _compiling(capability: int, precision: str) -> Iterator[list[Any]]:
-    """Yield the kernels that are launched inside: compiled for ``capability``, and not run."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    class Compiler:
-        """What JITFunction.run asks of a driver before it launches."""
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", capability, 32)
-
-        def get_current_device(self) -> str:
-            return f"sm_{capability}"  # a key of Triton's cache of compiled kernels
-
-        def get_current_stream(self, device: str) -> int:
-            return 0
-
-    compiled: list[Any] = []
-    run, chip, active = JITFunction.run, launch._without_a_gpu, driver._active
-    before = torch.get_float32_matmul_precision()
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-        return compiled[-1]
-
-    try:
-        torch.set_float32_matmul_precision(precision)
-        driver.set_active(Compiler())
-        JITFunction.run = compile_only
-        launch._without_a_gpu = CHIPS[capability]
-        yield compiled
-    finally:
-        torch.set_float32_matmul_precision(before)
-        JITFunction.run, launch._without_a_gpu = run, chip
-        driver._active = active
-
-
-def _inspect(case: str, capability: int, kernel: Any) -> Compiled:
-    text = _disassemble(kernel.asm["cubin"], "--dump-resource-usage")
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
-    spills = 0
-    if stack + local:  # a stack may be there and not be used
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", _disassemble(kernel.asm["cubin"], "--dump-sass")))
-    name, metadata = kernel.src.name.lstrip("_"), kernel.metadata
-    instruction = ""
-    if "tt.dot " in kernel.asm["ttir"]:
-        instruction = next((short for long, short in DOTS.items() if long in kernel.asm["ptx"]), "fma")
-    return Compiled(case, name, capability, metadata.num_warps, registers, spills, metadata.shared, instruction)
-
-
-def table(capabilities: Sequence[int]) -> Iterator[str]:
-    """Lines for ``python -m dtme_kernels.info --aot``, each as soon as its kernel is compiled."""
-    yield f"{'':52}{'kernel':20}{'chip':8}{'warps':>5}{'registers':>11}{'spills':>9}{'shared KB':>11}  product"
-    for capability in capabilities:
-        for row in compile_cases(capability):
-            name, chip, shared = row.case, f"sm_{row.capability}", row.shared / 1024
-            numbers = f"{row.warps:>5}{row.registers:>11}{row.spills:>9}{shared:>11.1f}"
-            yield f"{name:52}{row.kernel:20}{chip:8}{numbers}  {row.instruction or '-'}"
-
-
-def _disassemble(cubin: bytes, what: str) -> str:
-    """By the program that comes with Triton."""
-    import triton
-
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([str(program), what, file.name], check=True, capture_output=True, text=True).stdout
