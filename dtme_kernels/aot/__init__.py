@@ -12,7 +12,7 @@ import torch
 
 from .. import launch
 from . import sass
-from .cases import cases
+from .cases import cases, precisions
 
 CHIPS = {chip.capability: chip for chip in launch.CHIPS}
 DOTS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
@@ -50,11 +50,8 @@ def compile_cases(capability: int, only: str = "", share: tuple[int, int] = (0, 
     chosen = []
     for precision in ("highest", "high"):
         for name, run in cases().items():
-            if only not in name or (precision == "high" and "fp32" not in name.partition(",")[0]):
-                continue
-            if precision == "highest" and any(f"d={d} fp32" in name for d in (80, 128, 256)):
-                continue  # the reference's
-            chosen.append((precision, name, run))
+            if only in name and precision in precisions(name):
+                chosen.append((precision, name, run))
     seen: set[str] = set()
     for precision, name, run in chosen[share[0] :: share[1]]:
         with _compiling(capability, precision) as compiled:

@@ -1,8 +1,9 @@
-"""Triton: float32 numbers as float16 ones. A power of two a token and an eigenvector, and the rest of the rounding.
+"""Triton: gradients and eigenvectors as float16 numbers. A power of two each, and the rest of the rounding.
 
 A float16 number has 11 bits, and two of them 22, in a range of 2^30 (and 2^10 more with fewer bits). The power of two
 moves the largest entry of a gradient, or of an eigenvector, well up in that range; it is exact, and the sign of a dot
-product does not know it.
+product does not know it. Copies are padded with zeros to whole tiles, so that the rotation masks nothing and loads
+16 bytes at a time, whatever the strides of the originals were.
 """
 
 import triton
@@ -23,32 +24,105 @@ def _magnitude(x):
 
 
 @triton.jit
-def token_offset(token, sizes, strides):
-    """Where a token lies within its task, for gradients (K, outer, inner, p)."""
-    _, inner = sizes
-    return (token // inner).to(tl.int64) * strides[1] + (token % inner).to(tl.int64) * strides[2]  # may pass 2^31
-
-
-@triton.jit(do_not_specialize=["num_tokens", "inner"])
-def scale_tokens(grads, scales, num_tokens, inner, p, strides, BT: tl.constexpr, BC: tl.constexpr):
-    """scales[task, token]: the power of two for a gradient, 0 for a gradient of zeros, NaN for one with NaN or Inf."""
-    sizes = num_tokens, inner
-    token = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
-    task = tl.program_id(1).to(tl.int64)
-    inside = token < num_tokens
-    start = grads + task * strides[0] + token_offset(token, sizes, strides)  # [BT]
-    peak = tl.zeros([BT], tl.int32)
-    for first in range(0, p, BC):
-        channel = first + tl.arange(0, BC)  # [BC]
-        mask = inside[:, None] & (channel < p)[None, :]
-        b_g = tl.load(start[:, None] + channel[None, :] * strides[3], mask, 0.0)  # [BT, BC]
-        peak = tl.maximum(peak, tl.max(_magnitude(b_g), 1))
-    tl.store(scales + task * num_tokens + token, tl.where(peak == 0, 0.0, _power_of_two(peak)), inside)
+def _store_terms(place, terms_apart, b_x, mask, TERMS: tl.constexpr):
+    """b_x in float16 and, with two terms, what that leaves of it."""
+    b_high = b_x.to(tl.float16)
+    tl.store(place, b_high, mask)
+    if TERMS == 2:
+        tl.store(place + terms_apart, (b_x - b_high.to(tl.float32)).to(tl.float16), mask)
 
 
 @triton.jit
-def split_basis(basis, terms, units, p, strides, BC: tl.constexpr, BN: tl.constexpr):
-    """terms[0] + terms[1] = basis scaled column by column, both float16; units[column] undoes the scale."""
+def _add_products(b_sums, b_x, COUNT: tl.constexpr):
+    """Of the first COUNT tiles with themselves and with all that follow."""
+    b_next = ()
+    for i in tl.static_range(COUNT):
+        for j in tl.static_range(i, len(b_x)):
+            b_next += (b_sums[len(b_next)] + tl.sum(b_x[i] * b_x[j], 1),)
+    return b_next
+
+
+@triton.jit
+def _store_products(norms, totals, b_sums, row, rows, FIRST: tl.constexpr, END: tl.constexpr, K: tl.constexpr):
+    for i in tl.static_range(FIRST, END):
+        for j in tl.static_range(i, K):
+            # the pairs that begin with FIRST, FIRST + 1, ..., each task's with itself included
+            b_sum = b_sums[(i - FIRST) * (2 * K - FIRST - i + 1) // 2 + j - i]
+            if i == j:
+                tl.store(norms + i * rows + row, tl.sqrt(b_sum), row < rows)
+            else:
+                tl.store(totals + (i * (2 * K - i - 1) // 2 + j - i - 1) * rows + row, b_sum, row < rows)
+
+
+@triton.jit(do_not_specialize=["inner", "start", "stop", "rows"])
+def prepare_gradients(
+    grads,
+    terms,
+    scales,
+    norms,
+    totals,
+    inner,
+    start,
+    stop,
+    rows,
+    p,
+    width,
+    strides,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    TERMS: tl.constexpr,
+    TOTALS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Scale the tokens from ``start`` to ``stop`` of the gradients (K, outer, inner, p); those up to ``rows`` are zeros.
+
+    terms (TERMS, K, rows, width) float16; scales (K, rows): the power of two, 0 for a gradient of zeros, NaN for one
+    with NaN or Inf. With TOTALS, of the scaled gradients: norms (K, rows) and totals (P, rows), <g_i, g_j>, of G tasks in
+    one loop over the channels: the sums of as many are in registers.
+    """
+    row = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT], of the copies
+    token = start + row
+    inside = token < stop
+    # of a token within its task; may pass 2^31
+    offset = (token // inner).to(tl.int64) * strides[1] + (token % inner).to(tl.int64) * strides[2]
+    b_scales = ()
+    for task in tl.static_range(K):
+        at = grads + tl.cast(strides[0], tl.int64) * task + offset[:, None]
+        peak = tl.zeros([BT], tl.int32)
+        for first in range(0, p, BC):
+            channel = first + tl.arange(0, BC)[None, :]
+            b_g = tl.load(at + channel * strides[3], inside[:, None] & (channel < p), 0.0)  # [BT, BC]
+            peak = tl.maximum(peak, tl.max(_magnitude(b_g), 1))
+        b_scale = tl.where(peak == 0, 0.0, _power_of_two(peak))
+        tl.store(scales + task * rows + row, b_scale, row < rows)
+        b_scales += (b_scale,)
+    terms_apart = tl.cast(rows, tl.int64) * width * K
+    for begin in tl.static_range(0, K, G):
+        b_sums = ()  # [BT]: of G tasks the products with themselves and with all later ones
+        for i in tl.static_range(begin, min(begin + G, K)):
+            for _ in tl.static_range(i, K):
+                b_sums += (tl.zeros([BT], tl.float32),)
+        for first in range(0, width, BC):
+            channel = first + tl.arange(0, BC)[None, :]
+            mask = inside[:, None] & (channel < p)
+            b_x = ()
+            for task in tl.static_range(begin, K):
+                at = grads + tl.cast(strides[0], tl.int64) * task + offset[:, None]
+                b_own = tl.load(at + channel * strides[3], mask, 0.0).to(tl.float32) * b_scales[task][:, None]
+                if begin == 0:
+                    place = terms + (tl.cast(rows, tl.int64) * task + row)[:, None] * width + channel
+                    _store_terms(place, terms_apart, b_own, (row < rows)[:, None] & (channel < width), TERMS)
+                b_x += (b_own,)
+            if TOTALS:
+                b_sums = _add_products(b_sums, b_x, min(G, K - begin))
+        if TOTALS:
+            _store_products(norms, totals, b_sums, row, rows, begin, min(begin + G, K), K)
+
+
+@triton.jit
+def split_basis(basis, terms, units, p, height, width, strides, TERMS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr):
+    """terms (TERMS, height, width) float16: the basis scaled column by column; units[column] undoes the scale."""
     column = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
     peak = tl.zeros([BN], tl.int32)
     for first in range(0, p, BC):
@@ -56,19 +130,12 @@ def split_basis(basis, terms, units, p, strides, BC: tl.constexpr, BN: tl.conste
         mask = (row < p)[:, None] & (column < p)[None, :]
         b_u = tl.load(basis + row[:, None] * strides[0] + column[None, :] * strides[1], mask, 0.0)  # [BC, BN]
         peak = tl.maximum(peak, tl.max(_magnitude(b_u), 0))
-    scale = _power_of_two(peak)
-    tl.store(units + column, tl.div_rn(tl.full([BN], 1.0, tl.float32), scale), column < p)  # exact, as / is not
-    for first in range(0, p, BC):
+    scale = tl.where(peak == 0, 1.0, _power_of_two(peak))
+    tl.store(units + column, tl.div_rn(tl.full([BN], 1.0, tl.float32), scale), column < width)  # exact, as / is not
+    for first in range(0, height, BC):
         row = first + tl.arange(0, BC)
         mask = (row < p)[:, None] & (column < p)[None, :]
         b_u = tl.load(basis + row[:, None] * strides[0] + column[None, :] * strides[1], mask, 0.0)
-        b_u = b_u.to(tl.float32) * scale[None, :]
-        b_high = b_u.to(tl.float16)
-        place = terms + row[:, None] * p + column[None, :]
-        tl.store(place, b_high, mask)
-        tl.store(place + p * p, (b_u - b_high.to(tl.float32)).to(tl.float16), mask)
-
-
-@triton.jit
-def load_scale(scales, task, token, sizes):
-    return tl.load(scales + task * tl.cast(sizes[0], tl.int64) + token, token < sizes[0], 0.0)  # [BT]
+        place = terms + row[:, None] * width + column[None, :]
+        inside = (row < height)[:, None] & (column < width)[None, :]
+        _store_terms(place, height * width, b_u.to(tl.float32) * scale[None, :], inside, TERMS)

@@ -135,6 +135,31 @@ def test_a_weak_null_space_keeps_its_signs(impl):
     assert np.abs(got.null.cpu().numpy() - want[1]).sum() < 2e-4 * want[2].sum()
 
 
+@pytest.mark.parametrize("amplitude", [1, 10, 1000])
+@pytest.mark.parametrize("rank", [5, 64, 150])
+def test_counts_of_a_weak_space_are_exact(impl, amplitude, rank):
+    """Kernels that rotate into the smaller space only have to see where the other one cannot be had from it."""
+    p = 192
+    basis = orthogonal(p)
+    strength = torch.cat([torch.full((rank,), float(amplitude)), torch.ones(p - rank)]).double()
+    grads = (make(3, 160, p, dtype=torch.float64, seed=rank) * strength @ basis.T).float()
+    grads[1, :20] = 0
+    grads[2, 30] = float("nan")
+    for count_zero in (False, True):
+        got = count_conflicts(grads, basis, rank, count_zero_gradients=count_zero, impl=impl)
+        check(got, counts_oracle(grads, basis, rank, count_zero))
+
+
+def test_a_basis_that_is_not_orthonormal(impl):
+    """What one space has is then not what the other leaves."""
+    basis = orthogonal(192, dtype=torch.float32) + 1e-3 * make(192, 192, seed=1)
+    grads = make(3, 130, 192, seed=2)
+    want = count_conflicts(grads.double(), basis.double(), 40, impl="reference")
+    got = count_conflicts(grads, basis, 40, impl=impl)
+    assert torch.equal(got.range, want.range)
+    assert torch.equal(got.null, want.null)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_magnitude_does_not_matter(impl, dtype):
     """Loss scales differ by task and gradients shrink with image size; a sign must not depend on either."""

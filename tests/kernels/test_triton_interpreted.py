@@ -16,6 +16,7 @@ from dtme_kernels import launch
 from tests.kernels import (
     every_implementation,
     test_attention,
+    test_conflict_rotation,
     test_conflicts,
     test_covariance,
     test_modulate_concat_attention,
@@ -50,3 +51,4 @@ else:
         return "triton"
 
     globals().update(every_implementation.collect())
+    globals().update({name: value for name, value in vars(test_conflict_rotation).items() if "pytest" not in name})

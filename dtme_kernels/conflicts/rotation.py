@@ -1,0 +1,205 @@
+"""Triton: rotate gradients into blocks of eigenvectors, and take their pairwise dots before anything leaves the chip."""
+
+import triton
+import triton.language as tl
+
+from . import tiles
+
+MAX_TASKS: tl.constexpr = tl.constexpr(tiles.MAX_TASKS)
+# of a batch or of an analysis, not of a model: no value of them gets a kernel of its own
+SIZES = ["rows", "tasks", "begin", "hole_at", "hole", "limit", "ranks", "first_block", "end_block", "low", "high", "piece"]
+
+
+@triton.jit
+def _piece(block, index, ranks, BN: tl.constexpr):
+    """The first and last + 1 coordinate of a block's index-th piece, and its number among all pieces."""
+    low, high, number = block * BN, block * BN + BN, block + index
+    taken = 0
+    first, last = low, high
+    for r in tl.static_range(len(ranks)):
+        within = (ranks[r] > low) & (ranks[r] < high)
+        first = tl.where(within & (taken < index), ranks[r], first)
+        last = tl.where(within & (taken == index), ranks[r], last)
+        taken += within.to(tl.int32)
+        number += ((ranks[r] < low) & (ranks[r] % BN > 0)).to(tl.int32)
+    return first, last, number
+
+
+@triton.jit
+def _pieces(block, ranks, BN: tl.constexpr):
+    """How many pieces a block has."""
+    count = 1
+    for r in tl.static_range(len(ranks)):
+        count += ((ranks[r] > block * BN) & (ranks[r] < block * BN + BN)).to(tl.int32)
+    return count
+
+
+@triton.jit
+def _rotate(
+    terms,
+    terms_apart,
+    basis,
+    height,
+    columns,
+    column,
+    places,
+    PASSES: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Tiles [BT, BN] of h = U^T g, in scaled units, of the rows of terms at ``places`` [BT], a tile each.
+
+    PASSES: 1, 11 bits of gradients and basis each. 2, 11 bits of gradients with 22 of the basis. 3, 22 bits each.
+    """
+    b_h = ()
+    for _ in tl.static_range(len(places)):
+        b_h += (tl.zeros([BT, BN], tl.float32),)
+    for start in range(0, height, BK):
+        channel = start + tl.arange(0, BK)  # [BK]
+        at = basis + channel[:, None] * columns + column[None, :]
+        b_u = tl.load(at)  # [BK, BN]
+        if PASSES > 1:
+            b_u_low = tl.load(at + height * columns)
+        b_next = ()
+        for i in tl.static_range(len(places)):
+            b_g = tl.load(terms + places[i][:, None] + channel[None, :])  # [BT, BK]
+            # tensor cores round towards zero whenever they add: their sums are short, and added with rounding
+            b_sum = b_h[i]
+            if PASSES > 1:
+                b_sum += tl.dot(b_g, b_u_low)
+            if PASSES > 2:
+                b_g_low = tl.load(terms + terms_apart + places[i][:, None] + channel[None, :])
+                b_sum += tl.dot(b_g_low, b_u)
+            b_next += (b_sum + tl.dot(b_g, b_u),)
+        b_h = b_next
+    return b_h
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pair_dots(
+    terms,
+    basis,
+    units,
+    dots,
+    undecided,
+    rows,
+    height,
+    columns,
+    ranks,
+    begin,
+    hole_at,
+    hole,
+    limit,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    PASSES: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """dots[piece, pair, row] = sum of h_i h_j over the pieces of a block, in the rows' scales.
+
+    Blocks from ``begin`` on, and from ``hole_at`` on those that are ``hole`` further. With a limit >= 0, nothing is
+    done unless ``undecided`` is above it. G tasks share a loop over the channels: their sums are in registers together.
+    """
+    wanted = limit < 0
+    if limit >= 0:
+        wanted = tl.load(undecided) > limit
+    if wanted:
+        block = begin + tl.program_id(0)  # of one tile of rows all blocks side by side: it comes to the cache once
+        block += tl.where(block >= hole_at, hole, 0)
+        row = tl.program_id(1) * BT + tl.arange(0, BT)  # [BT]
+        column = block * BN + tl.arange(0, BN)  # [BN]
+        terms_apart = tl.cast(rows, tl.int64) * height * K
+        unit = tl.load(units + column)[None, :]
+        b_h = ()
+        for first in tl.static_range(0, K, G):
+            places = ()
+            for task in tl.static_range(first, min(first + G, K)):
+                places += ((tl.cast(rows, tl.int64) * task + row) * height,)
+            b_group = _rotate(terms, terms_apart, basis, height, columns, column, places, PASSES, BT, BN, BK)
+            for k in tl.static_range(len(places)):
+                b_h += (b_group[k] * unit,)
+        for index in range(_pieces(block, ranks, BN)):
+            low, high, piece = _piece(block, index, ranks, BN)
+            own = ((column >= low) & (column < high))[None, :]
+            place = dots + piece.to(tl.int64) * (K * (K - 1) // 2) * rows + row
+            if K <= 8:
+                for i in tl.static_range(K - 1):
+                    _store_dots(place, rows, tl.where(own, b_h[i], 0.0), b_h, i, i + 1)
+                    place += (K - 1 - i) * rows
+            else:  # a loop: the code of 120 pairs takes the compiler half a minute
+                for i in range(K - 1):
+                    b_own = b_h[0]
+                    for k in tl.static_range(1, K):
+                        b_own = tl.where(i == k, b_h[k], b_own)
+                    _store_dots(place, rows, tl.where(own, b_own, 0.0), b_h, i, 1)
+                    place += (K - 1 - i) * rows
+
+
+@triton.jit
+def _store_dots(place, rows, b_own, b_h, i, FIRST: tl.constexpr):
+    """The dots of b_own, which is the i-th task's, with those of all later ones, pair by pair."""
+    for j in tl.static_range(FIRST, len(b_h)):
+        if j > i:
+            tl.store(place + (j - i - 1) * rows, tl.sum(b_own * b_h[j], 1))
+
+
+@triton.jit
+def tasks_of(pair, tasks):
+    """i < j of a place in itertools.combinations(range(tasks), 2)."""
+    i = pair * 0
+    for k in tl.static_range(1, MAX_TASKS - 1):
+        i += ((k < tasks - 1) & (pair >= k * (2 * tasks - k - 1) // 2)).to(tl.int32)
+    return i, pair - i * (2 * tasks - i - 1) // 2 + i + 1
+
+
+@triton.jit(do_not_specialize=SIZES)
+def settle(
+    terms,
+    basis,
+    units,
+    dots,
+    undecided,
+    items,
+    tasks,
+    rows,
+    height,
+    columns,
+    first_block,
+    end_block,
+    low,
+    high,
+    piece,
+    limit,
+    PASSES: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Rotate the listed (pair, row)s into the coordinates from ``low`` to ``high``: dots[piece, pair, row] is their dot.
+
+    A fixed number of programs share the list; nothing is done where it has more than ``limit`` items.
+    """
+    number = tl.load(undecided)
+    terms_apart = tl.cast(rows, tl.int64) * height * tasks
+    number = tl.where(number > limit, 0, number)
+    for start in range(tl.program_id(0) * BT, number, tl.num_programs(0) * BT):
+        index = start + tl.arange(0, BT)
+        item = tl.load(items + index, index < number, 0)  # [BT]
+        pair, row = item // rows, item % rows
+        i, j = tasks_of(pair, tasks)
+        places = (
+            (i.to(tl.int64) * rows + row) * height,
+            (j.to(tl.int64) * rows + row) * height,
+        )
+        b_dot = tl.zeros([BT], tl.float32)
+        for block in range(first_block, end_block):
+            column = block * BN + tl.arange(0, BN)  # [BN]
+            unit = tl.load(units + column)[None, :]
+            b_h = _rotate(terms, terms_apart, basis, height, columns, column, places, PASSES, BT, BN, BK)
+            own = ((column >= low) & (column < high))[None, :]
+            b_dot += tl.sum(tl.where(own, b_h[0] * unit, 0.0) * (b_h[1] * unit), 1)
+        place = dots + (tl.cast(piece, tl.int64) * (tasks * (tasks - 1) // 2) + pair) * rows + row
+        tl.store(place, b_dot, index < number)
