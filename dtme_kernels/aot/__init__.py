@@ -4,6 +4,7 @@ The launchers themselves run, on tensors without storage, and every launch ends 
 at is what ships: tiles, warps, stages, alignment, and the constants of each shape.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from . import sass
 from .cases import cases, precisions
 
 CHIPS = {chip.capability: chip for chip in launch.CHIPS}
+# Triton writes the same code for sm_89 as for sm_86, and for sm_80 but for the order of instructions
+SIBLINGS = {89: 86}
+NEARLY_SIBLINGS = SIBLINGS | {80: 86}
 DOTS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
 
 
@@ -38,7 +42,9 @@ class Compiled(NamedTuple):
     cubin: bytes
 
 
-def compile_cases(capability: int, only: str = "", share: tuple[int, int] = (0, 1)) -> Iterator[Compiled]:
+def compile_cases(
+    capability: int, only: str = "", *, share: tuple[int, int] = (0, 1), siblings: dict[int, int] = SIBLINGS
+) -> Iterator[Compiled]:
     """Compile what the cases with ``only`` in their name launch; a kernel that several launch has the first one's name.
 
     Float32 is compiled as ``torch.set_float32_matmul_precision`` "highest" and "high" have it.
@@ -46,6 +52,7 @@ def compile_cases(capability: int, only: str = "", share: tuple[int, int] = (0, 
     Args:
         capability: of a chip in ``CHIPS``, ten times its major number plus its minor one.
         share: ``(i, n)``: every n-th of these cases only, from the i-th on, for n processes to do all of them.
+        siblings: chips to take the code of another one for, and only to assemble it.
     """
     chosen = []
     for precision in ("highest", "high"):
@@ -54,7 +61,7 @@ def compile_cases(capability: int, only: str = "", share: tuple[int, int] = (0, 
                 chosen.append((precision, name, run))
     seen: set[str] = set()
     for precision, name, run in chosen[share[0] :: share[1]]:
-        with _compiling(capability, precision) as compiled:
+        with _compiling(capability, siblings.get(capability, capability), precision) as compiled:
             run()
         for kernel in compiled:
             if kernel.hash not in seen:
@@ -63,8 +70,8 @@ def compile_cases(capability: int, only: str = "", share: tuple[int, int] = (0, 
 
 
 @contextmanager
-def _compiling(capability: int, precision: str) -> Iterator[list[Any]]:
-    """Yield the kernels that are launched inside: compiled for ``capability``, and not run."""
+def _compiling(capability: int, target: int, precision: str) -> Iterator[list[Any]]:
+    """Yield the kernels that are launched inside as on the one chip: compiled for the other, and not run."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -73,7 +80,7 @@ def _compiling(capability: int, precision: str) -> Iterator[list[Any]]:
         """What JITFunction.run asks of a driver before it launches."""
 
         def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", capability, 32)
+            return GPUTarget("cuda", target, 32)
 
         def get_current_device(self) -> str:
             return f"sm_{capability}"  # a key of Triton's cache of compiled kernels
@@ -102,7 +109,8 @@ def _compiling(capability: int, precision: str) -> Iterator[list[Any]]:
 
 
 def _inspect(case: str, capability: int, kernel: Any) -> Compiled:
-    cubin, ptx, metadata = kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata
+    ptx, metadata = kernel.asm["ptx"], kernel.metadata
+    cubin = kernel.asm["cubin"] if metadata.target.arch == capability else _assemble(kernel, capability)
     registers, stack = sass.resources(cubin)
     product = ""
     if "tt.dot " in kernel.asm["ttir"]:
@@ -119,6 +127,16 @@ def _inspect(case: str, capability: int, kernel: Any) -> Compiled:
         "trap;" in ptx,
         cubin,
     )
+
+
+def _assemble(kernel: Any, capability: int) -> bytes:
+    """The code of ``kernel`` for another chip of its family."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    ptx = re.sub(r"(?m)^\.target sm_\d+", f".target sm_{capability}", kernel.asm["ptx"])
+    return backend.make_cubin(ptx, kernel.metadata._asdict(), kernel.metadata, capability)
 
 
 def table(capabilities: Sequence[int], only: str = "") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from inspect import signature
+from types import ModuleType
 
 from tests.kernels import (
     test_attention,
@@ -14,11 +15,11 @@ from tests.kernels import (
 MODULES = (test_covariance, test_conflicts, test_modulation, test_attention, test_modulate_concat_attention)
 
 
-def collect() -> dict[str, Callable[..., None]]:
+def collect(modules: tuple[ModuleType, ...] = MODULES) -> dict[str, Callable[..., None]]:
     """By name, for the namespace of a test file that has an ``impl`` of its own."""
     return {
         f"{name}_of_{module.__name__.rpartition('test_')[2]}": test
-        for module in MODULES
+        for module in modules
         for name, test in vars(module).items()
         if name.startswith("test_") and "impl" in signature(test).parameters
     }

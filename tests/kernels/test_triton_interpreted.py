@@ -20,15 +20,27 @@ from tests.kernels import (
     test_conflicts,
     test_covariance,
     test_modulate_concat_attention,
+    test_modulation,
 )
+
+# what runs beside each other in CI: {name: test modules}
+PARTS = {
+    "conflicts": (test_conflicts,),
+    "attention": (test_attention, test_modulate_concat_attention),
+    "others": (test_covariance, test_modulation),
+}
 
 if not launch.interpreted():
 
-    def test_kernels_in_the_interpreter():
+    @pytest.mark.parametrize(
+        "part", [pytest.param(part, marks=pytest.mark.xdist_group(f"interpreted {part}")) for part in PARTS]
+    )
+    def test_kernels_in_the_interpreter(part):
         pytest.importorskip("triton")
+        environment = {k: v for k, v in os.environ.items() if "XDIST" not in k}
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"TRITON_INTERPRET": "1"},
+            env=environment | {"TRITON_INTERPRET": "1", "DTME_INTERPRET": part},
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
@@ -50,5 +62,7 @@ else:
             pytest.skip("the interpreter misreads subnormal bfloat16")
         return "triton"
 
-    globals().update(every_implementation.collect())
-    globals().update({name: value for name, value in vars(test_conflict_rotation).items() if "pytest" not in name})
+    own = os.environ.get("DTME_INTERPRET")
+    globals().update(every_implementation.collect(PARTS[own] if own else every_implementation.MODULES))
+    if own in (None, "conflicts"):
+        globals().update({name: value for name, value in vars(test_conflict_rotation).items() if "__" not in name})
