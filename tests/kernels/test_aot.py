@@ -28,9 +28,12 @@ MULTIPLY = {"multiply", "multiply_symmetric", "pair_dots", "settle"} | ATTENTION
 
 
 def shares(chips):
-    for i in range(SHARES):
-        group = pytest.mark.xdist_group(f"aot {i}")
-        yield from (pytest.param(chip, i, marks=group, id=f"sm_{chip.capability}-{i}") for chip in chips)
+    """Every share of every chip, the same share always by the same worker."""
+    return [
+        pytest.param(chip, i, marks=pytest.mark.xdist_group(f"aot {i}"), id=f"sm_{chip.capability}-{i}")
+        for i in range(SHARES)
+        for chip in chips
+    ]
 
 
 # sm_86 first: what others are assembled from is then in Triton's cache
