@@ -77,7 +77,7 @@ def main() -> None:
         nargs="*",
         type=int,
         metavar="CAPABILITY",
-        help="compile every Triton kernel, as launched, for these compute capabilities (80 86 89 90 100 120): a few minutes each",
+        help="compile every Triton kernel, as launched, for these compute capabilities (of 80 86 89 90 100 120)",
     )
     parser.add_argument("--only", default="", metavar="NAME", help="with --aot, the cases with this in their name")
     options = parser.parse_args()

@@ -21,7 +21,7 @@ class Chip(NamedTuple):
         return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(self.capability // 10, "mma")
 
 
-# A100, RTX A6000, RTX 4090, H200, B200, RTX 5090: every generation that Triton compiles for, and the least shared memory
+# A100, RTX A6000, RTX 4090, H200, B200, RTX 5090: one of every generation
 CHIPS = (
     Chip(80, 108, 163 * 1024),
     Chip(86, 84, 99 * 1024),

@@ -18,7 +18,12 @@ def precisions(name: str) -> tuple[str, ...]:
     """The matrix precisions under which a case is compiled: at "high", float32 is multiplied by other kernels."""
     if any(f"d={d} fp32" in name for d in (80, 128, 256)):
         return ("high",)  # at "highest" the reference's
-    both = ("covariance p=768 fp32", "conflicts K=5 fp32, basis fp32", "attention d=64 fp32", "attention backward d=64 fp32")
+    both = (
+        "covariance p=768 fp32",
+        "conflicts K=5 fp32, basis fp32",
+        "attention d=64 fp32",
+        "attention backward d=64 fp32",
+    )
     return ("highest", "high") if name in both else ("highest",)
 
 

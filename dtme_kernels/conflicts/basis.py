@@ -29,11 +29,11 @@ class Basis(NamedTuple):
     terms: Tensor
     units: Tensor
     doubt: Tensor
-    """A dot in one space that is the whole dot less that in the other, and is larger than this times both norms, has
-    the sign that it has when both spaces are rotated into."""
+    """Where it was wanted. The whole dot less that in one space, if it is larger than this times both norms, has the
+    sign that the dot in the other space has when that is rotated into."""
 
 
-def prepare(basis: Tensor, passes: int, channels: int, sum_terms: int) -> Basis:
+def prepare(basis: Tensor, passes: int, channels: int, sum_terms: int | None) -> Basis:
     """The basis (p, p), split; as it was for the last call, where torch can tell that nothing has written to it since.
 
     Torch's version counter tells, as it does for autograd: writing through ``.data`` escapes both.
@@ -41,9 +41,10 @@ def prepare(basis: Tensor, passes: int, channels: int, sum_terms: int) -> Basis:
     Args:
         passes: products of a rotation.
         channels: of the tiles that it adds up.
-        sum_terms: additions that a total, a sum over channels, goes through at most.
+        sum_terms: additions that a total, a sum over channels, goes through at most; None where no bound is wanted.
     """
-    if basis.is_inference() or basis.device.type == "meta" or (basis.is_cuda and torch.cuda.is_current_stream_capturing()):
+    capturing = basis.is_cuda and torch.cuda.is_current_stream_capturing()  # replayed, the graph has to split anew
+    if capturing or basis.is_inference() or basis.is_meta:
         return _prepare(basis, passes, channels, sum_terms)
     storage = StorageWeakRef(basis.untyped_storage())
     stream = torch.cuda.current_stream(basis.device).cuda_stream if basis.is_cuda else 0
@@ -63,7 +64,7 @@ def prepare(basis: Tensor, passes: int, channels: int, sum_terms: int) -> Basis:
     return found
 
 
-def _prepare(basis: Tensor, passes: int, channels: int, sum_terms: int) -> Basis:
+def _prepare(basis: Tensor, passes: int, channels: int, sum_terms: int | None) -> Basis:
     p, basis = len(basis), in_reach(basis)
     height, width = triton.cdiv(p, CHANNELS) * CHANNELS, triton.cdiv(p, COLUMNS) * COLUMNS
     count = min(passes, 2)
@@ -71,6 +72,8 @@ def _prepare(basis: Tensor, passes: int, channels: int, sum_terms: int) -> Basis
     units = torch.empty(width, dtype=torch.float32, device=basis.device)
     grid = (width // 16,)
     split_basis[grid](basis, terms, units, p, height, width, basis.stride(), TERMS=count, BC=64, BN=16)
+    if sum_terms is None:
+        return Basis(terms, units, units[0])
     return Basis(terms, units, _doubt(terms, units, p, passes, channels, sum_terms))
 
 
@@ -78,8 +81,8 @@ def _doubt(terms: Tensor, units: Tensor, p: int, passes: int, channels: int, sum
     """How far <g_i, g_j> and the sum of its parts may be apart, in units of both norms: an upper bound, float32 ().
 
     - The split basis U is not quite orthonormal: by no more than ||E||_2 <= ||E^4||_F^(1/4), with E = U^T U - 1.
-    - A coordinate is a sum of short sums, p / channels of each product, added with rounding. What a rounding takes from all coordinates
-      together is at most 2^-24 of the norm of what has been summed up, so that their number is what counts.
+    - A coordinate is a sum of short sums, p / channels of each product, added with rounding. What a rounding takes from
+      all coordinates together is at most 2^-24 of the norm of what has been summed up: their number is what counts.
     - A short sum is channels / 16 steps of a tensor core. The terms of a step and what it is added to have together at
       most the norm of the gradient's part, and half of that again where all of the part lies in the first step; the
       norms of the parts add up to sqrt(p / channels) of the whole, at most.

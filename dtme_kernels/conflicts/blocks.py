@@ -13,7 +13,7 @@ class Blocks(NamedTuple):
     """The blocks, pieces and segments of p coordinates, and the segment that is left out at first, if one is."""
 
     width: int
-    count: int
+    number: int
     starts: tuple[int, ...]
     """The first piece of every segment, and the number of pieces."""
     skipped: int = -1
@@ -33,13 +33,13 @@ def cut(p: int, ranks: Sequence[int], width: int, skip: bool) -> Blocks:
     """Cut p coordinates at increasing ranks. With ``skip``, leave out the widest segment, if that spares a block."""
     cuts = [0, *ranks, p]
     starts = tuple(-(-c // width) + sum(r < c and r % width > 0 for r in ranks) for c in cuts)
-    count = -(-p // width)
+    number = -(-p // width)
     if skip:
         sizes = [high - low for low, high in pairwise(cuts)]
         widest = sizes.index(max(sizes))
         low, high = cuts[widest], cuts[widest + 1]
         # the last block may end beyond p
-        first, end = -(-low // width), count if high == p else high // width
+        first, end = -(-low // width), number if high == p else high // width
         if end > first:
-            return Blocks(width, count, starts, widest, first, end - first, (low // width, -(-high // width)))
-    return Blocks(width, count, starts)
+            return Blocks(width, number, starts, widest, first, end - first, (low // width, -(-high // width)))
+    return Blocks(width, number, starts)

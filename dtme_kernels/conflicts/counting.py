@@ -76,6 +76,8 @@ def count(
     """
     pair = tl.program_id(1)
     i, j = tasks_of(pair, tasks)
+    number = tl.load(undecided)
+    stop = tl.where((settling != 0) & (number == 0), 0, stop)  # then all is counted
     row = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT]
     inside = row < stop
     one, other = i * rows + row, j * rows + row
@@ -86,7 +88,7 @@ def count(
     for s in tl.static_range(len(starts) - 1):
         end = tl.where(skipped == s, starts[s], starts[s + 1])
         b_known += (_sum_of_pieces(place, apart, starts[s], end, inside, BT),)
-        found = tl.where(tl.load(undecided) > limit, starts[s + 1], starts[s] + 1)
+        found = tl.where(number > limit, starts[s + 1], starts[s] + 1)
         end = tl.where((skipped == s) & (settling != 0), found, starts[s])
         b_all += (b_known[s] + _sum_of_pieces(place, apart, starts[s], end, inside, BT),)
     derived = row < tl.where(skipped >= 0, stop, 0)

@@ -16,6 +16,7 @@ nothing is rounded to the gradients' precision: a rotation is 1, 2 or 3 products
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -41,11 +42,13 @@ class _Slab:
         self.rotation, self.start, self.stop = rotation, start, stop
         r, like = rotation, rotation.grads
         self.rows = triton.cdiv(stop - start, r.tile.tokens) * r.tile.tokens
-        wide = {"dtype": torch.float32, "device": like.device}
+        wide = partial(torch.empty, dtype=torch.float32, device=like.device)
         self.terms = torch.empty(r.terms, r.num_tasks, self.rows, r.height, dtype=torch.float16, device=like.device)
-        self.scales, self.norms = (torch.empty(r.num_tasks, self.rows, **wide) for _ in range(2))
-        self.totals = torch.empty(r.num_pairs, self.rows, **wide)
-        self.dots = torch.empty(r.blocks.pieces, r.num_pairs, self.rows, **wide)
+        self.scales = wide(r.num_tasks, self.rows)
+        self.norms, self.totals = self.scales, self.scales  # unless they are wanted
+        if r.blocks.skipped >= 0:
+            self.norms, self.totals = (wide(n, self.rows) for n in (r.num_tasks, r.num_pairs))
+        self.dots = wide(r.blocks.pieces, r.num_pairs, self.rows)
         prepare_gradients[(triton.cdiv(self.rows, 16),)](
             *(like, self.terms, self.scales, self.norms, self.totals),
             *(like.shape[2], start, stop, self.rows, r.p, r.height, like.stride()),
@@ -86,7 +89,8 @@ class _Rotation:
         self.height = triton.cdiv(self.p, CHANNELS) * CHANNELS
         self.sum_width = 64 if self.num_tasks <= 8 else 32
         sum_terms = self.height // self.sum_width + self.sum_width.bit_length()
-        self.basis = prepare(basis, self.passes, self.tile.channels, sum_terms)
+        bounded = sum_terms if self.blocks.skipped >= 0 else None
+        self.basis = prepare(basis, self.passes, self.tile.channels, bounded)
         self.options = {
             "PASSES": self.passes,
             "BT": self.tile.tokens,
@@ -140,7 +144,7 @@ def _count(r: _Rotation, slab: _Slab, counts: tuple[Tensor, ...], count_zero_gra
             BT=128,
         )
 
-    slab.rotate(undecided, 0, blocks.count - blocks.num_skipped, blocks.first_skipped, blocks.num_skipped, -1)
+    slab.rotate(undecided, 0, blocks.number - blocks.num_skipped, blocks.first_skipped, blocks.num_skipped, -1)
     count_signs(settling=False)
     if blocks.skipped < 0:
         return
@@ -167,7 +171,7 @@ def projected_dots(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Ten
             rotation = _Rotation(grads, basis, [rank], skip=False)
             ignored, border = grads.new_empty(1, dtype=torch.int32), rotation.blocks.starts[1]
             for slab in rotation.slabs():
-                slab.rotate(ignored, 0, rotation.blocks.count, NEVER, 0, -1)
+                slab.rotate(ignored, 0, rotation.blocks.number, NEVER, 0, -1)
                 units = torch.where(slab.scales == 0, 0, 1 / slab.scales)[:, : slab.stop - slab.start]
                 one, other = units[first], units[second]
                 for dots, part in zip(both, slab.dots.tensor_split([border]), strict=True):

@@ -1,4 +1,4 @@
-"""Triton: rotate gradients into blocks of eigenvectors, and take their pairwise dots before anything leaves the chip."""
+"""Triton: rotate gradients into blocks of eigenvectors, and take their pairwise dots before any leaves the chip."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,20 @@ from . import tiles
 
 MAX_TASKS: tl.constexpr = tl.constexpr(tiles.MAX_TASKS)
 # of a batch or of an analysis, not of a model: no value of them gets a kernel of its own
-SIZES = ["rows", "tasks", "begin", "hole_at", "hole", "limit", "ranks", "first_block", "end_block", "low", "high", "piece"]
+SIZES = [
+    "rows",
+    "tasks",
+    "begin",
+    "hole_at",
+    "hole",
+    "limit",
+    "ranks",
+    "first_block",
+    "end_block",
+    "low",
+    "high",
+    "piece",
+]
 
 
 @triton.jit
@@ -131,7 +144,7 @@ def pair_dots(
                     place += (K - 1 - i) * rows
             else:  # a loop: the code of 120 pairs takes the compiler half a minute
                 for i in range(K - 1):
-                    b_own = b_h[0]
+                    b_own = b_h[0]  # type: ignore[misc]
                     for k in tl.static_range(1, K):
                         b_own = tl.where(i == k, b_h[k], b_own)
                     _store_dots(place, rows, tl.where(own, b_own, 0.0), b_h, i, 1)
@@ -178,7 +191,7 @@ def settle(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rotate the listed (pair, row)s into the coordinates from ``low`` to ``high``: dots[piece, pair, row] is their dot.
+    """Rotate listed (pair, row)s into the coordinates from ``low`` to ``high``: dots[piece, pair, row] is their dot.
 
     A fixed number of programs share the list; nothing is done where it has more than ``limit`` items.
     """

@@ -75,11 +75,11 @@ def prepare_gradients(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Scale the tokens from ``start`` to ``stop`` of the gradients (K, outer, inner, p); those up to ``rows`` are zeros.
+    """Scale the tokens from ``start`` to ``stop`` of gradients (K, outer, inner, p); those up to ``rows`` are zeros.
 
     terms (TERMS, K, rows, width) float16; scales (K, rows): the power of two, 0 for a gradient of zeros, NaN for one
-    with NaN or Inf. With TOTALS, of the scaled gradients: norms (K, rows) and totals (P, rows), <g_i, g_j>, of G tasks in
-    one loop over the channels: the sums of as many are in registers.
+    with NaN or Inf. With TOTALS, of the scaled gradients: norms (K, rows) and totals (P, rows), <g_i, g_j>, of G tasks
+    in one loop over the channels: the sums of as many are in registers.
     """
     row = tl.program_id(0) * BT + tl.arange(0, BT)  # [BT], of the copies
     token = start + row
@@ -121,7 +121,9 @@ def prepare_gradients(
 
 
 @triton.jit
-def split_basis(basis, terms, units, p, height, width, strides, TERMS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr):
+def split_basis(
+    basis, terms, units, p, height, width, strides, TERMS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr
+):
     """terms (TERMS, height, width) float16: the basis scaled column by column; units[column] undoes the scale."""
     column = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
     peak = tl.zeros([BN], tl.int32)

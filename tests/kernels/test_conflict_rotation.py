@@ -21,7 +21,7 @@ interpreted = pytest.mark.skipif(not launch.interpreted(), reason="Triton's inte
 def test_pieces_are_what_lies_between_boundaries(p, ranks, width):
     boundaries = sorted({*range(0, p, width), *ranks})
     blocks = cut(p, ranks, width, skip=True)
-    assert blocks.count == -(-p // width)
+    assert blocks.number == -(-p // width)
     assert blocks.starts == tuple(sum(b < c for b in boundaries) for c in (0, *ranks, p))
     segments = list(itertools.pairwise((0, *ranks, p)))
     if blocks.skipped < 0:
@@ -29,9 +29,9 @@ def test_pieces_are_what_lies_between_boundaries(p, ranks, width):
         return
     low, high = segments[blocks.skipped]
     assert high - low == max(high - low for low, high in segments)
-    inside = [b for b in range(blocks.count) if low <= b * width and min(p, b * width + width) <= high]
+    inside = [b for b in range(blocks.number) if low <= b * width and min(p, b * width + width) <= high]
     assert [*range(blocks.first_skipped, blocks.first_skipped + blocks.num_skipped)] == inside
-    touched = [b for b in range(blocks.count) if b * width < high and b * width + width > low]
+    touched = [b for b in range(blocks.number) if b * width < high and b * width + width > low]
     assert [*range(*blocks.touched)] == touched
     assert cut(p, ranks, width, skip=False).num_skipped == 0
 
@@ -76,7 +76,7 @@ def full_rotation(monkeypatch, *args):
 @interpreted
 @pytest.mark.parametrize(("amplitude", "share"), [(1, (0, 0.01)), (30, (0.02, 0.25)), (1000, (0.9, 1))])
 def test_counts_are_those_of_a_full_rotation(launches, monkeypatch, amplitude, share):
-    """Whether no pair is doubtful, some are, or all; the null space, the larger one here, is not rotated into at first."""
+    """Whether no pair is doubtful, some are, or all. The null space is the larger one, and not rotated into at first."""
     grads, basis = weak(amplitude)
     got = count_conflicts(grads, basis, 64, impl="triton")
     first, again = launches["pair_dots"]
@@ -109,7 +109,7 @@ def test_slabs_and_several_ranks_do_not_show(launches, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_the_bound_bounds(dtype, aligned):
-    """What a dot and the sum of its parts differ by, for random gradients and for all of one sign in all coordinates."""
+    """What a dot and the sum of its parts differ by: random gradients, and such as have one sign in all coordinates."""
     from dtme_kernels.conflicts import kernel
 
     basis = orthogonal(192)
@@ -118,7 +118,7 @@ def test_the_bound_bounds(dtype, aligned):
         grads = grads.abs() @ basis.T
     rotation = kernel._Rotation(grads.to(dtype), basis, [60], skip=True)
     (slab,) = rotation.slabs()
-    slab.rotate(torch.zeros(1, dtype=torch.int32), 0, rotation.blocks.count, kernel.NEVER, 0, -1)
+    slab.rotate(torch.zeros(1, dtype=torch.int32), 0, rotation.blocks.number, kernel.NEVER, 0, -1)
     first, second = torch.triu_indices(3, 3, 1)
     off = (slab.totals.double() - slab.dots.double().sum(0)).abs() / (slab.norms[first] * slab.norms[second])
     assert 0 < off[:, :70].max() < rotation.basis.doubt
@@ -133,9 +133,8 @@ def test_a_basis_is_split_once_and_again_when_written_to(launches):
             count_conflicts(grads, own, 64, impl="triton")
     assert len(launches["split_basis"]) == 2
     stack[0] = stack[1]
-    assert torch.equal(
-        count_conflicts(grads, stack[0], 64, impl="triton").null, count_conflicts(grads, stack[1], 64, impl="triton").null
-    )
+    one, other = (count_conflicts(grads, own, 64, impl="triton").null for own in stack)
+    assert torch.equal(one, other)
     assert len(launches["split_basis"]) == 4, "torch counts the writes to both together"
     with torch.inference_mode():  # tensors whose writes nobody counts
         inference = basis.clone()
