@@ -76,7 +76,7 @@ def full_rotation(monkeypatch, *args):
 @interpreted
 @pytest.mark.parametrize(("amplitude", "share"), [(1, (0, 0.01)), (30, (0.02, 0.25)), (1000, (0.9, 1))])
 def test_counts_are_those_of_a_full_rotation(launches, monkeypatch, amplitude, share):
-    """Whether no pair is doubtful, some are, or all. The null space is the larger one, and not rotated into at first."""
+    """Whether no pair is doubtful, some, or all. The null space is the larger one, and not rotated into at first."""
     grads, basis = weak(amplitude)
     got = count_conflicts(grads, basis, 64, impl="triton")
     first, again = launches["pair_dots"]
