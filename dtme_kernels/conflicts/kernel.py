@@ -129,10 +129,15 @@ def count_conflicts(
     return counts  # type: ignore[return-value]
 
 
-def _count(r: _Rotation, slab: _Slab, counts: tuple[Tensor, ...], count_zero_gradients: bool) -> None:
+def most_listed(num_tasks: int, rows: int) -> int:
+    """Two gradients are rotated per listed pair. From twice as many on, rotating all K would be less."""
+    return max(1, num_tasks * rows // 4)
+
+
+def _count(r: _Rotation, slab: _Slab, counts: tuple[Tensor, ...], count_zero_gradients: bool) -> Tensor:
+    """Add to the counts, and return how many (pair, token)s were undecided, (1,)."""
     blocks, length = r.blocks, slab.stop - slab.start
-    # two gradients are rotated per listed pair; beyond this many, rotating all K is less
-    limit = max(1, r.num_tasks * slab.rows // 4)
+    limit = most_listed(r.num_tasks, slab.rows)
     undecided = torch.zeros(1, dtype=torch.int32, device=r.grads.device)
     items = torch.empty(limit if blocks.skipped >= 0 else 1, dtype=torch.int32, device=r.grads.device)
 
@@ -147,7 +152,7 @@ def _count(r: _Rotation, slab: _Slab, counts: tuple[Tensor, ...], count_zero_gra
     slab.rotate(undecided, 0, blocks.number - blocks.num_skipped, blocks.first_skipped, blocks.num_skipped, -1)
     count_signs(settling=False)
     if blocks.skipped < 0:
-        return
+        return undecided
     low, high = (0, *r.ranks, r.p)[blocks.skipped : blocks.skipped + 2]
     programs = min(2 * chip(r.grads.device).multiprocessors, triton.cdiv(limit, r.tile.tokens))
     settle[(programs,)](
@@ -158,6 +163,7 @@ def _count(r: _Rotation, slab: _Slab, counts: tuple[Tensor, ...], count_zero_gra
     )
     slab.rotate(undecided, blocks.first_skipped, blocks.num_skipped, NEVER, 0, limit)
     count_signs(settling=True)
+    return undecided
 
 
 def projected_dots(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
