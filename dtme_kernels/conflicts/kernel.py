@@ -53,7 +53,7 @@ class _Slab:
             *(like, self.terms, self.scales, self.norms, self.totals),
             *(like.shape[2], start, stop, self.rows, r.p, r.height, like.stride()),
             K=r.num_tasks,
-            G=r.num_tasks if r.num_tasks <= 5 else 4,
+            G=r.sum_tasks,
             TERMS=r.terms,
             TOTALS=r.blocks.skipped >= 0,
             BT=16,
@@ -87,7 +87,8 @@ class _Rotation:
         # one product of 11 bits each is too coarse to take differences of
         self.blocks = cut(self.p, ranks, self.tile.coordinates, skip and self.passes > 1)
         self.height = triton.cdiv(self.p, CHANNELS) * CHANNELS
-        self.sum_width = 64 if self.num_tasks <= 8 else 32
+        # channels and tasks of a loop that sums products: their sums are in registers
+        self.sum_width, self.sum_tasks = (64, 5) if self.num_tasks <= 5 else (32, 4) if self.num_tasks <= 8 else (32, 3)
         sum_terms = self.height // self.sum_width + self.sum_width.bit_length()
         bounded = sum_terms if self.blocks.skipped >= 0 else None
         self.basis = prepare(basis, self.passes, self.tile.channels, bounded)

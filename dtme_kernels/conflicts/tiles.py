@@ -21,9 +21,12 @@ class Tile(NamedTuple):
 # {what multiplies: {tasks, up to which: the tile}}: as many coordinates as ``python -m dtme_kernels.info --aot`` shows
 # without a spill, for what is loaded per product goes with K / coordinates + 1 / tokens. Four warps, so that two
 # programs share a multiprocessor: while one waits for a product to add it up, the other multiplies.
-_MANY = {8: Tile(64, 32, 32, 4, 3, 4), 16: Tile(64, 16, 32, 4, 3, 4)}
-_WIDE, _NARROW = {5: Tile(64, 64, 32, 4, 3)} | _MANY, {3: Tile(64, 64, 32, 4, 3)} | _MANY
-_TABLE = {"wgmma": _WIDE, "tcgen05": _WIDE, "mma": _NARROW}
+_TABLE = {
+    "wgmma": {5: Tile(64, 64, 32, 4, 3), 8: Tile(64, 32, 32, 4, 3, 4), 16: Tile(64, 16, 32, 4, 3, 4)},
+    # products x tasks x coordinates of one loop have to fit the 512 columns of tensor memory: else Triton compiles a trap
+    "tcgen05": {5: Tile(64, 64, 32, 4, 3, 2), 8: Tile(64, 32, 32, 4, 3, 4), 16: Tile(64, 16, 32, 4, 3, 4)},
+    "mma": {3: Tile(64, 64, 32, 4, 3, 2), 8: Tile(64, 32, 32, 4, 3, 2), 16: Tile(64, 16, 32, 4, 3, 2)},
+}
 
 
 def tile(chip: Chip, num_tasks: int, passes: int, num_ranks: int) -> Tile:
