@@ -26,7 +26,7 @@ ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def build() -> Path:
-    """The folder with the recording ``libcuda.so.1``, which is compiled once for every user and version of the source."""
+    """The folder with the recording ``libcuda.so.1``, which is compiled once for every version of the source."""
     import triton
 
     include = Path(triton.__file__).parent / "backends/nvidia/include"
@@ -102,7 +102,7 @@ class _Uncomputed(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function._schema.name.removeprefix("aten::")
-        if name not in PRODUCTS and not name.startswith(ATTENTION) or "out" in kwargs:
+        if (name not in PRODUCTS and not name.startswith(ATTENTION)) or "out" in kwargs:
             return function(*args, **kwargs)
         shapes = function(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
         return tree_map(_zeros, shapes)
