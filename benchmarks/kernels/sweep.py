@@ -86,10 +86,8 @@ SWEEPS = (
     ),
     Sweep(
         *("covariance", "512 px$", "dtme_kernels.covariance.kernel._Tiles", None),
-        *(
-            ("tokens", "promote", "options.num_stages"),
-            ((32, 32, 3), (64, 8, 3), (64, 32, 3), (128, 8, 2), (64, 16, 2)),
-        ),
+        ("tokens", "promote", "options.num_stages"),
+        ((32, 32, 3), (64, 8, 3), (64, 32, 3), (128, 8, 2), (64, 16, 2)),
     ),
 )
 
