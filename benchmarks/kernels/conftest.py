@@ -6,7 +6,6 @@ import platform
 import re
 import subprocess
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -23,6 +22,7 @@ RECORDING = os.environ.get("DTME_BENCH_DEVICE") == "recording"
 _named = os.environ.get("DTME_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 DEVICE = torch.device("cpu" if RECORDING else _named)
 ON_GPU = RECORDING or DEVICE.type == "cuda"
+LOST_DEVICE = 70  # the exit status that asks for a new process, which resumes
 
 if DEVICE.type == "cpu" and platform.libc_ver()[0] == "glibc":
     # freed memory stays with the process, as in the midst of a training run: else what is timed is the kernel clearing
@@ -64,10 +64,7 @@ _races: dict[str, dict[str, Result]] = {}  # a race is run once, and shown by a 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("speed reports")
-    group.addoption(
-        "--lines", type=Path, help="append every figure, once it is known, to this file of JSON lines"
-    )
-    group.addoption("--resume", action="store_true", help="leave out what that file holds")
+    group.addoption("--resume", action="store_true", help="leave out what the file DTME_LINES holds")
     group.addoption("--shapes", default="", help="only the shapes that this regular expression matches")
     group.addoption("--rivals", default="", help="only the rivals that this regular expression matches")
     group.addoption("--once", action="store_true", help="run every rival twice and time nothing: for a profiler")
@@ -90,7 +87,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is held already, candidates of a sweep that another group has, and what cannot be recorded."""
-    held = lines.held(config.option.lines, _facts()["device"]) if config.option.resume else set()
+    path = lines.file()
+    held = lines.held(path, facts()["device"]) if path and config.option.resume else set()
 
     def wanted(item: pytest.Item) -> bool:
         rival, group = item.callspec.params.get("rival"), _group(item)
@@ -124,14 +122,14 @@ def report(benchmark, request, rival):
     ``make_rivals`` returns every rival by its name; it is called once a race, which has those rivals in it whose tests
     were chosen. Each is built, checked and run in its own try: one that fails fails its own test.
     """
-    group, path = _group(request.node), request.config.option.lines
+    group = _group(request.node)
     benchmark.group = group
 
     def run(make_rivals, *, moved: int, operations: int, host: bool = False) -> None:
         def tell(name: str, result: Result, final: bool) -> None:
             figures = {"error": result.error} if result.error else _figures(result, moved, operations)
             kind = "recorded" if RECORDING else "once" if once else "race"
-            lines.write(path, kind, group=group, rival=name, final=final, facts=_facts(), **figures)
+            lines.write(kind, group=group, rival=name, final=final, facts=facts(), **figures)
 
         once = RECORDING or request.config.option.once
         if group not in _races:
@@ -140,7 +138,8 @@ def report(benchmark, request, rival):
             if once:
                 _races[group] = run_once(rivals, DEVICE, tell)
             else:
-                _races[group] = race(rivals, DEVICE, host=host, report=tell if path else None)
+                _races[group] = race(rivals, DEVICE, host=host, report=tell if lines.file() else None)
+            _leave_if_the_device_is_lost()
         if rival not in _races[group]:
             pytest.skip(f"{rival} does not run on {DEVICE.type}")
         result = _races[group][rival]
@@ -150,6 +149,15 @@ def report(benchmark, request, rival):
             _show(benchmark, result, _figures(result, moved, operations)["extra"])
 
     return run
+
+
+def _leave_if_the_device_is_lost() -> None:
+    """After an illegal access nothing runs on the device in this process: another has to go on."""
+    if DEVICE.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the device is lost: {error}", returncode=LOST_DEVICE)
 
 
 def _with_candidates(rivals: dict[str, Rival], chosen: set[str]) -> dict[str, Rival]:
@@ -181,11 +189,11 @@ def _show(benchmark, result: Result, extra: dict[str, object]) -> None:
     benchmark.pedantic(lambda: None, rounds=len(result.seconds))
     median = float(torch.tensor(result.seconds, dtype=torch.float64).quantile(0.5))
     assert abs(benchmark.stats.stats.median - median) <= 0.5 * median, "pytest-benchmark did not read the replay"
-    benchmark.extra_info |= _facts() | extra
+    benchmark.extra_info |= facts() | extra
 
 
 @cache
-def _facts() -> dict[str, str]:
+def facts() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = f"CPU, {torch.get_num_threads()} threads"
     if ON_GPU:

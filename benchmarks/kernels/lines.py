@@ -5,6 +5,7 @@ an ``error`` instead of them; ``final`` is false while its race goes on, and a l
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ from typing import Any
 Line = dict[str, Any]
 
 
-def write(path: Path | None, kind: str, **values: Any) -> None:
-    """Append a line, at once and in one piece, so that many processes can write one file; without a path, nothing."""
-    if path is not None:
-        with path.open("a") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+def file() -> Path | None:
+    """Where lines are wanted: the environment variable ``DTME_LINES`` names it to every process of a run."""
+    return Path(os.environ["DTME_LINES"]) if os.environ.get("DTME_LINES") else None
+
+
+def write(kind: str, **values: Any) -> None:
+    """Append a line, at once and in one piece, so that many processes can write one file; if none is named, nothing."""
+    if path := file():
+        with path.open("a") as output:
+            output.write(json.dumps({"kind": kind, **values}) + "\n")
 
 
 def read(path: Path, kind: str | None = None) -> Iterator[Line]:

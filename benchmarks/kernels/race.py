@@ -195,7 +195,7 @@ def _device_time(runner: Runner, device: torch.device) -> float:
 
 @cache
 def _cycles_per_second(device: torch.device) -> float:
-    """Of the clock that ``_sleep`` counts, the fastest of three tries: a slower clock later only makes a pause longer."""
+    """Of the clock that ``_sleep`` counts, the fastest of three tries: a clock that slows down makes a pause longer."""
     cycles, seconds = 10_000_000, []
     for _ in range(3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -6,7 +6,7 @@ What another version of a kernel calls its tile, or the fields of it, is one lin
 
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -37,7 +37,7 @@ class Sweep(NamedTuple):
         fields = self.names()[name]
 
         def run() -> Any:
-            original = getattr(import_module(module), attribute)
+            original = getattr(resolve_name(module), attribute)
 
             def choose(*args: Any, **options: Any) -> Any:
                 found = original(*args, **options)
@@ -83,6 +83,10 @@ SWEEPS = (
     Sweep(
         *("conflicts", "512 px$", CONFLICTS, None, ("coordinates", "channels", "stages")),
         ((64, 32, 3), (64, 32, 2), (64, 16, 4), (64, 64, 2), (32, 64, 3), (32, 32, 4), (128, 16, 3)),
+    ),
+    Sweep(  # how many programs share the rows
+        *("modulate_layer_norm", "backward$", "dtme_kernels.modulation.kernel.chip", None, ("multiprocessors",)),
+        ((66,), (264,), (396,)),
     ),
     Sweep(
         *("covariance", "512 px$", "dtme_kernels.covariance.kernel._Tiles", None),
