@@ -108,6 +108,7 @@ def test_another_device_than_the_current_one():
     check([x.cuda() for x in got], step(torch.zeros(2, P, P), grads.cuda(), basis.cuda()))
 
 
+@pytest.mark.alone
 def test_many_runs_give_the_same_bits():
     grads, basis = make(5, 6, 1024, 768, dtype=torch.bfloat16), orthogonal(768, dtype=torch.float32).cuda()
     first = None
