@@ -62,7 +62,7 @@ def act_as_there() -> None:
     from triton.backends.nvidia import driver
     from triton.runtime import build, cache
 
-    found = subprocess.run([os.environ[THERE], "-c", FACTS], check=True, capture_output=True, text=True).stdout
+    found = subprocess.run([os.environ[THERE], "-I", "-c", FACTS], check=True, capture_output=True, text=True).stdout
     version, key, suffix, include = json.loads(found)
     assert version == triton.__version__, f"Triton is {version} there and {triton.__version__} here"
     cache.triton_key = lambda: key

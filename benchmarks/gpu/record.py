@@ -18,7 +18,7 @@ WORKERS = 14  # of the machine that is planned for
 
 
 class Compiled(NamedTuple):
-    """What Triton did in a stage: kernels, of which so many came from the cache, and seconds."""
+    """What Triton did in a stage: kernels, of which so many came from the cache, and seconds of one core."""
 
     kernels: int
     hits: int
@@ -47,7 +47,7 @@ def record(wanted: list[Stage], out: Path) -> int:
 
 def compiled(path: Path, stage: str) -> Compiled:
     found = [line for line in lines.read(path, "compile") if line["stage"] == stage]
-    return Compiled(len(found), sum(line["hit"] for line in found), sum(line["seconds"] for line in found))
+    return Compiled(len(found), sum(line["hit"] for line in found), sum(line["cpu"] for line in found))
 
 
 def fitting(wanted: list[Stage], empty: Path, carried: Path) -> Iterator[str]:

@@ -20,6 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ..cache import act_as_there
+
 SOURCE = Path(__file__).with_name("libcuda.c")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "gelu", "gelu_backward")
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
@@ -48,6 +50,7 @@ def activate() -> None:
     folder = build()
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     _library(folder)
+    act_as_there()
     from triton.runtime import driver
 
     driver.set_active(_driver())
