@@ -2,7 +2,7 @@
 
 Tensors live on the CPU. The kernels compile for sm_90 and are launched through the real path: specialisation, cache,
 C launcher. Their outputs are whatever the memory held, so nothing that runs under this driver is ever right or wrong.
-Large products of the library are not computed either, and give zeros. What remains is what a run on a GPU costs before
+What torch would compute of large tensors gives zeros instead. What remains is what a run on a GPU costs before
 anything is computed, and the kernels in Triton's cache.
 
 Used as a pytest plugin, or by ``activate``. Works with Triton 3.6 to 3.9; wants gcc.
@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..cache import act_as_there
 
 SOURCE = Path(__file__).with_name("libcuda.c")
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "gelu", "gelu_backward")
-ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+LARGE = 2**18  # elements
 
 
 def build() -> Path:
@@ -100,22 +99,34 @@ def _driver() -> Any:
 
 
 class _Uncomputed(TorchDispatchMode):
-    """The library's large products give zeros at once."""
+    """What torch would compute of large tensors is zeros at once; views, and what is written in place, are real."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = function._schema.name.removeprefix("aten::")
-        if (name not in PRODUCTS and not name.startswith(ATTENTION)) or "out" in kwargs:
+        if function.namespace != "aten" or not _makes_new_tensors(function._schema) or not _large(args):
             return function(*args, **kwargs)
-        shapes = function(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        try:
+            shapes = function(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        except (NotImplementedError, RuntimeError):  # the shape depends on the values, or another device is named
+            return function(*args, **kwargs)
+        if not all(x.is_floating_point() for x in tree_leaves(shapes)):  # a question, whether all is finite, say
+            return function(*args, **kwargs)
         return tree_map(_zeros, shapes)
+
+
+def _makes_new_tensors(schema: Any) -> bool:
+    return not any(x.alias_info for x in (*schema.arguments, *schema.returns)) and all(
+        str(x.type) == "Tensor" for x in schema.returns
+    )
+
+
+def _large(args: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.numel() >= LARGE for x in tree_leaves(args))
 
 
 def _to_meta(x: Any) -> Any:
     return x.to("meta") if isinstance(x, torch.Tensor) else x
 
 
-def _zeros(x: Any) -> Any:
-    if not isinstance(x, torch.Tensor):
-        return x
+def _zeros(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu").zero_()
