@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.kernels import lines
 from benchmarks.kernels.__main__ import RESULTS, slug
+from benchmarks.kernels.conftest import ON_GPU
 
 from . import cache, record
 from .runner import run
@@ -36,6 +37,8 @@ def main() -> int:
     if chosen.list:
         print("\n".join(f"{stage.name:18}{stage.seconds:5.0f} s, {stage.most:.0f} s at most" for stage in wanted))
         return 0
+    if not (chosen.record or ON_GPU):
+        parser.error("no CUDA device: --record compiles, and tries everything but the figures, without one")
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.record:
         return record.record(wanted, chosen.out)

@@ -8,7 +8,7 @@ import torch
 from dtme_kernels import count_conflicts
 
 from .conftest import ON_GPU, SHAPES, Shape
-from .race import Rival
+from .race import Rival, compiled
 
 MORE = ["library chunks", "ours, low-precision basis"] if ON_GPU else []
 RIVALS = ["printed", "reference", "compiled", "GEMM", *MORE, "ours"]
@@ -75,11 +75,11 @@ def test_conflicts(report, device, shape):
         assert wrong <= allowed + 1 / rows, f"{wrong:.2%} of the signs are wrong"
 
     def make_rivals():
-        compiled, count = (torch.compile(f, dynamic=False) for f in (rotated, count_dots))
+        by_compiler, count = compiled(rotated), compiled(count_dots)
         counting = {
             "printed": partial(printed, grads, low, rank),
             "reference": partial(ours, grads, wide, rank, "reference"),
-            "compiled": partial(compiled, grads, low, rank),
+            "compiled": partial(by_compiler, grads, low, rank),
             "library chunks": partial(library_chunks, grads, low, rank, count),
             "ours, low-precision basis": partial(ours, grads, low, rank),
             "ours": partial(ours, grads, wide, rank),

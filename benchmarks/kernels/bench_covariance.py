@@ -8,7 +8,7 @@ from dtme_kernels import token_covariance_
 from dtme_kernels.covariance import reference
 
 from .conftest import ON_GPU, Shape
-from .race import Rival
+from .race import Rival, compiled
 
 RIVALS = ["eager", "compiled", *(["addmm", "baddbmm"] if ON_GPU else []), "ours into float64", "ours"]
 if not ON_GPU:
@@ -54,7 +54,7 @@ def test_covariance(report, device, shape):
     def make_rivals():
         functions = {
             "eager": eager,
-            "compiled": torch.compile(reference.token_covariance_, dynamic=False),
+            "compiled": compiled(reference.token_covariance_),
             "addmm": addmm,
             "baddbmm": lambda sums, _: baddbmm(sums, flat),
             "ours into float64": token_covariance_,

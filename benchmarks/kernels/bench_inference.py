@@ -5,7 +5,7 @@ from functools import cache, partial
 import torch
 
 from .conftest import ON_GPU, Shape
-from .race import Rival
+from .race import Rival, compiled
 from .vit import concatenated, expanded_model, plain_model
 
 RIVALS = ["plain", "plain, compiled", "concatenated", "exported", "ours, compiled", "ours"]
@@ -23,13 +23,13 @@ def test_inference(report, device, shape):
 
     def make_rivals():
         single = cache(partial(expanded.export_task, task))
-        compiled, plain_compiled = torch.compile(expanded), torch.compile(plain)
+        ours_compiled, plain_compiled = compiled(expanded, None), compiled(plain, None)
         functions = {
             "plain": lambda: plain(x, task)[task],
             "plain, compiled": lambda: plain_compiled(x, task)[task],
             "concatenated": lambda: concatenated(plain, expanded, task, x),
             "exported": lambda: single()(x),
-            "ours, compiled": lambda: compiled(x, task)[task],
+            "ours, compiled": lambda: ours_compiled(x, task)[task],
             "ours": lambda: expanded(x, task)[task],
         }
 

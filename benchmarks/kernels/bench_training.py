@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .conftest import ON_GPU, Shape
-from .race import Rival
+from .race import Rival, compiled
 from .vit import WHERE, concatenated, expanded_model, plain_model
 
 RIVALS = ["concatenated", "concatenated, compiled", "ours, compiled", "ours"]
@@ -32,11 +32,11 @@ def test_training_step(report, device, shape, where):
         return loss.detach()
 
     def make_rivals():
-        compiled_loop, compiled = torch.compile(concatenated), torch.compile(expanded)
+        compiled_loop, compiled_model = compiled(concatenated, None), compiled(expanded, None)
         functions = {
             "concatenated": lambda: loop(concatenated),
             "concatenated, compiled": lambda: loop(compiled_loop),
-            "ours, compiled": lambda: batched(compiled),
+            "ours, compiled": lambda: batched(compiled_model),
             "ours": lambda: batched(expanded),
         }
         tokens = expanded.backbone.blocks[shape.blocks - 2].dtme.tokens["task0"]

@@ -171,7 +171,7 @@ def _leave_if_the_device_is_lost() -> None:
 
 
 def _with_candidates(rivals: dict[str, Rival], chosen: set[str]) -> dict[str, Rival]:
-    """Those that were chosen, ours first, which even a run that is cut off should have; a candidate is ours, patched."""
+    """Those that were chosen, ours first, so that a run that is cut off has it. A candidate is ours, patched."""
     every = dict(rivals)
     for name in chosen - every.keys():
         for sweep in candidates(name=name).values():

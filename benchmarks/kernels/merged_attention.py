@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from .race import compiled
+
 aten = torch.ops.aten
 
 
@@ -84,7 +86,7 @@ def _scores(query: Tensor, task_key: Tensor) -> Tensor:
     return (query @ task_key[:, None].mT).float() * query.shape[-1] ** -0.5
 
 
-@torch.compile(dynamic=False)
+@compiled
 def _merge(
     query: Tensor, output: Tensor, logsumexp: Tensor, task_key: Tensor, task_value: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ def _merge(
     return (shrunk + probabilities @ task_value[:, None]).to(query.dtype), whole
 
 
-@torch.compile(dynamic=False)
+@compiled
 def _merge_gradients(
     grad: Tensor,
     query: Tensor,

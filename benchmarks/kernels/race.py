@@ -102,6 +102,12 @@ def run_once(rivals: Mapping[str, Rival], device: torch.device, report: Report) 
     return results
 
 
+def compiled(function: Callable[..., Any], dynamic: bool | None = False) -> Callable[..., Any]:
+    """``torch.compile``, but only once it is called: to import the compiler alone takes seconds."""
+    made = cache(lambda: torch.compile(function, dynamic=dynamic))
+    return lambda *args: made()(*args)
+
+
 @contextmanager
 def _failing(name: str, results: dict[str, Result], tell: Report) -> Iterator[None]:
     """An error becomes the rival's result."""
