@@ -109,7 +109,8 @@ class _Uncomputed(TorchDispatchMode):
             shapes = function(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
         except (NotImplementedError, RuntimeError):  # the shape depends on the values, or another device is named
             return function(*args, **kwargs)
-        if not all(x.is_floating_point() for x in tree_leaves(shapes)):  # a question, whether all is finite, say
+        made = [x for x in tree_leaves(shapes) if x is not None]
+        if not all(x.is_floating_point() for x in made):  # a question, whether all is finite, say
             return function(*args, **kwargs)
         return tree_map(_zeros, shapes)
 
@@ -128,5 +129,5 @@ def _to_meta(x: Any) -> Any:
     return x.to("meta") if isinstance(x, torch.Tensor) else x
 
 
-def _zeros(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu").zero_()
+def _zeros(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu").zero_()
