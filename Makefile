@@ -40,7 +40,7 @@ gpu-cache: $(READY)
 	$(GPU_PYTHON) -m venv out/triton-there
 	out/triton-there/bin/python -m pip install --quiet --disable-pip-version-check triton==$(GPU_TRITON)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/triton-here triton==$(GPU_TRITON)
-	DTME_TRITON_THERE=out/triton-there/bin/python PYTHONPATH=out/triton-here:.:python $(RUN) -m benchmarks.gpu --record
+	DTME_TRITON_THERE=out/triton-there/bin/python PYTHONPATH=out/triton-here:.:python $(RUN) -m benchmarks.gpu --record --stages '$(STAGES)'
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -45,8 +45,8 @@ def stages() -> list[Stage]:
     main = ("--resume", "--shapes", MAIN)
     smoke = python("pytest", "-q", "-n", str(workers), "-p", "no:cacheprovider", "tests/gpu/test_smoke.py")
     return [
-        Stage("ceilings", python("benchmarks.gpu.ceilings"), 15, 40),
-        Stage("smoke", smoke, 45, 100, parallel=True),
+        Stage("ceilings", python("benchmarks.gpu.ceilings"), 15, 75),
+        Stage("smoke", smoke, 45, 120, parallel=True),
         Stage("report", reports(*REPORTS, options=(*main, "--rivals", AS_THEY_ARE)), 30, 90),
         Stage("models", reports(*MODELS, options=(*main, "--rivals", AS_THEY_ARE)), 35, 90),
         Stage("compiled", reports(*REPORTS, options=(*main, "--rivals", f"{COMPILED}|^ours$")), 60, 120),

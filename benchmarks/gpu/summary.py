@@ -55,10 +55,11 @@ def _sweeps(path: Path) -> Iterator[str]:
 def _times(path: Path, reach: Ceilings) -> Iterator[str]:
     """Ratios to ours, and to the floor of the bytes and operations that a report counts as necessary."""
     yield f"\n{'':44}{'ms':>9}{'x ours':>8}{'x floor':>9}{'same bits':>11}"
+    every = lines.races(path)
     for group, rivals in times(path).items():
         yield group
         for rival, seconds in rivals.items():
-            line = lines.races(path)[group, rival]
+            line = every[group, rival]
             rate, flops = (line["extra"][key] for key in ("GB/s", "TFLOP/s"))
             share = max(1e9 * rate / reach.copy, 1e12 * flops / reach.product)
             ratio = f"{seconds / rivals['ours']:.2f}" if "ours" in rivals else ""

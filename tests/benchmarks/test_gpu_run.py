@@ -1,11 +1,13 @@
 """``python -m benchmarks.gpu``, without a GPU: budget, deadlines, lines, resuming, targets, and a recorded stage."""
 
 import json
+import os
 import shutil
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -43,8 +45,6 @@ def script(name, code, seconds=0.0, most=60.0):
 
 
 def run(path, *chosen, budget=60.0):
-    import os
-
     good = runner.run(chosen, budget + runner.LEFT_FOR_THE_SUMMARY, path.with_name("log.txt"), os.environ)
     return good, {line["name"]: line["status"] for line in lines.read(path, "stage")}
 
@@ -183,6 +183,11 @@ def test_a_candidate_is_chosen_while_it_runs():
     tiles = sweep.patched(name, lambda: kernel._Tiles(768, torch.bfloat16))()
     assert (name, tiles.tokens, tiles.options["num_stages"]) == ("ours: tokens=16 num_stages=5", 16, 5)
     assert kernel._Tiles(768, torch.bfloat16).tokens != 16
+
+
+def test_what_a_sweep_replaces_is_there():
+    pytest.importorskip("triton")
+    assert all(callable(resolve_name(sweep.target)) for sweep in SWEEPS)
 
 
 def test_every_candidate_has_a_name_of_its_own():
