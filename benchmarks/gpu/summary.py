@@ -32,13 +32,12 @@ def _failures(path: Path) -> Iterator[str]:
 
 
 def _kernels(path: Path) -> Iterator[str]:
-    """Of the time a kernel could have: how much of the multiprocessors and of the memory it used, by ncu."""
+    """How much of the multiprocessors and of the memory every kernel used."""
     found = [line for line in lines.read(path, "ncu") if "metrics" in line]
     if found:
-        yield f"\n{'by ncu, % of the highest':44}{'compute':>9}{'memory':>9}{'us':>9}"
+        yield f"\n{'by ncu, % of the highest':44}{'compute':>9}{'memory':>9}{'time':>9}"
     for line in found:
-        row = {name.partition(" [")[0]: value for name, value in line["metrics"].items()}
-        cells = [row.get(name, "") for name in ("Compute (SM) Throughput", "Memory Throughput")]
+        cells = [line["metrics"].get(f"{name} Throughput [%]", "") for name in ("Compute (SM)", "Memory")]
         duration = next((v for k, v in line["metrics"].items() if k.startswith("Duration")), "")
         yield f"{line['kernel'][:42]:44}{cells[0]!s:>9}{cells[1]!s:>9}{duration!s:>9}"
 
