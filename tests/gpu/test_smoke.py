@@ -156,9 +156,10 @@ def test_count_conflicts(kind, size, low):
         want = dk.count_conflicts(grads.double(), basis.double(), s.p // 3, impl="reference")
         assert torch.equal(got.valid, want.valid)
         signs = s.images * s.tokens * s.tasks * (s.tasks - 1)
-        exact = kind != "tf32"
+        # 11 bits of float32; long sums of the tensor core, where the basis is as low as the gradients; float32 else
+        share = 5e-3 if kind == "tf32" else 1e-3 if low and dtype != torch.float32 else 2e-5
         for a, b in ((got.range, want.range), (got.null, want.null)):
-            note((a - b).abs().sum().item(), 2 + (2e-5 if exact else 5e-3) * signs)
+            note((a - b).abs().sum().item(), 2 + share * signs)
 
 
 class noted:
