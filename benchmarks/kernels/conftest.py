@@ -149,7 +149,8 @@ def report(benchmark, request, rival):
                 _races[group] = run_once(rivals, DEVICE, tell)
             else:
                 _races[group] = race(rivals, DEVICE, host=host, report=tell if lines.file() else None)
-            _leave_if_the_device_is_lost()
+            if device_is_lost():
+                pytest.exit("the device is lost", returncode=LOST_DEVICE)
         if rival not in _races[group]:
             pytest.skip(f"{rival} does not run on {DEVICE.type}")
         result = _races[group][rival]
@@ -161,13 +162,14 @@ def report(benchmark, request, rival):
     return run
 
 
-def _leave_if_the_device_is_lost() -> None:
+def device_is_lost() -> bool:
     """After an illegal access nothing runs on the device in this process: another has to go on."""
-    if DEVICE.type == "cuda":
-        try:
+    try:
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        except RuntimeError as error:
-            pytest.exit(f"the device is lost: {error}", returncode=LOST_DEVICE)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _with_candidates(rivals: dict[str, Rival], chosen: set[str]) -> dict[str, Rival]:

@@ -3,6 +3,7 @@
 Each test leaves a JSON line with its worst error and what it may be, if the run wants lines.
 """
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 
 import dtme_kernels as dk
 from benchmarks.kernels import lines
-from benchmarks.kernels.conftest import RECORDING
+from benchmarks.kernels.conftest import LOST_DEVICE, RECORDING, device_is_lost
 from dtme_kernels.testing import accuracy, make, orthogonal
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -181,3 +182,5 @@ class noted:
         message = {"error": f"{kind.__name__}: {error}"[:300]} if kind else {}
         result = "recorded" if RECORDING and not kind else kind is None
         lines.write("smoke", test=self.test, passed=result, **figures, **message)
+        if kind and device_is_lost():
+            os._exit(LOST_DEVICE)  # nothing more can run in this process: pytest-xdist starts another
