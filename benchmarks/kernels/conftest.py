@@ -14,7 +14,7 @@ import torch
 from dtme_kernels.info import extension, triton_version
 
 from . import lines
-from .race import Replay, Result, Rival, race, run_once
+from .race import Replay, Result, Rival, device_is_lost, race, run_once
 from .sweep import candidates
 
 # under the recording driver (benchmarks.gpu.recording) what would run on a GPU is launched, on CPU tensors, by nobody
@@ -149,7 +149,7 @@ def report(benchmark, request, rival):
                 _races[group] = run_once(rivals, DEVICE, tell)
             else:
                 _races[group] = race(rivals, DEVICE, host=host, report=tell if lines.file() else None)
-            if device_is_lost():
+            if device_is_lost(DEVICE):
                 pytest.exit("the device is lost", returncode=LOST_DEVICE)
         if rival not in _races[group]:
             pytest.skip(f"{rival} does not run on {DEVICE.type}")
@@ -160,16 +160,6 @@ def report(benchmark, request, rival):
             _show(benchmark, result, _figures(result, moved, operations)["extra"])
 
     return run
-
-
-def device_is_lost() -> bool:
-    """After an illegal access nothing runs on the device in this process: another has to go on."""
-    try:
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _with_candidates(rivals: dict[str, Rival], chosen: set[str]) -> dict[str, Rival]:

@@ -71,6 +71,8 @@ def race(
             if report:
                 first = [measure(runners[name], device) for _ in range(3)]
                 tell(name, results[name]._replace(seconds=first), False)
+        if results[name].error and device_is_lost(device):
+            return results  # the others had no chance
     end = time.perf_counter() + 20
     for done in range(rounds):
         if done >= 5 and time.perf_counter() > end:
@@ -81,7 +83,17 @@ def race(
     for name, result in results.items():
         if not result.error:
             tell(name, result, True)
-    return {name: results[name] for name in rivals}
+    return results
+
+
+def device_is_lost(device: torch.device) -> bool:
+    """After an illegal access nothing runs on the device in this process: another has to go on."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def run_once(rivals: Mapping[str, Rival], device: torch.device, report: Report) -> dict[str, Result]:

@@ -12,7 +12,8 @@ import torch
 
 import dtme_kernels as dk
 from benchmarks.kernels import lines
-from benchmarks.kernels.conftest import LOST_DEVICE, RECORDING, device_is_lost
+from benchmarks.kernels.conftest import DEVICE, LOST_DEVICE, RECORDING
+from benchmarks.kernels.race import device_is_lost
 from dtme_kernels.testing import accuracy, make, orthogonal
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,5 +183,5 @@ class noted:
         message = {"error": f"{kind.__name__}: {error}"[:300]} if kind else {}
         result = "recorded" if RECORDING and not kind else kind is None
         lines.write("smoke", test=self.test, passed=result, **figures, **message)
-        if kind and device_is_lost():
+        if kind and device_is_lost(DEVICE):
             os._exit(LOST_DEVICE)  # nothing more can run in this process: pytest-xdist starts another
