@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def main() -> int:
     if not (chosen.record or ON_GPU):
         parser.error("no CUDA device: --record compiles, and tries everything but the figures, without one")
     chosen.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that the stage ends with this
     if chosen.record:
         return record.record(wanted, chosen.out)
     good = measure(wanted, chosen.budget - seconds_so_far(), chosen.out, chosen.resume)
