@@ -75,15 +75,17 @@ def _building_for_both(build: Any, suffix: str, include: str) -> Any:
     original = build.compile_module_from_src
 
     def compile_module_from_src(src: str, name: str, **options: Any) -> Any:
-        key = hashlib.sha256((src + build.platform_key()).encode("utf-8")).hexdigest()
-        manager = build.get_cache_manager(key)
-        if manager.get_file(name + suffix) is None:
-            with (
-                mock.patch.object(sysconfig, "get_config_var", lambda variable: suffix),
-                mock.patch.object(sysconfig, "get_paths", lambda scheme: {"include": include}),
-                mock.patch.object(build, "_load_module_from_path", lambda name, path: None),
-            ):
-                original(src, name, **options)
+        with (
+            mock.patch.object(sysconfig, "get_config_var", lambda variable: suffix),
+            mock.patch.object(sysconfig, "get_paths", lambda scheme: {"include": include}),
+            mock.patch.object(build, "_load_module_from_path", lambda name, path: path),
+        ):
+            library = Path(original(src, name, **options)).read_bytes()
+        for linkage in ("ELF", ""):  # which Python knows only where the program `file` is installed
+            key = ",".join([*build.platform_key().split(",")[:-1], linkage])
+            manager = build.get_cache_manager(hashlib.sha256((src + key).encode("utf-8")).hexdigest())
+            if manager.get_file(name + suffix) is None:
+                manager.put(library, name + suffix, binary=True)
         return original(src, name, **options)
 
     return compile_module_from_src
