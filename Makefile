@@ -12,6 +12,8 @@ RESUME ?=
 GPU_WORKERS ?= 14
 GPU_TRITON ?= 3.6.0
 GPU_PYTHON ?= python3.12
+THERE = out/triton-$(GPU_TRITON)-there
+HERE = out/triton-$(GPU_TRITON)-here
 
 .PHONY: demo test bench gpu gpu-test gpu-cache lint clean
 
@@ -36,11 +38,18 @@ gpu-test:
 
 # what `make gpu` will compile, compiled here without a GPU: out/gpu-cache.tar, which it unpacks where it finds it. For
 # the Triton and the Python of the machine with the GPU, whose interpreter has to be here too, for its headers
-gpu-cache: $(READY)
-	$(GPU_PYTHON) -m venv out/triton-there
-	out/triton-there/bin/python -m pip install --quiet --disable-pip-version-check triton==$(GPU_TRITON)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/triton-here triton==$(GPU_TRITON)
-	DTME_TRITON_THERE=out/triton-there/bin/python PYTHONPATH=out/triton-here:.:python $(RUN) -m benchmarks.gpu --record --stages '$(STAGES)'
+gpu-cache: $(READY) $(THERE)/.ready $(HERE)/.ready
+	DTME_TRITON_THERE=$(THERE)/bin/python PYTHONPATH=$(HERE):.:python \
+	$(RUN) -m benchmarks.gpu --record --stages '$(STAGES)'
+
+$(THERE)/.ready:
+	$(GPU_PYTHON) -m venv $(THERE)
+	$(THERE)/bin/python -m pip install --quiet --disable-pip-version-check triton==$(GPU_TRITON)
+	touch $@
+
+$(HERE)/.ready: | $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(HERE) triton==$(GPU_TRITON)
+	touch $@
 
 lint: $(READY)
 	$(RUN) -m ruff check .
