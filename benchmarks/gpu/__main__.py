@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.kernels import lines
 from benchmarks.kernels.__main__ import RESULTS, slug
-from benchmarks.kernels.conftest import ON_GPU
+from benchmarks.kernels.device import ON_GPU
 
 from . import cache, record
 from .runner import run

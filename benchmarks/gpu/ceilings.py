@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from benchmarks.kernels import lines
-from benchmarks.kernels.conftest import DEVICE, ON_GPU, RECORDING, facts
+from benchmarks.kernels.device import DEVICE, ON_GPU, RECORDING, facts
 from benchmarks.kernels.race import Rival, race
 
 COPIED = 2**30  # bytes read, and as many written

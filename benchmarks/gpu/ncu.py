@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.kernels import lines
-from benchmarks.kernels.conftest import RECORDING
+from benchmarks.kernels.device import RECORDING
 
 from .stages import MAIN, reports
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks.kernels import lines
-from benchmarks.kernels.conftest import LOST_DEVICE
+from benchmarks.kernels.device import LOST_DEVICE
 
 from .stages import Stage
 

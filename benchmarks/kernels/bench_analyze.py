@@ -9,7 +9,8 @@ import dtme
 from dtme_kernels import split_token_space
 
 from .bench_conflicts import printed
-from .conftest import ON_GPU, Shape
+from .conftest import Shape
+from .device import ON_GPU
 from .race import Rival
 from .vit import plain_model
 

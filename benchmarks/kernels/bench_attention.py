@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtme_kernels import expanded_attention
 
-from .conftest import ON_GPU
+from .device import ON_GPU
 from .merged_attention import merged
 from .race import Rival
 

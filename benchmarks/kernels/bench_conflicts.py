@@ -7,7 +7,8 @@ import torch
 
 from dtme_kernels import count_conflicts
 
-from .conftest import ON_GPU, SHAPES, Shape
+from .conftest import SHAPES, Shape
+from .device import ON_GPU
 from .race import Rival, compiled
 
 MORE = ["library chunks", "ours, low-precision basis"] if ON_GPU else []

@@ -7,7 +7,8 @@ import torch
 from dtme_kernels import token_covariance_
 from dtme_kernels.covariance import reference
 
-from .conftest import ON_GPU, Shape
+from .conftest import Shape
+from .device import ON_GPU
 from .race import Rival, compiled
 
 RIVALS = ["eager", "compiled", *(["addmm", "baddbmm"] if ON_GPU else []), "ours into float64", "ours"]

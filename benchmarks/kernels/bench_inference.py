@@ -4,7 +4,8 @@ from functools import cache, partial
 
 import torch
 
-from .conftest import ON_GPU, Shape
+from .conftest import Shape
+from .device import ON_GPU
 from .race import Rival, compiled
 from .vit import concatenated, expanded_model, plain_model
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dtme_kernels import modulate_layer_norm
 from dtme_kernels.modulation import reference
 
-from .conftest import ON_GPU
+from .device import ON_GPU
 from .race import Rival, compiled
 
 RIVALS = ["eager", "compiled", "copy", "ours"]

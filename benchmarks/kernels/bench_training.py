@@ -5,7 +5,8 @@ from functools import cache, partial
 import pytest
 import torch
 
-from .conftest import ON_GPU, Shape
+from .conftest import Shape
+from .device import ON_GPU
 from .race import Rival, compiled
 from .vit import WHERE, concatenated, expanded_model, plain_model
 

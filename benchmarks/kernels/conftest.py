@@ -1,28 +1,17 @@
-"""What every speed report shares: shapes, device, and the facts that a figure is worth nothing without."""
+"""What every speed report shares: shapes, options, and the fixture that races and reports."""
 
 import ctypes
-import os
 import platform
 import re
-import subprocess
-from functools import cache
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from dtme_kernels.info import extension, triton_version
-
 from . import lines
+from .device import DEVICE, LOST_DEVICE, ON_GPU, RECORDING, facts
 from .race import Replay, Result, Rival, device_is_lost, race, run_once
 from .sweep import candidates
-
-# under the recording driver (benchmarks.gpu.recording) what would run on a GPU is launched, on CPU tensors, by nobody
-RECORDING = os.environ.get("DTME_BENCH_DEVICE") == "recording"
-_named = os.environ.get("DTME_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
-DEVICE = torch.device("cpu" if RECORDING else _named)
-ON_GPU = RECORDING or DEVICE.type == "cuda"
-LOST_DEVICE = 70  # the exit status that asks for a new process, which resumes
 
 if DEVICE.type == "cpu" and platform.libc_ver()[0] == "glibc":
     # freed memory stays with the process, as in the midst of a training run: else what is timed is the kernel clearing
@@ -192,21 +181,6 @@ def _show(benchmark, result: Result, extra: dict[str, object]) -> None:
     median = float(torch.tensor(result.seconds, dtype=torch.float64).quantile(0.5))
     assert abs(benchmark.stats.stats.median - median) <= 0.5 * median, "pytest-benchmark did not read the replay"
     benchmark.extra_info |= facts() | extra
-
-
-@cache
-def facts() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if ON_GPU:
-        device = "recording driver" if RECORDING else torch.cuda.get_device_name()
-    return {
-        "device": device,
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "c++": extension(),
-        "commit": commit or "unknown",
-    }
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

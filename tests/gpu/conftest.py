@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels.conftest import RECORDING
+from benchmarks.kernels.device import RECORDING
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ import torch
 
 import dtme_kernels as dk
 from benchmarks.kernels import lines
-from benchmarks.kernels.conftest import DEVICE, LOST_DEVICE, RECORDING
+from benchmarks.kernels.device import DEVICE, LOST_DEVICE, RECORDING
 from benchmarks.kernels.race import device_is_lost
 from dtme_kernels.testing import accuracy, make, orthogonal
 
