@@ -3,6 +3,7 @@
 import os
 import subprocess
 from functools import cache
+from shutil import which
 
 import torch
 
@@ -19,7 +20,9 @@ LOST_DEVICE = 70  # the exit status that asks for a new process, which resumes
 @cache
 def facts() -> dict[str, str]:
     """Of this process. ``DTME_COMMIT`` names the commit where git cannot tell it."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = os.environ.get("DTME_COMMIT", "")
+    if not commit and which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = f"CPU, {torch.get_num_threads()} threads"
     if ON_GPU:
         device = "recording driver" if RECORDING else torch.cuda.get_device_name()
@@ -28,5 +31,5 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton_version(),
         "c++": extension(),
-        "commit": os.environ.get("DTME_COMMIT") or git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
     }
