@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import re
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -133,7 +134,10 @@ def report(benchmark, request, rival):
         once = RECORDING or request.config.option.once
         if group not in _races:
             chosen = {_rival(x) for x in request.session.items if _rival(x) and _group(x) == group}
-            rivals = _with_candidates(make_rivals(), chosen)
+            try:
+                rivals = _with_candidates(make_rivals(), chosen)
+            except Exception as error:  # everybody's
+                rivals = {name: Rival(partial(_fail, error)) for name in chosen}
             if once:
                 _races[group] = run_once(rivals, DEVICE, tell)
             else:
@@ -149,6 +153,10 @@ def report(benchmark, request, rival):
             _show(benchmark, result, _figures(result, moved, operations)["extra"])
 
     return run
+
+
+def _fail(error: Exception) -> None:
+    raise error
 
 
 def _with_candidates(rivals: dict[str, Rival], chosen: set[str]) -> dict[str, Rival]:
