@@ -81,8 +81,8 @@ SWEEPS = (
         ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 4)),
     ),
     Sweep(
-        *("conflicts", "512 px$", CONFLICTS, None, ("coordinates", "channels", "stages")),
-        ((64, 32, 3), (64, 32, 2), (64, 16, 4), (64, 64, 2), (32, 64, 3), (32, 32, 4), (128, 16, 3)),
+        *("conflicts", "512 px$", CONFLICTS, None, ("coordinates", "channels", "warps", "stages")),
+        ((64, 32, 8, 3), (64, 32, 4, 2), (64, 64, 4, 2), (64, 16, 4, 4), (32, 64, 4, 3), (32, 32, 4, 4)),
     ),
     Sweep(  # how many programs share the rows
         *("modulate_layer_norm", "backward$", "dtme_kernels.modulation.kernel.chip", None, ("multiprocessors",)),
