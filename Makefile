@@ -8,8 +8,17 @@ DEMO ?=
 EXAMPLES ?= 1000
 TRITON ?= 3.9.0
 AOT := $(VENV)-triton-$(TRITON)
+BUDGET ?= 300
+OUT ?= out/gpu
+STAGES ?=
+RESUME ?=
+GPU_WORKERS ?= 14
+GPU_TRITON ?= 3.6.0
+GPU_PYTHON ?= python3.12
+THERE = out/triton-$(GPU_TRITON)-there
+HERE = out/triton-$(GPU_TRITON)-here
 
-.PHONY: demo test fuzz aot bench gpu lint clean
+.PHONY: demo test fuzz aot bench gpu gpu-test gpu-cache lint clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks.paper demo $(DEMO)
@@ -33,10 +42,30 @@ aot: $(READY)
 bench: $(READY)
 	$(RUN) -m benchmarks.kernels --cpu
 
-# with the python3 that is given, which has the torch and Triton of its GPU: nothing is installed
+# with the python3 that is given, which has the torch and Triton of its GPU: nothing is installed. What is worth most in
+# BUDGET seconds, every figure written to OUT as it comes; STAGES picks by a regular expression, RESUME=1 goes on
 gpu:
-	PYTHONPATH=.:python python3 -m pytest -q tests/gpu; tests=$$?; \
-	PYTHONPATH=.:python python3 -m benchmarks.kernels && exit $$tests
+	PYTHONPATH=.:python python3 -m benchmarks.gpu --budget $(BUDGET) --out $(OUT) --stages '$(STAGES)' $(if $(RESUME),--resume)
+
+# all of tests/gpu, the tests that want the GPU for themselves one by one behind the others
+gpu-test:
+	PYTHONPATH=.:python python3 -m pytest -q tests/gpu -m "not alone" -n $(GPU_WORKERS); tests=$$?; \
+	PYTHONPATH=.:python python3 -m pytest -q tests/gpu -m alone && exit $$tests
+
+# what `make gpu` will compile, compiled here without a GPU: out/gpu-cache.tar, which it unpacks where it finds it. For
+# the Triton and the Python of the machine with the GPU, whose interpreter has to be here too, for its headers
+gpu-cache: $(READY) $(THERE)/.ready $(HERE)/.ready
+	DTME_TRITON_THERE=$(THERE)/bin/python PYTHONPATH=$(HERE):.:python \
+	$(RUN) -m benchmarks.gpu --record --stages '$(STAGES)'
+
+$(THERE)/.ready:
+	$(GPU_PYTHON) -m venv $(THERE)
+	$(THERE)/bin/python -m pip install --quiet --disable-pip-version-check triton==$(GPU_TRITON)
+	touch $@
+
+$(HERE)/.ready: | $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(HERE) triton==$(GPU_TRITON)
+	touch $@
 
 lint: $(READY)
 	$(RUN) -m ruff check .

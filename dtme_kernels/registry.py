@@ -78,14 +78,20 @@ class Operator:
             unsupported: of the arguments: why the kernel cannot run on them, or None. The dispatcher then runs the
                 reference, and ``impl="triton"`` raises.
         """
-        name, reference = self.name, self.implementations["reference"]
+        name = self.name
 
         def kernel(*args: Any) -> Any:
             return getattr(import_module(module), name)(*args)
 
         if find_spec("triton") is not None:
-            self.implement("triton", lambda *args: (reference if unsupported(*args) else kernel)(*args))
+            self.implement("triton", self.dispatch_triton)
             self.implementations["triton"], self.unsupported["triton"] = kernel, unsupported
+
+    def dispatch_triton(self, *args: Any) -> Any:
+        """What the dispatcher runs on CUDA tensors; it leaves out the last arguments that have their default value."""
+        args = (*args, *(x.default_value for x in self.overload._schema.arguments[len(args) :]))
+        impl = "reference" if self.unsupported["triton"](*args) else "triton"
+        return self.implementations[impl](*args)
 
     def find_cpp(self) -> None:
         """Let ``impl="cpp"`` have the kernel that the extension has registered under the CPU key, if it has one."""

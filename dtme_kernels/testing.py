@@ -56,11 +56,25 @@ def assert_accurate(got: Tensor, want: np.ndarray | Tensor, plain: Tensor, terms
     Raises:
         AssertionError: over budget, another shape, or a NaN.
     """
-    want = torch.as_tensor(want, dtype=torch.float64, device="cpu")
+    error, budget = accuracy(got, want, plain, terms)
+    assert error <= budget, f"error {error:.3g} is over the budget {budget:.3g}, mostly twice plain torch's error"
+
+
+def accuracy(
+    got: Tensor, want: np.ndarray | Tensor, plain: Tensor, terms: int = 1, eps: float | None = None
+) -> tuple[float, float]:
+    """The largest error, which may be NaN, and what ``assert_accurate`` allows; on the device of ``got``.
+
+    Args:
+        eps: another than that of the dtype of ``got``.
+
+    Raises:
+        AssertionError: another shape.
+    """
+    want, plain = torch.as_tensor(want, dtype=torch.float64, device=got.device), plain.to(got.device)
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-    error, of_plain, size = (_largest(x) for x in (got.cpu() - want, plain.cpu() - want, want))
-    budget = 2 * of_plain + terms**0.5 * torch.finfo(got.dtype).eps * size
-    assert error <= budget, f"error {error:.3g} is over the budget {budget:.3g} (plain torch: {of_plain:.3g})"
+    error, of_plain, size = (_largest(x) for x in (got - want, plain - want, want))
+    return error, 2 * of_plain + terms**0.5 * (eps or torch.finfo(got.dtype).eps) * size
 
 
 def _largest(x: Tensor) -> float:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+from . import lines
+
+PYTEST = ("-q", "-o", "python_files=bench_*.py", "--benchmark-quiet")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -20,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("-k", default="", help="only the reports whose name matches, as in pytest")
     parser.add_argument("--cpu", action="store_true", help="the CPU's report, although there is a GPU")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="only print and draw this earlier result")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="only print and draw this earlier .json or .jsonl")
     chosen = parser.parse_args()
     if chosen.show:
         show(chosen.show)
@@ -29,19 +32,24 @@ def main() -> int:
 
     on_gpu = torch.cuda.is_available() and not chosen.cpu
     os.environ["DTME_BENCH_DEVICE"] = "cuda" if on_gpu else "cpu"
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if on_gpu else "cpu"
-    path = RESULTS / f"{name}.json"
-    options = ["-q", "-o", "python_files=bench_*.py", f"--benchmark-json={path}", "--benchmark-quiet"]
+    path = RESULTS / f"{slug(torch.cuda.get_device_name()) if on_gpu else 'cpu'}.json"
+    options = [*PYTEST, f"--benchmark-json={path}"]
     status = pytest.main([str(Path(__file__).parent), *options, *(["-k", chosen.k] if chosen.k else [])])
     if path.exists():
         show(path)
     return int(status)
 
 
+def slug(device: str) -> str:
+    """How its results are named."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def groups(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     """{report: {rival: {"median": seconds, "p20": ..., "p80": ..., "TFLOP/s": ..., ...}}}."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for record in json.loads(path.read_text())["benchmarks"]:
+    result = lines.gather(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+    for record in result["benchmarks"]:
         row = {key: record["stats"][key] for key in ("median", "p20", "p80")} | record["extra_info"]
         found.setdefault(record["group"], {})[record["params"]["rival"]] = row
     return found
@@ -56,8 +64,8 @@ def show(path: Path) -> None:
         for rival, row in rivals.items():
             spread = f"{1e3 * row['p20']:.3f}-{1e3 * row['p80']:.3f}"
             peak = "" if row["peak MB"] is None else f"{row['peak MB']:.1f}"
-            ratio = row["median"] / rivals["ours"]["median"]
-            numbers = f"{1e3 * row['median']:>11.3f}{spread:>18}{ratio:>9.2f}{row['GB/s']:>8.0f}{row['TFLOP/s']:>9.2f}"
+            ratio = f"{row['median'] / rivals['ours']['median']:.2f}" if "ours" in rivals else ""
+            numbers = f"{1e3 * row['median']:>11.3f}{spread:>18}{ratio:>9}{row['GB/s']:>8.0f}{row['TFLOP/s']:>9.2f}"
             print(f"    {rival:30}{numbers}{peak:>9}")
     if find_spec("matplotlib"):
         draw(found, path.with_suffix(".png"))
@@ -73,6 +81,8 @@ def draw(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     found = {group: rivals for group, rivals in found.items() if "ours" in rivals}
+    if not found:
+        return
     names = list(dict.fromkeys(rival for rivals in found.values() for rival in rivals if rival != "ours"))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.26 * len(found)), layout="constrained")
     axes.axvline(1, color="black", linewidth=1)

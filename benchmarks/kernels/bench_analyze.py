@@ -9,16 +9,17 @@ import dtme
 from dtme_kernels import split_token_space
 
 from .bench_conflicts import printed
-from .conftest import DEVICE, Shape
+from .conftest import Shape
+from .device import ON_GPU
+from .race import Rival
 from .vit import plain_model
 
 RIVALS = ["printed", "ours"]
-ON_GPU = DEVICE.type == "cuda"
 SHAPES = {"ViT-B, 512 px": Shape(6, 1024, 768, 12, tasks=5)} if ON_GPU else {"ViT-T, 224 px": Shape(4, 197, 192, 3)}
 BATCHES = 2
 
 
-def by_the_paper(model, loader, losses, ratio):
+def by_the_paper(model, loader, losses, ratio=100.0):
     """One backward pass a task that keeps the blocks' gradients, then Eq. 4; weights get their gradients too."""
     backbone, tasks = model.backbone, list(losses)
     kept = []
@@ -68,16 +69,18 @@ def test_analyze(report, device, shape):
             )
             for _ in range(BATCHES)
         ]
-        found = dtme.analyze(model, loader, losses, progress=False)
-        first, second = torch.triu_indices(shape.tasks, shape.tasks, 1)
-        for d, counts in enumerate(by_the_paper(model, loader, losses, 100.0)):
-            ours = torch.stack([found.range_counts[d][first, second], found.null_counts[d][first, second]])
-            wrong = (counts - ours).abs().sum() / (ours.numel() * BATCHES * shape.images * shape.tokens)
-            assert wrong <= (0.05 if ON_GPU else 1e-3), f"block {d}: {wrong:.2%} of the signs differ"
-        return {
-            "printed": partial(by_the_paper, model, loader, losses, 100.0),
-            "ours": partial(dtme.analyze, model, loader, losses, progress=False),
-        }
+        arguments = model, loader, losses
+        printed, ours = partial(by_the_paper, *arguments), partial(dtme.analyze, *arguments, progress=False)
+
+        def check():
+            found = ours()
+            first, second = torch.triu_indices(shape.tasks, shape.tasks, 1)
+            for d, counts in enumerate(printed()):
+                own = torch.stack([found.range_counts[d][first, second], found.null_counts[d][first, second]])
+                wrong = (counts - own).abs().sum() / (own.numel() * BATCHES * shape.images * shape.tokens)
+                assert wrong <= (0.05 if ON_GPU else 1e-3), f"block {d}: {wrong:.2%} of the signs differ"
+
+        return {"printed": Rival(printed), "ours": Rival(ours, check)}
 
     rows, p = BATCHES * shape.images * shape.tokens, shape.channels
     operations = shape.blocks * (rows * p * p + 2 * shape.tasks * rows * p * p)  # of the analysis, not of the model

@@ -1,17 +1,19 @@
 """Pairwise conflicts of one block's task gradients in both spaces (Eq. 4)."""
 
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 
 import torch
 
 from dtme_kernels import count_conflicts
 
-from .conftest import DEVICE, SHAPES, Shape
+from .conftest import SHAPES, Shape
+from .device import ON_GPU
+from .race import Rival, compiled
 
-ON_GPU = ["library chunks", "ours, low-precision basis"] if DEVICE.type == "cuda" else []
-RIVALS = ["printed", "reference", "compiled", "GEMM", *ON_GPU, "ours"]
-if DEVICE.type == "cuda":
+MORE = ["library chunks", "ours, low-precision basis"] if ON_GPU else []
+RIVALS = ["printed", "reference", "compiled", "GEMM", *MORE, "ours"]
+if ON_GPU:
     MORE_SHAPES = {f"ViT-B, 512 px, K={k}": SHAPES["ViT-B, 512 px"]._replace(tasks=k) for k in (4, 11)}
 else:
     MORE_SHAPES = {"4,096 x 768, K=5": Shape(1, 4096, 768, 12, tasks=5)}
@@ -56,7 +58,7 @@ def ours(grads, basis, rank, impl="auto"):
 
 
 def test_conflicts(report, device, shape):
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
     p, rows = shape.channels, shape.images * shape.tokens
     rank = 250 * p // 768  # about a third, and no multiple of anything
     basis = torch.linalg.qr(torch.randn(p, p, device=device, dtype=torch.float64)).Q
@@ -64,28 +66,33 @@ def test_conflicts(report, device, shape):
     grads = (torch.randn(shape.tasks, rows, p, device=device) * amplitude @ basis.T.float()).to(dtype)
     wide, low = basis.float(), basis.to(dtype)
 
+    @cache
+    def exact():
+        return ours(grads.double(), basis, rank, "reference")
+
+    def check(name, count):
+        wrong = ((count() - exact()).abs().sum() / (exact().numel() * rows)).item()
+        allowed = 2e-5 if name in ("ours", "reference") else 0.02  # of signs: the others round the basis
+        assert wrong <= allowed + 1 / rows, f"{wrong:.2%} of the signs are wrong"
+
     def make_rivals():
-        compiled, count = (torch.compile(f, dynamic=False) for f in (rotated, count_dots))
+        by_compiler, count = compiled(rotated), compiled(count_dots)
         counting = {
             "printed": partial(printed, grads, low, rank),
             "reference": partial(ours, grads, wide, rank, "reference"),
-            "compiled": partial(compiled, grads, low, rank),
+            "compiled": partial(by_compiler, grads, low, rank),
             "library chunks": partial(library_chunks, grads, low, rank, count),
             "ours, low-precision basis": partial(ours, grads, low, rank),
             "ours": partial(ours, grads, wide, rank),
         }
-        exact = ours(grads.double(), basis, rank, "reference")
-        for name in RIVALS:
-            if name != "GEMM":
-                wrong = ((counting[name]() - exact).abs().sum() / (exact.numel() * rows)).item()
-                allowed = 2e-5 if name in ("ours", "reference") else 0.02  # of signs: the others round the basis
-                assert wrong <= allowed + 1 / rows, f"{name}: {wrong:.2%} of the signs are wrong"
-        rivals = counting | {
+        timed = counting | {
             "reference": partial(count_conflicts, grads, wide, rank, impl="reference"),
-            "GEMM": partial(torch.matmul, grads.flatten(0, 1), low),
+            "GEMM": partial(torch.matmul, grads.flatten(0, 1), low),  # of one gradient a row: what a rotation is
             "ours, low-precision basis": partial(count_conflicts, grads, low, rank),
             "ours": partial(count_conflicts, grads, wide, rank),
         }
+        rivals = {name: Rival(timed[name], partial(check, name, count)) for name, count in counting.items()}
+        rivals["GEMM"] = Rival(timed["GEMM"])
         return {name: rivals[name] for name in RIVALS}
 
     operations = shape.tasks * rows * p * (2 * p + shape.tasks - 1)

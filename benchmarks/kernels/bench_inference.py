@@ -1,12 +1,15 @@
 """One task's prediction by a model whose every second block is expanded, against the model that is not."""
 
+from functools import cache, partial
+
 import torch
 
-from .conftest import DEVICE, Shape
+from .conftest import Shape
+from .device import ON_GPU
+from .race import Rival, compiled
 from .vit import concatenated, expanded_model, plain_model
 
 RIVALS = ["plain", "plain, compiled", "concatenated", "exported", "ours, compiled", "ours"]
-ON_GPU = DEVICE.type == "cuda"
 SHAPES = {"ViT-B, 224 px": Shape(64, 197, 768, 12), "ViT-B, 512 px": Shape(6, 1024, 768, 12)}
 if not ON_GPU:
     SHAPES = {"ViT-T, 224 px": Shape(8, 197, 192, 3), "ViT-B, 224 px": Shape(2, 197, 768, 12)}
@@ -20,22 +23,27 @@ def test_inference(report, device, shape):
     task = next(iter(plain.heads))
 
     def make_rivals():
-        single = expanded.export_task(task)
-        compiled, plain_compiled = torch.compile(expanded), torch.compile(plain)
+        single = cache(partial(expanded.export_task, task))
+        ours_compiled, plain_compiled = compiled(expanded, None), compiled(plain, None)
         functions = {
             "plain": lambda: plain(x, task)[task],
             "plain, compiled": lambda: plain_compiled(x, task)[task],
             "concatenated": lambda: concatenated(plain, expanded, task, x),
-            "exported": lambda: single(x),
-            "ours, compiled": lambda: compiled(x, task)[task],
+            "exported": lambda: single()(x),
+            "ours, compiled": lambda: ours_compiled(x, task)[task],
             "ours": lambda: expanded(x, task)[task],
         }
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def check(name):
             want = functions["concatenated"]().float()
-            for name in ("exported", "ours, compiled", "ours"):
-                error = (functions[name]().float() - want).abs().max() / want.abs().max()
-                assert error < (0.1 if ON_GPU else 1e-4), f"{name}: {error:.2e}"
-        return {name: torch.no_grad()(function) for name, function in functions.items()}
+            error = (functions[name]().float() - want).abs().max() / want.abs().max()
+            assert error < (0.1 if ON_GPU else 1e-4), f"{error:.2e}"
+
+        rivals = {name: Rival(torch.no_grad()(function)) for name, function in functions.items()}
+        for name in ("exported", "ours, compiled", "ours"):
+            rivals[name] = rivals[name]._replace(check=partial(check, name))
+        return rivals
 
     rows, p = shape.images * shape.tokens, shape.channels
     operations = shape.blocks * rows * (24 * p * p + 4 * shape.tokens * p)

@@ -27,6 +27,9 @@ def expanded_attention(
 
     And zeros, for the greatest scores and sums that a kernel's backward wants and this one's does not.
     """
+    heads, key_heads = query.shape[-3], key.shape[-3]
+    if heads != key_heads and (key_heads == 0 or heads % key_heads):  # some versions of torch divide by zero
+        raise RuntimeError(f"{heads} heads of queries cannot share {key_heads} heads of keys")
     out = F.scaled_dot_product_attention(
         _fold(query),
         _join(key, task_key),
@@ -35,7 +38,7 @@ def expanded_attention(
         dropout_p,
         scale=scale,
         # a branch, not the comparison itself: under dynamic shapes that is symbolic, and a bool is wanted
-        enable_gqa=True if query.shape[-3] != key.shape[-3] else False,  # noqa: SIM210
+        enable_gqa=True if heads != key_heads else False,  # noqa: SIM210
     )
     out = out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(0, query.shape[:-3])
     return out, torch.zeros(2, *query.shape[:-1], dtype=torch.float32, device=query.device)

@@ -44,7 +44,14 @@ def test_one_kernel_for_every_batch():
     from dtme_kernels.covariance import kernel as covariance
 
     def compiled():
-        kernels = (conflicts._pair_dots, conflicts._count, covariance._multiply, covariance._accumulate)
+        kernels = (
+            conflicts.prepare_gradients,
+            conflicts.pair_dots,
+            conflicts.settle,
+            conflicts.count,
+            covariance._multiply,
+            covariance._accumulate,
+        )
         return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
 
     step(torch.zeros(2, P, P), *arguments(8))
@@ -108,6 +115,7 @@ def test_another_device_than_the_current_one():
     check([x.cuda() for x in got], step(torch.zeros(2, P, P), grads.cuda(), basis.cuda()))
 
 
+@pytest.mark.alone
 def test_many_runs_give_the_same_bits():
     grads, basis = make(5, 6, 1024, 768, dtype=torch.bfloat16), orthogonal(768, dtype=torch.float32).cuda()
     first = None

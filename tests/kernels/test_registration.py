@@ -283,3 +283,14 @@ def test_import_touches_no_device_and_info_says_what_runs():
         assert row[2] == OPERATORS[name].automatic("cuda")
         for reason in filter(None, map(OPERATORS[name].missing, ("triton", "cpp"))):
             assert reason in info.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "triton" in OPERATORS[name].implementations])
+def test_the_dispatched_kernel_is_given_the_defaults(name, monkeypatch):
+    """The dispatcher leaves out the last arguments that have their default value; the kernels' launchers want all."""
+    operator, given = OPERATORS[name], []
+    monkeypatch.setitem(operator.unsupported, "triton", lambda *args: None)
+    monkeypatch.setitem(operator.implementations, "triton", lambda *args: given.extend(args))
+    arguments = operator.overload._schema.arguments
+    operator.dispatch_triton(*(x.name for x in arguments if not x.has_default_value()))
+    assert given == [x.default_value if x.has_default_value() else x.name for x in arguments]
