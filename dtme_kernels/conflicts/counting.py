@@ -44,7 +44,7 @@ def _list(items, undecided, mask, pair, row, rows, limit):
         tl.store(items + place, pair * rows + row, mask & (place < limit))
 
 
-@triton.jit(do_not_specialize=["tasks", "rows", "stop", "starts", "skipped", "limit", "settling"])
+@triton.jit(do_not_specialize=["tasks", "rows", "stop", "skipped", "limit", "settling"])
 def count(
     dots,
     scales,
@@ -86,11 +86,12 @@ def count(
     apart = tl.cast(rows, tl.int64) * (tasks * (tasks - 1) // 2)
     b_known, b_all = (), ()
     for s in tl.static_range(len(starts) - 1):
-        end = tl.where(skipped == s, starts[s], starts[s + 1])
-        b_known += (_sum_of_pieces(place, apart, starts[s], end, inside, BT),)
-        found = tl.where(number > limit, starts[s + 1], starts[s] + 1)
-        end = tl.where((skipped == s) & (settling != 0), found, starts[s])
-        b_all += (b_known[s] + _sum_of_pieces(place, apart, starts[s], end, inside, BT),)
+        first, next_ = tl.cast(starts[s], tl.int32), tl.cast(starts[s + 1], tl.int32)
+        end = tl.where(skipped == s, first, next_)
+        b_known += (_sum_of_pieces(place, apart, first, end, inside, BT),)
+        found = tl.where(number > limit, next_, first + 1)
+        end = tl.where((skipped == s) & (settling != 0), found, first)
+        b_all += (b_known[s] + _sum_of_pieces(place, apart, first, end, inside, BT),)
     derived = row < tl.where(skipped >= 0, stop, 0)
     b_total = tl.load(totals + pair.to(tl.int64) * rows + row, derived, 0.0)
     b_doubt = tl.load(norms + one, derived, 0.0) * tl.load(norms + other, derived, 0.0) * tl.load(doubt)

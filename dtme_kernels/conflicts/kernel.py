@@ -65,7 +65,7 @@ class _Slab:
         if count:
             pair_dots[(count, self.rows // r.tile.tokens)](
                 *(self.terms, r.basis.terms, r.basis.units, self.dots, undecided, self.rows, r.height),
-                *(r.basis.terms.shape[-1], r.ranks, begin, hole_at, hole, limit),
+                *(r.basis.terms.shape[-1], tuple(map(float, r.ranks)), begin, hole_at, hole, limit),
                 K=r.num_tasks,
                 G=r.tile.tasks,
                 **r.options,
@@ -145,7 +145,7 @@ def _count(r: _Rotation, slab: _Slab, counts: tuple[Tensor, ...], count_zero_gra
     def count_signs(settling: bool) -> None:
         count[(triton.cdiv(length, 128), r.num_pairs)](
             *(slab.dots, slab.scales, slab.norms, slab.totals, r.basis.doubt, *counts, undecided, items),
-            *(r.num_tasks, slab.rows, length, blocks.starts, blocks.skipped, limit, int(settling)),
+            *(r.num_tasks, slab.rows, length, tuple(map(float, blocks.starts)), blocks.skipped, limit, int(settling)),
             COUNT_ZERO=count_zero_gradients,
             BT=128,
         )

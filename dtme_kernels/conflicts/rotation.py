@@ -6,7 +6,8 @@ import triton.language as tl
 from . import tiles
 
 MAX_TASKS: tl.constexpr = tl.constexpr(tiles.MAX_TASKS)
-# of a batch or of an analysis, not of a model: no value of them gets a kernel of its own
+# of a batch or of an analysis, not of a model: no value of them gets a kernel of its own. Ranks are tuples, of whose
+# whole numbers Triton would always tell 1 and the multiples of 16 apart: they come as floats
 SIZES = [
     "rows",
     "tasks",
@@ -14,7 +15,6 @@ SIZES = [
     "hole_at",
     "hole",
     "limit",
-    "ranks",
     "first_block",
     "end_block",
     "low",
@@ -30,11 +30,12 @@ def _piece(block, index, ranks, BN: tl.constexpr):
     taken = 0
     first, last = low, high
     for r in tl.static_range(len(ranks)):
-        within = (ranks[r] > low) & (ranks[r] < high)
-        first = tl.where(within & (taken < index), ranks[r], first)
-        last = tl.where(within & (taken == index), ranks[r], last)
+        rank = tl.cast(ranks[r], tl.int32)
+        within = (rank > low) & (rank < high)
+        first = tl.where(within & (taken < index), rank, first)
+        last = tl.where(within & (taken == index), rank, last)
         taken += within.to(tl.int32)
-        number += ((ranks[r] < low) & (ranks[r] % BN > 0)).to(tl.int32)
+        number += ((rank < low) & (rank % BN > 0)).to(tl.int32)
     return first, last, number
 
 
@@ -43,7 +44,8 @@ def _pieces(block, ranks, BN: tl.constexpr):
     """How many pieces a block has."""
     count = 1
     for r in tl.static_range(len(ranks)):
-        count += ((ranks[r] > block * BN) & (ranks[r] < block * BN + BN)).to(tl.int32)
+        rank = tl.cast(ranks[r], tl.int32)
+        count += ((rank > block * BN) & (rank < block * BN + BN)).to(tl.int32)
     return count
 
 

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 # programs share a multiprocessor: while one waits for a product to add it up, the other multiplies.
 _TABLE = {
     "wgmma": {5: Tile(64, 64, 32, 4, 3), 8: Tile(64, 32, 32, 4, 3, 4), 16: Tile(64, 16, 32, 4, 3, 4)},
-    # products x tasks x coordinates of one loop have to fit the 512 columns of tensor memory: else Triton compiles a trap
+    # products x tasks x coordinates of one loop have to fit its 512 columns of memory: else Triton compiles a trap
     "tcgen05": {5: Tile(64, 64, 32, 4, 3, 2), 8: Tile(64, 32, 32, 4, 3, 4), 16: Tile(64, 16, 32, 4, 3, 4)},
     "mma": {3: Tile(64, 64, 32, 4, 3, 2), 8: Tile(64, 32, 32, 4, 3, 2), 16: Tile(64, 16, 32, 4, 3, 2)},
 }

@@ -71,6 +71,20 @@ def test_every_kernel_has_a_case(monkeypatch):
     assert launched == KERNELS | ATTENTION
 
 
+def test_one_kernel_of_conflicts_for_every_batch_and_rank():
+    from dtme_kernels.conflicts import kernel
+
+    basis, hashes = torch.empty(192, 192, device="meta"), {}
+    for tokens, rank in ((6144, 64), (197, 1), (1, 100), (33, 191)):
+        grads = torch.empty(2, tokens, 192, dtype=torch.bfloat16, device="meta")
+        with aot._compiling(90, 90, "highest") as compiled:
+            kernel.count_conflicts(grads, basis, [rank])
+        for one in compiled:
+            hashes.setdefault(one.src.name, set()).add(one.hash)
+    assert {name: len(found) for name, found in hashes.items()} == dict.fromkeys(hashes, 1)
+    assert len(hashes) == 5
+
+
 def test_machine_code_is_read():
     (row,) = (row for row in aot.compile_cases(90, "ones: conflicts") if row.kernel == "pair_dots")
     code = sass.read(row.cubin)
