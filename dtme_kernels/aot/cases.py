@@ -71,7 +71,8 @@ def _modulation_cases() -> dict[str, Callable[[], object]]:
                 found[f"modulate {case}"] = partial(kernel.modulate, tokens, w, w)
                 found[f"modulate backward {case}"] = partial(kernel.modulate_backward, grad, tokens, w)
                 found[f"norm {case}"] = partial(kernel.modulate_layer_norm, tokens, w, w, gain, gain, 1e-6)
-                backward = partial(kernel.modulate_layer_norm_backward, grad, grad)
+                statistics = torch.empty(2, num_streams, 6144, device="meta")
+                backward = partial(kernel.modulate_layer_norm_backward, grad, grad, statistics)
                 found[f"norm backward {case}"] = partial(backward, tokens, w, w, gain, 1e-6)
                 if (p, num_streams) == (768, 5):
                     found[f"norm backward {case}, tokens in streams"] = partial(backward, grad, w, w, gain, 1e-6)
@@ -116,7 +117,7 @@ def _cases_of_one() -> dict[str, Callable[[], object]]:
     saved: tuple[Any, ...] = (one[0], one[0], torch.empty(2, 1, 1, 1, 1, device="meta"))
     token, row = torch.empty(1, 1, 16, device="meta"), torch.empty(1, 16, device="meta")
     grads, basis = torch.empty(2, 1, 16, device="meta"), torch.empty(16, 16, device="meta")
-    norm = partial(modulation.modulate_layer_norm_backward, token[None], token[None], token, row, row, row[0], 1e-6)
+    norm = partial(modulation.modulate_layer_norm_backward, token[None], token[None], torch.empty(2, 1, 1, device="meta"), token, row, row, row[0], 1e-6)
     return {
         "ones: attention": partial(attention.expanded_attention, *rest),
         "ones: attention backward": partial(attention.expanded_attention_backward, *saved, *rest, True),  # type: ignore[call-arg]
