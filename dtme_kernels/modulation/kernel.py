@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import chip, collapse, on_device
+from ..launch import chip, collapse, interpreted, on_device
+
+# NumPy, of which Triton's interpreter is made, adds up one by one what does not lie side by side
+JOINT = tl.constexpr(not interpreted())
 
 
 @triton.jit
@@ -29,15 +32,32 @@ def _offset(row, inner, strides):
 
 
 @triton.jit
-def _channels(i, BP: tl.constexpr):
-    """Of the i-th piece of a row, [1, BP]."""
-    return (i * BP + tl.arange(0, BP))[None, :]
+def _channels(p: tl.constexpr, BP: tl.constexpr):
+    """Of every piece of a row of p channels, [1, BP] each."""
+    channels = ()
+    for i in tl.static_range((p + BP - 1) // BP):
+        channels += ((i * BP + tl.arange(0, BP))[None, :],)
+    return channels
+
+
+@triton.jit
+def _load(start, channels, stride, inside):
+    """The pieces of rows, float32 [rows, BP] each; ``start`` is [rows, 1]."""
+    pieces = ()
+    for i in tl.static_range(len(channels)):
+        pieces += (tl.load(start + channels[i] * stride, inside[i], 0.0).to(tl.float32),)
+    return pieces
 
 
 @triton.jit
 def _sums(parts):
     """The sums over the channels of a power of two of tensors, [rows, 1] each, by one reduction of all together."""
     count: tl.constexpr = len(parts)
+    if not JOINT:
+        sums = ()
+        for i in tl.static_range(count):
+            sums += (tl.sum(parts[i], 1)[:, None],)
+        return sums
     levels: tl.constexpr = (count > 1) + (count > 2) + (count > 4)
     stack = parts
     for _ in tl.static_range(levels):
@@ -58,17 +78,7 @@ def _sums(parts):
 
 
 @triton.jit
-def _load(start, stride, inside, p: tl.constexpr, BP: tl.constexpr):
-    """The pieces of rows of p channels, float32; ``start`` and ``inside`` are [rows, 1]."""
-    pieces = ()
-    for i in tl.static_range((p + BP - 1) // BP):
-        channel = _channels(i, BP)
-        pieces += (tl.load(start + channel * stride, inside & (channel < p), 0.0).to(tl.float32),)
-    return pieces
-
-
-@triton.jit
-def _statistics(pieces, eps, p: tl.constexpr, BP: tl.constexpr):
+def _statistics(pieces, channels, eps, p: tl.constexpr):
     """Mean of rows of p channels, what rounding took from it, and 1 / std; [rows, 1] each.
 
     The variance is taken of what is left after the mean, which may be large. The mean of that, a part of the last digit
@@ -80,7 +90,7 @@ def _statistics(pieces, eps, p: tl.constexpr, BP: tl.constexpr):
     b_mean = tl.sum(b_sum, 1)[:, None] * (1.0 / p)
     b_sum, b_square = tl.zeros_like(b_sum), tl.zeros_like(b_sum)
     for i in tl.static_range(len(pieces)):
-        b_centred = tl.where(_channels(i, BP) < p, pieces[i] - b_mean, 0.0)
+        b_centred = tl.where(channels[i] < p, pieces[i] - b_mean, 0.0)
         b_sum += b_centred
         b_square += b_centred * b_centred
     b_sum, b_square = _sums((b_sum, b_square))
@@ -113,29 +123,32 @@ def _modulate(
 ):
     """A tile of BR rows for ``streams`` streams, from stream ``streams * program_id(1)``; statistics (2, T, rows)."""
     first = tl.program_id(1) * streams
+    channels = _channels(p, BP)
     row = (tl.program_id(0).to(INDEX) * BR + tl.arange(0, BR))[:, None]  # [BR, 1]
-    inside = (row < rows) | (BR == 1)
-    b_x = _load(tokens + first.to(tl.int64) * strides[0] + _offset(row, inner, strides), strides[3], inside, p, BP)
+    real = (row < rows) | (BR == 1)
+    inside = ()
+    for i in tl.static_range(len(channels)):
+        inside += (real & (channels[i] < p),)
+    start = tokens + first.to(tl.int64) * strides[0] + _offset(row, inner, strides)
+    b_x = _load(start, channels, strides[3], inside)  # [BR, BP] each
     own = tl.zeros_like(row)  # every row fetches the parameters from the first-level cache, in the tokens' layout
     for stream in range(first, first + streams):
-        b_w = _load(weight + stream * p + own, 1, inside, p, BP)  # [BR, BP] each
-        b_b = _load(bias + stream * p + own, 1, inside, p, BP)
+        b_w = _load(weight + stream * p + own, channels, 1, inside)
+        b_b = _load(bias + stream * p + own, channels, 1, inside)
         number = tl.cast(stream, tl.int64) * rows + row
         b_y = ()
-        for i in tl.static_range(len(b_x)):
+        for i in tl.static_range(len(channels)):
             b_y += (b_w[i] * b_x[i] + b_b[i],)
-            channel = _channels(i, BP)
-            tl.store(modulated + number * p + channel, b_y[i], inside & (channel < p))
+            tl.store(modulated + number * p + channels[i], b_y[i], inside[i])
         if NORM:
-            b_mean, b_rest, b_inverse_std = _statistics(b_y, eps, p, BP)
-            tl.store(statistics + number, b_mean + b_rest, inside)
-            tl.store(statistics + tl.cast(num_streams, tl.int64) * rows + number, b_inverse_std, inside)
-            b_gain = _load(norm_weight + own, 1, inside, p, BP)
-            b_shift = _load(norm_bias + own, 1, inside, p, BP)
-            for i in tl.static_range(len(b_x)):
+            b_mean, b_rest, b_inverse_std = _statistics(b_y, channels, eps, p)
+            tl.store(statistics + number, b_mean + b_rest, real)
+            tl.store(statistics + tl.cast(num_streams, tl.int64) * rows + number, b_inverse_std, real)
+            b_gain = _load(norm_weight + own, channels, 1, inside)
+            b_shift = _load(norm_bias + own, channels, 1, inside)
+            for i in tl.static_range(len(channels)):
                 b_s = (b_y[i] - b_mean - b_rest) * b_inverse_std
-                channel = _channels(i, BP)
-                tl.store(normalized + number * p + channel, b_s * b_gain[i] + b_shift[i], inside & (channel < p))
+                tl.store(normalized + number * p + channels[i], b_s * b_gain[i] + b_shift[i], inside[i])
 
 
 @triton.jit
@@ -202,36 +215,40 @@ def _modulate_backward(
     """
     n: tl.constexpr = (p + BP - 1) // BP  # pieces
     first = (tl.program_id(1) * S).to(tl.int64)
-    always = tl.full([1, 1], True, tl.int1)
+    channels, within = _channels(p, BP), ()
+    for i in tl.static_range(n):
+        within += (channels[i] < p,)
     b_w, b_b, b_gain, b_sums = (), (), (), ()
     for s in tl.static_range(S):
-        b_w += (_load(weight + (first + s) * p, 1, always, p, BP),)  # [1, BP] each
+        b_w += (_load(weight + (first + s) * p, channels, 1, within),)  # [1, BP] each
         if NORM:
-            b_b += (_load(bias + (first + s) * p, 1, always, p, BP),)
+            b_b += (_load(bias + (first + s) * p, channels, 1, within),)
     if NORM:
-        b_gain = _load(norm_weight, 1, always, p, BP)
+        b_gain = _load(norm_weight, channels, 1, within)
     for _ in tl.static_range((2 * S + 2 * NORM) * n):
         b_sums += (tl.zeros([BR, BP], tl.float32),)
     begin = tl.program_id(0).to(INDEX) * BR
     for begin in tl.range(begin, rows, tl.num_programs(0) * BR, num_stages=STAGES):
         row = (begin + tl.arange(0, BR))[:, None]  # [BR, 1]
-        inside = (row < rows) | (BR == 1)
-        b_x = _load(tokens + first * strides[0] + _offset(row, inner, strides), strides[3], inside, p, BP)
+        real = (row < rows) | (BR == 1)
+        inside, b_dx = (), ()
+        for i in tl.static_range(n):
+            inside += (real & within[i],)
+            b_dx += (tl.zeros([BR, BP], tl.float32),)
+        b_x = _load(tokens + first * strides[0] + _offset(row, inner, strides), channels, strides[3], inside)
         row_modulated = grad_modulated + _offset(row, inner, modulated_strides)
         row_normalized = grad_normalized + _offset(row, inner, normalized_strides)
-        b_next, b_d_norm, b_dx = (), b_sums[2 * S * n :], ()
-        for _ in tl.static_range(n):
-            b_dx += (tl.zeros([BR, BP], tl.float32),)
+        b_next, b_d_norm = (), b_sums[2 * S * n :]
         for g in tl.static_range(0, S, G):
             b_partial, b_s, b_row_sums, inverse = (), (), (), ()
             for s in tl.static_range(g, min(g + G, S)):
-                b_dy = _load(row_modulated + (first + s) * modulated_strides[0], modulated_strides[3], inside, p, BP)
+                b_dy = _load(row_modulated + (first + s) * modulated_strides[0], channels, modulated_strides[3], inside)
                 if NORM:
                     start = row_normalized + (first + s) * normalized_strides[0]
-                    b_dz = _load(start, normalized_strides[3], inside, p, BP)
+                    b_dz = _load(start, channels, normalized_strides[3], inside)
                     number = statistics + (first + s) * rows + row
-                    b_mean = tl.load(number, inside, 0.0)
-                    b_inverse_std = tl.load(number + tl.cast(num_streams, tl.int64) * rows, inside, 0.0)
+                    b_mean = tl.load(number, real, 0.0)
+                    b_inverse_std = tl.load(number + tl.cast(num_streams, tl.int64) * rows, real, 0.0)
                     b_dy, b_own_s, b_own_sums, b_d_norm = _normalized_backward(
                         b_x, b_w[s], b_b[s], b_dy, b_dz, b_gain, b_mean, b_inverse_std, b_d_norm
                     )
@@ -256,11 +273,10 @@ def _modulate_backward(
         # shared tokens have one gradient; tokens in streams, a stream's
         target = d_tokens + (tl.program_id(1).to(tl.int64) * rows + row) * p
         for i in tl.static_range(n):
-            channel = _channels(i, BP)
             b_out = b_dx[i]
             if ADD:
-                b_out += tl.load(target + channel, inside & (channel < p), 0.0)
-            tl.store(target + channel, b_out, inside & (channel < p))
+                b_out += tl.load(target + channels[i], inside[i], 0.0)
+            tl.store(target + channels[i], b_out, inside[i])
     group = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     for k in tl.static_range(2 * S + 2 * NORM):
         for i in tl.static_range(n):
