@@ -145,7 +145,7 @@ class _Tiles:
         self.channels = 128 if large else 64
         self.tokens = 32 if wide else 64
         self.promote = 64 * (8 if wide else 16) // self.tokens  # after 64 additions of the tensor core
-        self.options = {"num_warps": 8 if large else 4, "num_stages": 3 if large or wide else 2}
+        self.options = {"num_warps": 8 if large else 4, "num_stages": 3 if large or wide else 2, "maxnreg": 255}
         rows = triton.cdiv(p, self.channels)
         self.lower = rows * (rows + 1) // 2
 
