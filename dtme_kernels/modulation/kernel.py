@@ -312,13 +312,14 @@ class _Tile(NamedTuple):
         fits_better = warps == 8 and dtype == torch.float32 and one.pieces * one.width < two.pieces * two.width
         return one if p % 2 or fits_better else two
 
-    def registers(self, streams: int) -> int:
+    def registers(self, streams: int, norm: bool) -> int:
         """About what a thread of ``_modulate_backward`` takes: sums, parameters, what waits for the sums of a row."""
-        return min(255, self.pieces * self.lanes * (6 * streams + 5) + 40)
+        return min(255, self.pieces * self.lanes * (6 * streams + 5 if norm else 4 * streams + 3) + 40)
 
-    def most_streams(self) -> int:
-        """As many as the registers hold."""
-        return max(1, (215 // (self.pieces * self.lanes) - 5) // 6)
+    def most_streams(self, norm: bool) -> int:
+        """As many as the registers of one launch hold."""
+        most = (255 - 40) // (self.pieces * self.lanes)
+        return max(1, (most - 5) // 6 if norm else (most - 3) // 4)
 
 
 def modulate(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -428,7 +429,7 @@ def _backward(
         d_tokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
         partials = _launch_backward(grads, tokens, vectors, gain, statistics, d_tokens)
         return d_tokens, partials.sum(0)
-    launches = triton.cdiv(num_streams, _Tile.backward(p, tokens.dtype).most_streams())
+    launches = triton.cdiv(num_streams, _Tile.backward(p, tokens.dtype).most_streams(bool(norm)))
     dtype = tokens.dtype if launches == 1 else torch.float32
     d_tokens = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     for i in range(launches):
@@ -457,13 +458,13 @@ def _launch_backward(
     norm = statistics is not None
     groups, in_group = (1, num_streams) if tokens.dim() == 3 else (num_streams, 1)
     rows, tile = tokens.shape[-3:-1].numel(), _Tile.backward(p, tokens.dtype)
-    resident = max(1, 65536 // (32 * tile.warps * tile.registers(in_group)))
+    resident = max(1, 65536 // (32 * tile.warps * tile.registers(in_group, norm)))
     wanted = triton.cdiv(resident * chip(tokens.device).multiprocessors, groups)
     programs = min(wanted, triton.cdiv(rows, tile.rows))
     partials = torch.empty(programs, groups, 2 * in_group + 2 * norm, p, dtype=torch.float32, device=tokens.device)
     (x, *up), (strides, *up_strides), inner = _rows(tokens, *grads)
-    # the next rows are fetched while these are worked on, if there is room
-    staged = tile.rows * tile.pieces * tile.width * x.element_size() * (1 + in_group * (1 + norm))
+    # the rows after the next are fetched while these are worked on, if there is room
+    staged = 1024 + tile.rows * tile.pieces * tile.width * x.element_size() * (1 + in_group * (1 + norm))
     with on_device(tokens):
         _modulate_backward[(programs, groups)](
             *(*up, x, *vectors, gain, statistics if norm else gain, d_tokens, partials),
@@ -475,7 +476,7 @@ def _launch_backward(
             G=2,
             BR=tile.rows,
             BP=tile.width,
-            STAGES=2 if 2 * staged * resident <= chip(tokens.device).shared_memory else 1,
+            STAGES=1 + min(2, chip(tokens.device).shared_memory // (staged * resident)),
             num_warps=tile.warps,
             maxnreg=min(255, 65536 // (32 * tile.warps * resident) // 8 * 8),
         )
