@@ -228,7 +228,7 @@ def _modulate_backward(
     for _ in tl.static_range((2 * S + 2 * NORM) * n):
         b_sums += (tl.zeros([BR, BP], tl.float32),)
     begin = tl.program_id(0).to(INDEX) * BR
-    for begin in tl.range(begin, rows, tl.num_programs(0) * BR, num_stages=STAGES):
+    for begin in tl.range(begin, rows, tl.num_programs(0) * BR, num_stages=STAGES, disable_licm=True):
         row = (begin + tl.arange(0, BR))[:, None]  # [BR, 1]
         real = (row < rows) | (BR == 1)
         inside, b_dx = (), ()
@@ -463,7 +463,7 @@ def _launch_backward(
     programs = min(wanted, triton.cdiv(rows, tile.rows))
     partials = torch.empty(programs, groups, 2 * in_group + 2 * norm, p, dtype=torch.float32, device=tokens.device)
     (x, *up), (strides, *up_strides), inner = _rows(tokens, *grads)
-    # the rows after the next are fetched while these are worked on, if there is room
+    # the rows after these are fetched while these are worked on, two tiles ahead if there is room (float32: as many bytes)
     staged = 1024 + tile.rows * tile.pieces * tile.width * x.element_size() * (1 + in_group * (1 + norm))
     with on_device(tokens):
         _modulate_backward[(programs, groups)](
@@ -476,7 +476,7 @@ def _launch_backward(
             G=2,
             BR=tile.rows,
             BP=tile.width,
-            STAGES=1 + min(2, chip(tokens.device).shared_memory // (staged * resident)),
+            STAGES=1 + min(4 // x.element_size(), chip(tokens.device).shared_memory // (staged * resident)),
             num_warps=tile.warps,
             maxnreg=min(255, 65536 // (32 * tile.warps * resident) // 8 * 8),
         )
