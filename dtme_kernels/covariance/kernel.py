@@ -4,6 +4,8 @@ The fewest bytes are one read of the tokens and one read and write of the accumu
 ``M p (p + 1)`` a layer. At p = 768 one layer has 21 lower tiles, too few for a GPU, and twelve have 252: all layers
 share a launch, and only where that leaves multiprocessors idle are the tokens split too. Splits leave float32 partial
 tiles, which a second launch adds in a fixed order to the accumulators, in their dtype and to both triangles.
+
+No grid comes near 2^31 programs, which Triton 3.6 would skip: a program takes a tile of 64 by 64 at least.
 """
 
 import torch

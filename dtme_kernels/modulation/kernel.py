@@ -8,8 +8,9 @@ and the backward reads.
 A row of p channels is held as a few pieces of equal width, a power of two as Triton wants it: 768 channels are three
 pieces of 256, not 1,024 lanes. Forward, a warp has rows of its own, so no sum over channels waits for another warp.
 Backward, a fixed number of programs each walk over their share of the rows and keep the sums for all parameters in
-registers; every program leaves one partial row, and the rows are added in a fixed order. What the norm of all streams
-needs to know of a row is summed by one joint reduction.
+registers; every program leaves one partial row, and the rows are added in a fixed order. What the norms of G streams
+need to know of a row is summed by one joint reduction. No grid comes near 2^31 programs, which Triton 3.6 would skip:
+a program takes at least about 256 elements.
 """
 
 from typing import NamedTuple
@@ -19,84 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import chip, collapse, interpreted, on_device
-
-# NumPy, of which Triton's interpreter is made, adds up one by one what does not lie side by side
-JOINT = tl.constexpr(not interpreted())
-
-
-@triton.jit
-def _offset(row, inner, strides):
-    """Of a row of (stream, outer, inner, p), as ``collapse`` leaves it."""
-    return (row // inner).to(tl.int64) * strides[1] + (row % inner).to(tl.int64) * strides[2]
-
-
-@triton.jit
-def _channels(p: tl.constexpr, BP: tl.constexpr):
-    """Of every piece of a row of p channels, [1, BP] each."""
-    channels = ()
-    for i in tl.static_range((p + BP - 1) // BP):
-        channels += ((i * BP + tl.arange(0, BP))[None, :],)
-    return channels
-
-
-@triton.jit
-def _load(start, channels, stride, inside):
-    """The pieces of rows, float32 [rows, BP] each; ``start`` is [rows, 1]."""
-    pieces = ()
-    for i in tl.static_range(len(channels)):
-        pieces += (tl.load(start + channels[i] * stride, inside[i], 0.0).to(tl.float32),)
-    return pieces
-
-
-@triton.jit
-def _sums(parts):
-    """The sums over the channels of a power of two of tensors, [rows, 1] each, by one reduction of all together."""
-    count: tl.constexpr = len(parts)
-    if not JOINT:
-        sums = ()
-        for i in tl.static_range(count):
-            sums += (tl.sum(parts[i], 1)[:, None],)
-        return sums
-    levels: tl.constexpr = (count > 1) + (count > 2) + (count > 4)
-    stack = parts
-    for _ in tl.static_range(levels):
-        joined = ()
-        for i in tl.static_range(len(stack) // 2):
-            joined += (tl.join(stack[2 * i], stack[2 * i + 1]),)
-        stack = joined
-    stack = (tl.sum(stack[0], 1),)
-    for _ in tl.static_range(levels):
-        parted = ()
-        for i in tl.static_range(len(stack)):
-            parted += tl.split(stack[i])
-        stack = parted
-    sums = ()
-    for i in tl.static_range(count):
-        sums += (stack[i][:, None],)
-    return sums
-
-
-@triton.jit
-def _statistics(pieces, channels, eps, p: tl.constexpr):
-    """Mean of rows of p channels, what rounding took from it, and 1 / std; [rows, 1] each.
-
-    The variance is taken of what is left after the mean, which may be large. The mean of that, a part of the last digit
-    of the mean, may be much where deviations are far smaller.
-    """
-    b_sum = pieces[0]
-    for i in tl.static_range(1, len(pieces)):
-        b_sum += pieces[i]
-    b_mean = tl.sum(b_sum, 1)[:, None] * (1.0 / p)
-    b_sum, b_square = tl.zeros_like(b_sum), tl.zeros_like(b_sum)
-    for i in tl.static_range(len(pieces)):
-        b_centred = tl.where(channels[i] < p, pieces[i] - b_mean, 0.0)
-        b_sum += b_centred
-        b_square += b_centred * b_centred
-    b_sum, b_square = _sums((b_sum, b_square))
-    b_rest = b_sum * (1.0 / p)
-    b_variance = tl.maximum(b_square * (1.0 / p) - b_rest * b_rest, 0.0)
-    return b_mean, b_rest, 1.0 / tl.sqrt_rn(b_variance + eps)
+from ..launch import chip, collapse, on_device
+from .pieces import _add_stream, _channels, _load, _normalized_backward, _offset, _statistics, _sums
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "streams", "num_streams"])
@@ -151,36 +76,6 @@ def _modulate(
                 tl.store(normalized + number * p + channels[i], b_s * b_gain[i] + b_shift[i], inside[i])
 
 
-@triton.jit
-def _normalized_backward(b_x, b_w, b_b, b_dy, b_dz, b_gain, b_mean, b_inverse_std, b_d_norm):
-    """Of one stream's pieces: dy but for two means of the row, s, what these are the sums of, and sums for the norm.
-
-    With s = (y - mean) / std and ds = gain dz, dy += (ds - mean ds - s mean(ds s)) / std.
-    """
-    b_partial, b_s, b_d_gain, b_d_shift = (), (), (), ()
-    b_sum, b_product = tl.zeros_like(b_x[0]), tl.zeros_like(b_x[0])
-    for i in tl.static_range(len(b_x)):
-        b_s += ((b_w[i] * b_x[i] + b_b[i] - b_mean) * b_inverse_std,)
-        b_ds = b_dz[i] * b_gain[i]
-        b_sum += b_ds
-        b_product += b_ds * b_s[i]
-        b_partial += (b_dy[i] + b_ds * b_inverse_std,)
-        b_d_gain += (b_d_norm[i] + b_dz[i] * b_s[i],)
-        b_d_shift += (b_d_norm[len(b_x) + i] + b_dz[i],)
-    return b_partial, b_s, (b_sum, b_product), b_d_gain + b_d_shift
-
-
-@triton.jit
-def _add_stream(b_dx, b_d_weight, b_d_bias, b_dy, b_x, b_w):
-    """What one stream's dy adds to dx, dW and db, in pieces."""
-    b_next_dx, b_next_weight, b_next_bias = (), (), ()
-    for i in tl.static_range(len(b_x)):
-        b_next_dx += (b_dx[i] + b_w[i] * b_dy[i],)
-        b_next_weight += (b_d_weight[i] + b_dy[i] * b_x[i],)
-        b_next_bias += (b_d_bias[i] + b_dy[i],)
-    return b_next_dx, b_next_weight, b_next_bias
-
-
 @triton.jit(do_not_specialize=["rows", "inner", "num_streams"])
 def _modulate_backward(
     grad_modulated,
@@ -227,8 +122,9 @@ def _modulate_backward(
         b_gain = _load(norm_weight, channels, 1, within)
     for _ in tl.static_range((2 * S + 2 * NORM) * n):
         b_sums += (tl.zeros([BR, BP], tl.float32),)
-    begin = tl.program_id(0).to(INDEX) * BR
-    for begin in tl.range(begin, rows, tl.num_programs(0) * BR, num_stages=STAGES, disable_licm=True):
+    first_row = tl.program_id(0).to(INDEX) * BR
+    step = tl.num_programs(0) * BR
+    for begin in tl.range(first_row, rows, step, num_stages=STAGES, disable_licm=True):  # hoisted addresses would spill
         row = (begin + tl.arange(0, BR))[:, None]  # [BR, 1]
         real = (row < rows) | (BR == 1)
         inside, b_dx = (), ()
@@ -351,9 +247,7 @@ def modulate_layer_norm_backward(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of tokens, weight, bias, norm_weight and norm_bias."""
-    d_tokens, sums = _backward(
-        (grad_modulated, grad_normalized), tokens, weight, bias, (norm_weight, statistics)
-    )
+    d_tokens, sums = _backward((grad_modulated, grad_normalized), tokens, weight, bias, (norm_weight, statistics))
     d_weight, d_bias, d_norm_weight, d_norm_bias = sums.unbind(1)
     d_norm = (d_norm_weight.sum(0).to(norm_weight.dtype), d_norm_bias.sum(0).to(norm_weight.dtype))
     return d_tokens, d_weight.to(weight.dtype), d_bias.to(weight.dtype), *d_norm
@@ -463,7 +357,7 @@ def _launch_backward(
     programs = min(wanted, triton.cdiv(rows, tile.rows))
     partials = torch.empty(programs, groups, 2 * in_group + 2 * norm, p, dtype=torch.float32, device=tokens.device)
     (x, *up), (strides, *up_strides), inner = _rows(tokens, *grads)
-    # the rows after these are fetched while these are worked on, two tiles ahead if there is room (float32: as many bytes)
+    # later rows are fetched while these are worked on: two tiles ahead, or as many bytes, if there is room
     staged = 1024 + tile.rows * tile.pieces * tile.width * x.element_size() * (1 + in_group * (1 + norm))
     with on_device(tokens):
         _modulate_backward[(programs, groups)](

@@ -129,9 +129,9 @@ def test_the_sums_of_all_streams_in_one_reduction(impl, monkeypatch):
         pytest.skip("of the interpreter")
     import triton.language as tl
 
-    from dtme_kernels.modulation import kernel
+    from dtme_kernels.modulation import pieces
 
-    monkeypatch.setattr(kernel, "JOINT", tl.constexpr(True))
+    monkeypatch.setattr(pieces, "JOINT", tl.constexpr(True))
     args = problem(2, 3, 33, grad=True)
     check([x.detach() for x in args], impl)
     check_gradients(args, [make(3, 2, 3, 33, seed=s) for s in (5, 6)], impl)
