@@ -257,7 +257,7 @@ def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]], int]:
     """(B, N, p) or (T, B, N, p) each: tensors whose rows two strides address, their four strides, one inner size."""
     views = [collapse(x, keep=x.dim() - 3) for x in tensors]
     inner = min(x.shape[-2] for x in views)
-    strides = []
+    strides: list[tuple[int, ...]] = []
     for x in views:
         stream = x.stride(0) if x.dim() == 4 else 0
         outer = x.stride(-3) if x.shape[-2] == inner else inner * x.stride(-2)
@@ -349,7 +349,9 @@ def _launch_backward(
 ) -> Tensor:
     """Fill d_tokens; partial sums (programs, groups, 2 S + 0 or 2, p). All shared streams are one group of S."""
     num_streams, p = vectors[0].shape
-    norm = statistics is not None
+    norm, all_streams = False, 0
+    if statistics is not None:
+        norm, all_streams = True, statistics.stride(0) // tokens.shape[-3:-1].numel()
     groups, in_group = (1, num_streams) if tokens.dim() == 3 else (num_streams, 1)
     rows, tile = tokens.shape[-3:-1].numel(), _Tile.backward(p, tokens.dtype)
     resident = max(1, 65536 // (32 * tile.warps * tile.registers(in_group, norm)))
@@ -362,7 +364,7 @@ def _launch_backward(
     with on_device(tokens):
         _modulate_backward[(programs, groups)](
             *(*up, x, *vectors, gain, statistics if norm else gain, d_tokens, partials),
-            *(rows, inner, statistics.stride(0) // rows if norm else 0, p, *up_strides, strides),
+            *(rows, inner, all_streams, p, *up_strides, strides),
             NORM=norm,
             ADD=add,
             INDEX=_index(rows),
