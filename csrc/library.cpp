@@ -169,8 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> modulate_backward(Tensor grad, Tensor tokens,
   return {d_tokens, d_weight, d_bias};
 }
 
-std::tuple<Tensor, Tensor> modulate_layer_norm(Tensor tokens, Tensor weight, Tensor bias, Tensor norm_weight,
-                                               Tensor norm_bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> modulate_layer_norm_forward(Tensor tokens, Tensor weight, Tensor bias,
+                                                               Tensor norm_weight, Tensor norm_bias, double eps) {
   Sizes size = check_streams(tokens, weight);
   expect("bias", bias, sizes_of(weight));
   expect("norm_weight", norm_weight, {size[3]});
@@ -178,13 +178,13 @@ std::tuple<Tensor, Tensor> modulate_layer_norm(Tensor tokens, Tensor weight, Ten
   Tensor modulated = empty(tokens, size), normalized = empty(tokens, size);
   kernels->modulate(parallel(), tokens_view(tokens), view_of(weight), view_of(bias), view_of(norm_weight, 1),
                     view_of(norm_bias, 1), eps, rows_of(modulated, 1), rows_of(normalized, 1));
-  return {modulated, normalized};
+  // the backward forms the statistics again, from rows that are cached
+  return {modulated, normalized, torch::stable::new_zeros(tokens, {2, size[0], size[1], size[2]}, ScalarType::Float)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_layer_norm_backward(Tensor grad_modulated,
-                                                                                Tensor grad_normalized, Tensor tokens,
-                                                                                Tensor weight, Tensor bias,
-                                                                                Tensor norm_weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_layer_norm_backward(
+    Tensor grad_modulated, Tensor grad_normalized, Tensor /* statistics */, Tensor tokens, Tensor weight, Tensor bias,
+    Tensor norm_weight, double eps) {
   Sizes size = check_streams(tokens, weight);
   expect("grad_modulated", grad_modulated, size);
   expect("grad_normalized", grad_normalized, size);
@@ -343,7 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(dtme, CPU, m) {
   m.impl("projected_dots_backward", TORCH_BOX(&projected_dots_backward));
   m.impl("modulate", TORCH_BOX(&modulate));
   m.impl("modulate_backward", TORCH_BOX(&modulate_backward));
-  m.impl("modulate_layer_norm", TORCH_BOX(&modulate_layer_norm));
+  m.impl("modulate_layer_norm_forward", TORCH_BOX(&modulate_layer_norm_forward));
   m.impl("modulate_layer_norm_backward", TORCH_BOX(&modulate_layer_norm_backward));
   m.impl("expanded_attention_forward", TORCH_BOX(&expanded_attention_forward));
   m.impl("expanded_attention_backward", TORCH_BOX(&expanded_attention_backward));

@@ -28,7 +28,7 @@ def first_half(
     """
     p = tokens.shape[-1]
     modulation = (tokens, weight, bias, norm_weight, norm_bias, eps)
-    modulated, normalized = OPERATORS["modulate_layer_norm"](impl, *modulation)
+    modulated, normalized, _ = OPERATORS["modulate_layer_norm"](impl, *modulation)
     qkv = F.linear(normalized, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
     dtype = task_tokens.dtype
     task = F.layer_norm(task_tokens, (p,), norm_weight.to(dtype), norm_bias.to(dtype), eps).to(tokens.dtype)

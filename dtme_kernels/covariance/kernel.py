@@ -4,6 +4,8 @@ The fewest bytes are one read of the tokens and one read and write of the accumu
 ``M p (p + 1)`` a layer. At p = 768 one layer has 21 lower tiles, too few for a GPU, and twelve have 252: all layers
 share a launch, and only where that leaves multiprocessors idle are the tokens split too. Splits leave float32 partial
 tiles, which a second launch adds in a fixed order to the accumulators, in their dtype and to both triangles.
+
+No grid comes near 2^31 programs, which Triton 3.6 would skip: a program takes a tile of 64 by 64 at least.
 """
 
 import torch
@@ -61,11 +63,13 @@ def _multiply(
         b_part = tl.zeros([BC, BC], tl.float32)
         for step in range(first, tl.minimum(first + PROMOTE, end)):
             token = (step % chunks) * BT + tl.arange(0, BT)  # [BT]
-            inside = (token < inner)[:, None]
-            start = x + (step // chunks).to(tl.int64) * stride_outer + token.to(tl.int64)[:, None] * stride_inner
-            b_rows = tl.load(start + rows[None, :] * stride_channel, inside & (rows < p)[None, :], 0.0)  # [BT, BC]
-            b_columns = tl.load(start + columns[None, :] * stride_channel, inside & (columns < p)[None, :], 0.0)
-            b_part = tl.dot(tl.trans(b_rows), b_columns, b_part, input_precision=PRECISION)
+            start = x + (step // chunks).to(tl.int64) * stride_outer + token.to(tl.int64) * stride_inner  # [BT]
+            # the rows as they are multiplied: of a tile that ``tl.trans`` turns, float32 would come by 4 bytes
+            inside = (rows < p)[:, None] & (token < inner)[None, :]
+            b_rows = tl.load(start[None, :] + rows[:, None] * stride_channel, inside, 0.0)  # [BC, BT]
+            inside = (token < inner)[:, None] & (columns < p)[None, :]
+            b_columns = tl.load(start[:, None] + columns[None, :] * stride_channel, inside, 0.0)  # [BT, BC]
+            b_part = tl.dot(b_rows, b_columns, b_part, input_precision=PRECISION)
         b_sum += b_part
     place = (split * tl.num_programs(1) + layer) * tl.num_programs(0) + tile
     cell = tl.arange(0, BC)[:, None] * BC + tl.arange(0, BC)[None, :]  # [BC, BC]
@@ -130,16 +134,20 @@ def _multiply_symmetric(
 
 
 class _Tiles:
-    """Tiles of ``_multiply``: 128 channels where loads can be vectors and little of the last tile would be empty."""
+    """Tiles of ``_multiply``: 128 channels where loads can be vectors and little of the last tile would be empty.
 
-    def __init__(self, p: int, dtype: torch.dtype) -> None:
+    Float32 in three parts, on tensor cores that take both factors from registers, has no registers for so many.
+    """
+
+    def __init__(self, p: int, dtype: torch.dtype, device: torch.device) -> None:
         wide = dtype == torch.float32
-        large = not wide and p >= 256 and p % 16 == 0 and triton.cdiv(p, 128) * 128 <= 1.2 * triton.cdiv(p, 64) * 64
+        self.precision = "tf32x3" if wide and highest() else "tf32"
+        fits = self.precision == "tf32" or chip(device).product != "mma"
+        large = fits and p >= 256 and p % 16 == 0 and triton.cdiv(p, 128) * 128 <= 1.2 * triton.cdiv(p, 64) * 64
         self.channels = 128 if large else 64
         self.tokens = 32 if wide else 64
         self.promote = 64 * (8 if wide else 16) // self.tokens  # after 64 additions of the tensor core
-        self.options = {"num_warps": 8 if large else 4, "num_stages": 3 if large or wide else 2}
-        self.precision = "tf32x3" if wide and highest() else "tf32"
+        self.options = {"num_warps": 8 if large else 4, "num_stages": 3 if large or wide else 2, "maxnreg": 255}
         rows = triton.cdiv(p, self.channels)
         self.lower = rows * (rows + 1) // 2
 
@@ -168,7 +176,7 @@ def token_covariance_(accumulator: Tensor, tokens: list[Tensor]) -> None:
 def _accumulate_layers(outputs: tuple[Tensor, ...], layers: tuple[Tensor, ...]) -> None:
     x, out = layers[0], outputs[0]
     outer, inner, p = x.shape
-    tiles = _Tiles(p, x.dtype)
+    tiles = _Tiles(p, x.dtype, x.device)
     steps = outer * triton.cdiv(inner, tiles.tokens)
     # about two rounds of programs, each with at least 512 tokens: a split costs a tile written and read
     wanted = triton.cdiv(2 * chip(x.device).multiprocessors, tiles.lower * len(layers))

@@ -60,7 +60,8 @@ def modulate_layer_norm(
     check_modulation(tokens, weight, bias)
     check_norm(tokens, norm_weight, norm_bias)
     check_number("eps", eps, 0)
-    return op.modulate_layer_norm(impl, tokens, weight, bias, norm_weight, norm_bias, float(eps))
+    modulated, normalized, _ = op.modulate_layer_norm(impl, tokens, weight, bias, norm_weight, norm_bias, float(eps))
+    return modulated, normalized
 
 
 def check_modulation(tokens: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -2,10 +2,18 @@
 
 The fewest bytes forward are one read of the tokens and T writes, or 2 T with the norm; backward one read of the tokens
 and of every gradient, and one write. A tile of rows stays in registers while the streams take turns on it, so this is
-what moves; the parameters come from the first-level cache. Backward, a fixed number of programs each walk over their
-share of the rows and keep the sums for all parameters in registers; every program leaves one partial row, and the rows
-are added in a fixed order.
+what moves; the norm adds two float32 numbers for every row and stream, its mean and 1 / std, which the forward writes
+and the backward reads.
+
+A row of p channels is held as a few pieces of equal width, a power of two as Triton wants it: 768 channels are three
+pieces of 256, not 1,024 lanes. Forward, a warp has rows of its own, so no sum over channels waits for another warp.
+Backward, a fixed number of programs each walk over their share of the rows and keep the sums for all parameters in
+registers; every program leaves one partial row, and the rows are added in a fixed order. What the norms of G streams
+need to know of a row is summed by one joint reduction. No grid comes near 2^31 programs, which Triton 3.6 would skip:
+a program takes at least about 256 elements.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,23 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import chip, collapse, on_device
+from .pieces import _add_stream, _channels, _load, _normalized_backward, _offset, _statistics, _sums
 
 
-@triton.jit
-def _offset(row, inner, strides):
-    """Of a row of (stream, outer, inner, p), as ``collapse`` leaves it."""
-    return (row // inner).to(tl.int64) * strides[1] + (row % inner).to(tl.int64) * strides[2]
-
-
-@triton.jit
-def _standardise(b_y, within, p, eps):
-    """Rows of mean 0 and variance 1, and 1 / std: variance of what is left after the mean, which may be large."""
-    b_centred = tl.where(within, b_y - (tl.sum(b_y, 1) / p)[:, None], 0.0)
-    inverse_std = 1.0 / tl.sqrt_rn(tl.sum(b_centred * b_centred, 1) / p + eps)
-    return b_centred * inverse_std[:, None], inverse_std
-
-
-@triton.jit(do_not_specialize=["rows", "inner", "streams"])
+@triton.jit(do_not_specialize=["rows", "inner", "streams", "num_streams"])
 def _modulate(
     tokens,
     weight,
@@ -38,38 +33,50 @@ def _modulate(
     norm_bias,
     modulated,
     normalized,
+    statistics,
     eps,
     rows,
     inner,
     streams,
-    p,
+    num_streams,
+    p: tl.constexpr,
     strides,
     NORM: tl.constexpr,
+    INDEX: tl.constexpr,
     BR: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """A tile of BR rows for ``streams`` streams, from stream ``streams * program_id(1)``."""
+    """A tile of BR rows for ``streams`` streams, from stream ``streams * program_id(1)``; statistics (2, T, rows)."""
     first = tl.program_id(1) * streams
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
-    channel = tl.arange(0, BP)  # [BP]
-    inside = (row < rows)[:, None] & (channel < p)[None, :]
-    start = tokens + first.to(tl.int64) * strides[0] + _offset(row, inner, strides)[:, None]
-    b_x = tl.load(start + channel[None, :] * strides[3], inside, 0.0).to(tl.float32)  # [BR, BP]
-    if NORM:
-        b_gain = tl.load(norm_weight + channel, channel < p, 0.0).to(tl.float32)[None, :]
-        b_shift = tl.load(norm_bias + channel, channel < p, 0.0).to(tl.float32)[None, :]
+    channels = _channels(p, BP)
+    row = (tl.program_id(0).to(INDEX) * BR + tl.arange(0, BR))[:, None]  # [BR, 1]
+    real = (row < rows) | (BR == 1)
+    inside = ()
+    for i in tl.static_range(len(channels)):
+        inside += (real & (channels[i] < p),)
+    start = tokens + first.to(tl.int64) * strides[0] + _offset(row, inner, strides)
+    b_x = _load(start, channels, strides[3], inside)  # [BR, BP] each
+    own = tl.zeros_like(row)  # every row fetches the parameters from the first-level cache, in the tokens' layout
     for stream in range(first, first + streams):
-        b_w = tl.load(weight + stream * p + channel, channel < p, 0.0).to(tl.float32)[None, :]
-        b_b = tl.load(bias + stream * p + channel, channel < p, 0.0).to(tl.float32)[None, :]
-        b_y = b_w * b_x + b_b
-        place = (tl.cast(stream, tl.int64) * rows + row)[:, None] * p + channel[None, :]
-        tl.store(modulated + place, b_y, inside)
+        b_w = _load(weight + stream * p + own, channels, 1, inside)
+        b_b = _load(bias + stream * p + own, channels, 1, inside)
+        number = tl.cast(stream, tl.int64) * rows + row
+        b_y = ()
+        for i in tl.static_range(len(channels)):
+            b_y += (b_w[i] * b_x[i] + b_b[i],)
+            tl.store(modulated + number * p + channels[i], b_y[i], inside[i])
         if NORM:
-            b_s, _ = _standardise(b_y, (channel < p)[None, :], p, eps)
-            tl.store(normalized + place, b_s * b_gain + b_shift, inside)
+            b_mean, b_rest, b_inverse_std = _statistics(b_y, channels, eps, p)
+            tl.store(statistics + number, b_mean + b_rest, real)
+            tl.store(statistics + tl.cast(num_streams, tl.int64) * rows + number, b_inverse_std, real)
+            b_gain = _load(norm_weight + own, channels, 1, inside)
+            b_shift = _load(norm_bias + own, channels, 1, inside)
+            for i in tl.static_range(len(channels)):
+                b_s = (b_y[i] - b_mean - b_rest) * b_inverse_std
+                tl.store(normalized + number * p + channels[i], b_s * b_gain[i] + b_shift[i], inside[i])
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "inner_modulated", "inner_normalized"])
+@triton.jit(do_not_specialize=["rows", "inner", "num_streams"])
 def _modulate_backward(
     grad_modulated,
     grad_normalized,
@@ -77,77 +84,138 @@ def _modulate_backward(
     weight,
     bias,
     norm_weight,
+    statistics,
     d_tokens,
     partials,
-    eps,
     rows,
     inner,
-    inner_modulated,
-    inner_normalized,
-    p,
+    num_streams,
+    p: tl.constexpr,
     modulated_strides,
     normalized_strides,
     strides,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
+    INDEX: tl.constexpr,
     S: tl.constexpr,
+    G: tl.constexpr,
     BR: tl.constexpr,
     BP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Every program_id(0)-th tile of BR rows, S streams from S * program_id(1) on.
+    """Every program_id(0)-th tile of BR rows, S streams from S * program_id(1) on, G of them at a time.
 
-    d_tokens (+)= the sum over the S streams; partials[program, group] = dW of S streams, db of S, and with NORM the
-    gradients of the norm's weight and bias.
+    d_tokens (+)= the sum over the S streams; partials[program, group] = dW and db of every stream, and with NORM the
+    gradients of the norm's weight and bias. Beyond the last row and channel every gradient is 0, and 1 / std is.
     """
-    channel = tl.arange(0, BP)  # [BP]
-    first = tl.program_id(1) * S
-    columns = channel[None, :]
-    b_sums = ()  # [BR, BP] each
-    for _ in tl.static_range(2 * S + 2 * NORM):
+    n: tl.constexpr = (p + BP - 1) // BP  # pieces
+    first = (tl.program_id(1) * S).to(tl.int64)
+    channels, within = _channels(p, BP), ()
+    for i in tl.static_range(n):
+        within += (channels[i] < p,)
+    b_w, b_b, b_gain, b_sums = (), (), (), ()
+    for s in tl.static_range(S):
+        b_w += (_load(weight + (first + s) * p, channels, 1, within),)  # [1, BP] each
+        if NORM:
+            b_b += (_load(bias + (first + s) * p, channels, 1, within),)
+    if NORM:
+        b_gain = _load(norm_weight, channels, 1, within)
+    for _ in tl.static_range((2 * S + 2 * NORM) * n):
         b_sums += (tl.zeros([BR, BP], tl.float32),)
-    for begin in tl.range(tl.program_id(0).to(tl.int64) * BR, rows, tl.num_programs(0) * BR, num_stages=STAGES):
-        row = begin + tl.arange(0, BR)  # [BR]
-        inside = (row < rows)[:, None] & (columns < p)
-        start = tokens + first.to(tl.int64) * strides[0] + _offset(row, inner, strides)[:, None]
-        b_x = tl.load(start + columns * strides[3], inside, 0.0).to(tl.float32)  # [BR, BP]
-        row_modulated = _offset(row, inner_modulated, modulated_strides)[:, None] + columns * modulated_strides[3]
-        row_normalized = _offset(row, inner_normalized, normalized_strides)[:, None] + columns * normalized_strides[3]
-        b_dx = tl.zeros([BR, BP], tl.float32)
-        b_next, b_next_bias = (), ()
-        if NORM:
-            b_gain = tl.load(norm_weight + channel, channel < p, 0.0).to(tl.float32)[None, :]
-            b_d_gain, b_d_shift = b_sums[2 * S], b_sums[2 * S + 1]
-        for s in tl.static_range(S):
-            b_w = tl.load(weight + (first + s) * p + channel, channel < p, 0.0).to(tl.float32)[None, :]
-            stream = (first + s).to(tl.int64)
-            b_dy = tl.load(grad_modulated + stream * modulated_strides[0] + row_modulated, inside, 0.0).to(tl.float32)
+    first_row = tl.program_id(0).to(INDEX) * BR
+    step = tl.num_programs(0) * BR
+    for begin in tl.range(first_row, rows, step, num_stages=STAGES, disable_licm=True):  # hoisted addresses would spill
+        row = (begin + tl.arange(0, BR))[:, None]  # [BR, 1]
+        real = (row < rows) | (BR == 1)
+        inside, b_dx = (), ()
+        for i in tl.static_range(n):
+            inside += (real & within[i],)
+            b_dx += (tl.zeros([BR, BP], tl.float32),)
+        b_x = _load(tokens + first * strides[0] + _offset(row, inner, strides), channels, strides[3], inside)
+        row_modulated = grad_modulated + _offset(row, inner, modulated_strides)
+        row_normalized = grad_normalized + _offset(row, inner, normalized_strides)
+        b_next, b_d_norm = (), b_sums[2 * S * n :]
+        for g in tl.static_range(0, S, G):
+            b_partial, b_s, b_row_sums, inverse = (), (), (), ()
+            for s in tl.static_range(g, min(g + G, S)):
+                b_dy = _load(row_modulated + (first + s) * modulated_strides[0], channels, modulated_strides[3], inside)
+                if NORM:
+                    start = row_normalized + (first + s) * normalized_strides[0]
+                    b_dz = _load(start, channels, normalized_strides[3], inside)
+                    number = statistics + (first + s) * rows + row
+                    b_mean = tl.load(number, real, 0.0)
+                    b_inverse_std = tl.load(number + tl.cast(num_streams, tl.int64) * rows, real, 0.0)
+                    b_dy, b_own_s, b_own_sums, b_d_norm = _normalized_backward(
+                        b_x, b_w[s], b_b[s], b_dy, b_dz, b_gain, b_mean, b_inverse_std, b_d_norm
+                    )
+                    b_s += (b_own_s,)
+                    b_row_sums += b_own_sums
+                    inverse += (b_inverse_std * (1.0 / p),)
+                b_partial += (b_dy,)
             if NORM:
-                b_b = tl.load(bias + (first + s) * p + channel, channel < p, 0.0).to(tl.float32)[None, :]
-                b_s, inverse_std = _standardise(b_w * b_x + b_b, columns < p, p, eps)
-                b_dz = tl.load(grad_normalized + stream * normalized_strides[0] + row_normalized, inside, 0.0)
-                b_dz = b_dz.to(tl.float32)
-                b_ds = b_dz * b_gain
-                mean, slope = tl.sum(b_ds, 1) / p, tl.sum(b_ds * b_s, 1) / p
-                b_dy += (b_ds - mean[:, None] - b_s * slope[:, None]) * inverse_std[:, None]
-                b_dy = tl.where(inside, b_dy, 0.0)  # the mean is subtracted beyond the last channel too
-                b_d_gain += tl.where(inside, b_dz * b_s, 0.0)  # beyond the last row a standard deviation may be 0
-                b_d_shift += b_dz
-            b_dx += b_w * b_dy
-            b_next += (b_sums[s] + b_dy * b_x,)
-            b_next_bias += (b_sums[S + s] + b_dy,)
-        b_sums = b_next + b_next_bias
-        if NORM:
-            b_sums += (b_d_gain, b_d_shift)
+                b_row_sums = _sums(b_row_sums)
+            for s in tl.static_range(g, min(g + G, S)):
+                b_dy = b_partial[s - g]
+                if NORM:
+                    mean, slope = b_row_sums[2 * (s - g)] * inverse[s - g], b_row_sums[2 * (s - g) + 1] * inverse[s - g]
+                    b_y = b_dy
+                    b_dy = ()
+                    for i in tl.static_range(n):
+                        b_dy += (b_y[i] - mean - b_s[s - g][i] * slope,)
+                b_d_weight, b_d_bias = b_sums[2 * s * n : (2 * s + 1) * n], b_sums[(2 * s + 1) * n : (2 * s + 2) * n]
+                b_dx, b_d_weight, b_d_bias = _add_stream(b_dx, b_d_weight, b_d_bias, b_dy, b_x, b_w[s])
+                b_next += b_d_weight + b_d_bias
+        b_sums = b_next + b_d_norm
         # shared tokens have one gradient; tokens in streams, a stream's
-        place = d_tokens + (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * p + columns
-        if ADD:
-            b_dx += tl.load(place, inside, 0.0)
-        tl.store(place, b_dx, inside)
+        target = d_tokens + (tl.program_id(1).to(tl.int64) * rows + row) * p
+        for i in tl.static_range(n):
+            b_out = b_dx[i]
+            if ADD:
+                b_out += tl.load(target + channels[i], inside[i], 0.0)
+            tl.store(target + channels[i], b_out, inside[i])
     group = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    for i in tl.static_range(2 * S + 2 * NORM):
-        place = partials + (group * (2 * S + 2 * NORM) + i) * p + channel
-        tl.store(place, tl.sum(b_sums[i], 0), channel < p)
+    for k in tl.static_range(2 * S + 2 * NORM):
+        for i in tl.static_range(n):
+            channel = i * BP + tl.arange(0, BP)
+            target = partials + (group * (2 * S + 2 * NORM) + k) * p + channel
+            tl.store(target, tl.sum(b_sums[k * n + i], 0), channel < p)
+
+
+class _Tile(NamedTuple):
+    """Rows of p channels in ``pieces`` of ``width`` channels; a thread has ``lanes`` elements of each piece."""
+
+    rows: int
+    width: int
+    pieces: int
+    lanes: int
+    warps: int
+
+    @staticmethod
+    def of(p: int, warps: int, lanes: int) -> "_Tile":
+        width = min(triton.next_power_of_2(triton.cdiv(p, 3)), 32 * warps * lanes)
+        return _Tile(32 * warps * lanes // width, width, triton.cdiv(p, width), lanes, warps)
+
+    @staticmethod
+    def forward(p: int) -> "_Tile":
+        """16 bytes of a low precision a thread, and as few warps to a row as registers allow."""
+        return _Tile.of(p, 1 if p <= 1024 else 2 if p <= 2048 else 4, 8)
+
+    @staticmethod
+    def backward(p: int, dtype: torch.dtype) -> "_Tile":
+        """At least 4 bytes a thread, as fewer are not fetched ahead, where rows are aligned to that; little padding."""
+        warps = 4 if p <= 768 else 8
+        one, two = _Tile.of(p, warps, 1), _Tile.of(p, warps, 2)
+        fits_better = warps == 8 and dtype == torch.float32 and one.pieces * one.width < two.pieces * two.width
+        return one if p % 2 or fits_better else two
+
+    def registers(self, streams: int, norm: bool) -> int:
+        """About what a thread of ``_modulate_backward`` takes: sums, parameters, what waits for the sums of a row."""
+        return min(255, self.pieces * self.lanes * (6 * streams + 5 if norm else 4 * streams + 3) + 40)
+
+    def most_streams(self, norm: bool) -> int:
+        """As many as the registers of one launch hold."""
+        most = (255 - 40) // (self.pieces * self.lanes)
+        return max(1, (most - 5) // 6 if norm else (most - 3) // 4)
 
 
 def modulate(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -157,8 +225,8 @@ def modulate(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def modulate_layer_norm(
     tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The same, and its layer norm."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, its layer norm, and the statistics of that (2, T, B, N): mean and 1 / std."""
     return _forward(tokens, weight, bias, (norm_weight, norm_bias), eps)
 
 
@@ -171,6 +239,7 @@ def modulate_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Ten
 def modulate_layer_norm_backward(
     grad_modulated: Tensor,
     grad_normalized: Tensor,
+    statistics: Tensor,
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -178,46 +247,58 @@ def modulate_layer_norm_backward(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of tokens, weight, bias, norm_weight and norm_bias."""
-    d_tokens, sums = _backward((grad_modulated, grad_normalized), tokens, weight, bias, norm_weight, eps)
+    d_tokens, sums = _backward((grad_modulated, grad_normalized), tokens, weight, bias, (norm_weight, statistics))
     d_weight, d_bias, d_norm_weight, d_norm_bias = sums.unbind(1)
     d_norm = (d_norm_weight.sum(0).to(norm_weight.dtype), d_norm_bias.sum(0).to(norm_weight.dtype))
     return d_tokens, d_weight.to(weight.dtype), d_bias.to(weight.dtype), *d_norm
 
 
-def _streams(x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
-    """(B, N, p) or (T, B, N, p): a tensor whose rows two strides address, its four strides, its inner size."""
-    if x.dim() == 3:
-        x = collapse(x)
-        return x, (0, *x.stride()), x.shape[1]
-    x = collapse(x, keep=1)
-    return x, x.stride(), x.shape[2]
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]], int]:
+    """(B, N, p) or (T, B, N, p) each: tensors whose rows two strides address, their four strides, one inner size."""
+    views = [collapse(x, keep=x.dim() - 3) for x in tensors]
+    inner = min(x.shape[-2] for x in views)
+    strides: list[tuple[int, ...]] = []
+    for x in views:
+        stream = x.stride(0) if x.dim() == 4 else 0
+        outer = x.stride(-3) if x.shape[-2] == inner else inner * x.stride(-2)
+        strides.append((stream, outer, x.stride(-2), x.stride(-1)))
+    return views, strides, inner
+
+
+def _index(rows: int) -> tl.dtype:
+    """What rows are counted in: 32 bits, which divide fast, where a step past the last row still fits."""
+    return tl.int32 if rows < 2**30 else tl.int64
 
 
 def _forward(
     tokens: Tensor, weight: Tensor, bias: Tensor, norm: tuple[Tensor, ...] = (), eps: float = 0.0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     num_streams, p = weight.shape
-    outputs = [torch.empty(num_streams, *tokens.shape[-3:], dtype=tokens.dtype, device=tokens.device)]
-    outputs = [*outputs, torch.empty_like(outputs[0])] if norm else outputs * 2
-    weight, bias, *norm = (x.contiguous() for x in (weight, bias, *norm))
-    x, strides, inner = _streams(tokens)
+    modulated = torch.empty(num_streams, *tokens.shape[-3:], dtype=tokens.dtype, device=tokens.device)
     rows = tokens.shape[-3:-1].numel()
+    normalized, statistics = modulated, modulated
+    if norm:
+        normalized = torch.empty_like(modulated)
+        statistics = modulated.new_empty((2, *modulated.shape[:-1]), dtype=torch.float32)
+    if not rows:
+        return modulated, normalized, statistics
+    weight, bias, *norm = (x.contiguous() for x in (weight, bias, *norm))
+    (x,), (strides,), inner = _rows(tokens)
     in_program, groups = (num_streams, 1) if tokens.dim() == 3 else (1, num_streams)
-    tile, block = _tile(p, 2048)
-    if rows:
-        with on_device(tokens):
-            _modulate[(triton.cdiv(rows, tile), groups)](
-                *(x, weight, bias),
-                *(norm or (weight, bias)),
-                *outputs,
-                *(eps, rows, inner, in_program, p, strides),
-                NORM=bool(norm),
-                BR=tile,
-                BP=block,
-                num_warps=4 if block <= 2048 else 8,
-                maxnreg=128,
-            )
-    return outputs[0], outputs[1]
+    tile = _Tile.forward(p)
+    with on_device(tokens):
+        _modulate[(triton.cdiv(rows, tile.rows), groups)](
+            *(x, weight, bias),
+            *(norm or (weight, bias)),
+            *(modulated, normalized, statistics),
+            *(eps, rows, inner, in_program, num_streams, p, strides),
+            NORM=bool(norm),
+            INDEX=_index(rows),
+            BR=tile.rows,
+            BP=tile.width,
+            num_warps=tile.warps,
+        )
+    return modulated, normalized, statistics
 
 
 def _backward(
@@ -225,33 +306,35 @@ def _backward(
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    norm: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the tokens, and float32 (T, 2 or 4, p): of weight, bias, the norm's weight and bias."""
-    (num_streams, p), slots = weight.shape, 2 if norm_weight is None else 4
+    """Gradient of the tokens, and float32 (T, 2 or 4, p): of weight, bias, the norm's weight and bias.
+
+    Args:
+        norm: its weight, and the statistics that the forward left; nothing where there is no norm.
+    """
+    (num_streams, p), slots = weight.shape, 4 if norm else 2
     sums = torch.zeros(num_streams, slots, p, dtype=torch.float32, device=tokens.device)
     if not tokens.numel():
         return torch.zeros_like(tokens, memory_format=torch.contiguous_format), sums
     vectors = (weight.contiguous(), bias.contiguous())
-    gain = vectors[0] if norm_weight is None else norm_weight.contiguous()
+    gain, statistics = (norm[0].contiguous(), norm[1].contiguous()) if norm else (vectors[0], None)
     if tokens.dim() == 4:
         d_tokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-        partials = _launch_backward(grads, tokens, vectors, gain, eps, d_tokens, slots)
+        partials = _launch_backward(grads, tokens, vectors, gain, statistics, d_tokens)
         return d_tokens, partials.sum(0)
-    # the sums of five streams of 1,024 channels are what the registers of a multiprocessor hold
-    tile, block = _tile(p, 1024)
-    launches = triton.cdiv(num_streams, max(1, 5 * 1024 // (tile * block)))
+    launches = triton.cdiv(num_streams, _Tile.backward(p, tokens.dtype).most_streams(bool(norm)))
     dtype = tokens.dtype if launches == 1 else torch.float32
     d_tokens = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     for i in range(launches):
         own = slice(num_streams * i // launches, num_streams * (i + 1) // launches)
         parts = tuple(grad[own] for grad in grads), tokens, tuple(x[own] for x in vectors)
-        found = _launch_backward(*parts, gain, eps, d_tokens, slots, add=i > 0).sum(0)[0]  # (2 S + 0 or 2, p)
+        of_own = None if statistics is None else statistics[:, own]
+        partials = _launch_backward(*parts, gain, of_own, d_tokens, add=i > 0).sum(0)[0]  # (2 S + 0 or 2, p)
         count = own.stop - own.start
-        sums[own, :2] = found[: 2 * count].view(2, count, p).transpose(0, 1)
-        if slots == 4:
-            sums[own.start, 2:] = found[2 * count :]
+        sums[own, :2] = partials[: 2 * count].view(count, 2, p)
+        if norm:
+            sums[own.start, 2:] = partials[2 * count :]
     return d_tokens.to(tokens.dtype), sums
 
 
@@ -260,39 +343,37 @@ def _launch_backward(
     tokens: Tensor,
     vectors: tuple[Tensor, ...],
     gain: Tensor,
-    eps: float,
+    statistics: Tensor | None,
     d_tokens: Tensor,
-    slots: int,
     add: bool = False,
 ) -> Tensor:
     """Fill d_tokens; partial sums (programs, groups, 2 S + 0 or 2, p). All shared streams are one group of S."""
     num_streams, p = vectors[0].shape
+    norm, all_streams = False, 0
+    if statistics is not None:
+        norm, all_streams = True, statistics.stride(0) // tokens.shape[-3:-1].numel()
     groups, in_group = (1, num_streams) if tokens.dim() == 3 else (num_streams, 1)
-    rows, (tile, block) = tokens.shape[-3:-1].numel(), _tile(p, 1024)
-    resident = max(1, 8 // (1 + in_group)) if block <= 1024 else 1  # programs, by the registers each takes
+    rows, tile = tokens.shape[-3:-1].numel(), _Tile.backward(p, tokens.dtype)
+    resident = max(1, 65536 // (32 * tile.warps * tile.registers(in_group, norm)))
     wanted = triton.cdiv(resident * chip(tokens.device).multiprocessors, groups)
-    programs = min(wanted, triton.cdiv(rows, tile))
-    partials = torch.empty(programs, groups, 2 * in_group + slots - 2, p, dtype=torch.float32, device=tokens.device)
-    (x, strides, inner), (gm, gm_strides, gm_inner), (gn, gn_strides, gn_inner) = map(_streams, (tokens, *grads))
-    # the next rows are fetched while these are worked on, if there is room: the parameters are fetched with them
-    staged = tile * block * (x.element_size() * (1 + in_group * slots // 2) + 8 * in_group)
+    programs = min(wanted, triton.cdiv(rows, tile.rows))
+    partials = torch.empty(programs, groups, 2 * in_group + 2 * norm, p, dtype=torch.float32, device=tokens.device)
+    (x, *up), (strides, *up_strides), inner = _rows(tokens, *grads)
+    # later rows are fetched while these are worked on: two tiles ahead, or as many bytes, if there is room
+    staged = 1024 + tile.rows * tile.pieces * tile.width * x.element_size() * (1 + in_group * (1 + norm))
     with on_device(tokens):
         _modulate_backward[(programs, groups)](
-            *(gm, gn, x, *vectors, gain, d_tokens, partials),
-            *(eps, rows, inner, gm_inner, gn_inner, p, gm_strides, gn_strides, strides),
-            NORM=slots == 4,
+            *(*up, x, *vectors, gain, statistics if norm else gain, d_tokens, partials),
+            *(rows, inner, all_streams, p, *up_strides, strides),
+            NORM=norm,
             ADD=add,
+            INDEX=_index(rows),
             S=in_group,
-            BR=tile,
-            BP=block,
-            STAGES=2 if 2 * staged * resident <= chip(tokens.device).shared_memory else 1,
-            num_warps=8,
-            maxnreg=240,
+            G=2,
+            BR=tile.rows,
+            BP=tile.width,
+            STAGES=1 + min(4 // x.element_size(), chip(tokens.device).shared_memory // (staged * resident)),
+            num_warps=tile.warps,
+            maxnreg=min(255, 65536 // (32 * tile.warps * resident) // 8 * 8),
         )
     return partials
-
-
-def _tile(p: int, elements: int) -> tuple[int, int]:
-    """Rows and channels of a tile of as many elements: one row at least, all channels of it."""
-    block = triton.next_power_of_2(p)
-    return max(1, elements // block), block

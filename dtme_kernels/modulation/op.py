@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..launch import cannot_run
-from ..registry import Operator
+from ..registry import Operator, library
 from . import reference
 
 MOST_CHANNELS = 4096  # a row of tokens, and the sums of one stream's gradients, in the registers of one program
@@ -39,13 +40,15 @@ modulate.differentiate(_modulate_setup, _modulate_backward, once=modulate_backwa
 
 def _norm_fake(
     tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    return _modulate_fake(tokens, weight, bias), _modulate_fake(tokens, weight, bias)
+) -> tuple[Tensor, Tensor, Tensor]:
+    modulated = _modulate_fake(tokens, weight, bias)
+    return modulated, torch.empty_like(modulated), modulated.new_empty((2, *modulated.shape[:-1]), dtype=torch.float32)
 
 
 def _norm_backward_fake(
     grad_modulated: Tensor,
     grad_normalized: Tensor,
+    statistics: Tensor,
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -55,29 +58,37 @@ def _norm_backward_fake(
     return tuple(x.new_empty(x.shape) for x in (tokens, weight, bias, norm_weight, norm_weight))
 
 
-def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     tokens, weight, bias, norm_weight, _, ctx.eps = inputs
-    ctx.save_for_backward(tokens, weight, bias, norm_weight)
+    ctx.save_for_backward(output[2], tokens, weight, bias, norm_weight)
+    ctx.mark_non_differentiable(output[2])
 
 
-def _norm_backward(call: Any, ctx: Any, grad_modulated: Tensor, grad_normalized: Tensor) -> tuple[Tensor | None, ...]:
+def _norm_backward(
+    call: Any, ctx: Any, grad_modulated: Tensor, grad_normalized: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
     grads = call(grad_modulated, grad_normalized, *ctx.saved_tensors, ctx.eps)
     return *grads, None
 
 
+# statistics: mean and 1 / std of every row and stream, for a kernel's own backward; where the backward forms them again
+# itself, in the reference and in C++, they are zeros
+_NORM_ARGUMENTS = "(Tensor tokens, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps=1e-06)"
 modulate_layer_norm = Operator(
-    "modulate_layer_norm(Tensor tokens, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias,"
-    " float eps=1e-06) -> (Tensor modulated, Tensor normalized)",
-    reference.modulate_layer_norm,
+    f"modulate_layer_norm_forward{_NORM_ARGUMENTS} -> (Tensor modulated, Tensor normalized, Tensor statistics)",
+    reference.modulate_layer_norm_forward,
     _norm_fake,
+    public="modulate_layer_norm",
 )
 modulate_layer_norm_backward = Operator(
-    "modulate_layer_norm_backward(Tensor grad_modulated, Tensor grad_normalized, Tensor tokens, Tensor weight,"
-    " Tensor bias, Tensor norm_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "modulate_layer_norm_backward(Tensor grad_modulated, Tensor grad_normalized, Tensor statistics, Tensor tokens,"
+    " Tensor weight, Tensor bias, Tensor norm_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.modulate_layer_norm_backward,
     _norm_backward_fake,
 )
 modulate_layer_norm.differentiate(_norm_setup, _norm_backward, once=modulate_layer_norm_backward)
+library.define(f"modulate_layer_norm{_NORM_ARGUMENTS} -> (Tensor modulated, Tensor normalized)")
+library.impl("modulate_layer_norm", lambda *args: modulate_layer_norm.overload(*args)[:2], "CompositeImplicitAutograd")
 
 
 def _unsupported(tokens: Tensor, *others: Any) -> str | None:

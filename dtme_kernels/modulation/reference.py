@@ -33,9 +33,18 @@ def modulate_layer_norm(
     return y.to(tokens.dtype).contiguous(), z.to(tokens.dtype).contiguous()
 
 
+def modulate_layer_norm_forward(
+    tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and statistics (2, T, B, N): zeros, as the backward below forms its own."""
+    y, z = modulate_layer_norm(tokens, weight, bias, norm_weight, norm_bias, eps)
+    return y, z, y.new_zeros((2, *y.shape[:-1]), dtype=torch.float32)
+
+
 def modulate_layer_norm_backward(
     grad_modulated: Tensor,
     grad_normalized: Tensor,
+    statistics: Tensor,
     tokens: Tensor,
     weight: Tensor,
     bias: Tensor,

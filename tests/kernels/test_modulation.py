@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtme_kernels import modulate, modulate_layer_norm
+from dtme_kernels import launch, modulate, modulate_layer_norm
 from dtme_kernels.registry import OPERATORS
 from dtme_kernels.testing import DTYPES, LAYOUTS, LOW_PRECISION, assert_accurate, exact, make
 
@@ -101,6 +101,42 @@ def test_a_large_mean_does_not_eat_the_variance(impl):
     assert_accurate(got, want, plain(*args)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [192, 321, 384, 768, 1024, 1280, 4096])
+def test_widths_of_one_piece_and_of_several(impl, p, dtype):
+    """A kernel takes a row in pieces of a power of two; the last may be full or not."""
+    args = problem(1, 3, p, num_streams=2, dtype=dtype, parameters=torch.float32, grad=True)
+    check([x.detach() for x in args], impl)
+    check_gradients(args, [make(2, 1, 3, p, dtype=dtype, seed=s) for s in (5, 6)], impl)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 33), (3, 2, 5, 8)])
+def test_statistics_are_right_or_left_to_the_backward(impl, shape):
+    """Mean and 1 / std of every row and stream, where a kernel's own backward wants them; else zeros."""
+    args = problem(*shape)
+    y = oracle(*args)[0]
+    modulated, _, statistics = OPERATORS["modulate_layer_norm"](impl, *args, EPS)
+    assert statistics.shape == (2, *modulated.shape[:-1])
+    assert statistics.dtype == torch.float32
+    if impl == "triton" or statistics.any():
+        want = np.stack([y.mean(-1), 1 / np.sqrt(y.var(-1) + EPS)])
+        assert_accurate(statistics, want, torch.from_numpy(want), terms=shape[-1])
+
+
+def test_the_sums_of_all_streams_in_one_reduction(impl, monkeypatch):
+    """As a GPU has it; in Triton's interpreter every sum is otherwise taken by itself."""
+    if impl != "triton" or not launch.interpreted():
+        pytest.skip("of the interpreter")
+    import triton.language as tl
+
+    from dtme_kernels.modulation import pieces
+
+    monkeypatch.setattr(pieces, "JOINT", tl.constexpr(True))
+    args = problem(2, 3, 33, grad=True)
+    check([x.detach() for x in args], impl)
+    check_gradients(args, [make(3, 2, 3, 33, seed=s) for s in (5, 6)], impl)
+
+
 @pytest.mark.skipif(OPERATORS["modulate_layer_norm"].automatic("cpu") != "cpp", reason="no C++ kernels")
 @pytest.mark.parametrize("p", [2, 3, 7, 192])
 def test_what_rounding_takes_from_the_mean_is_not_lost(p):
@@ -133,20 +169,31 @@ def gradients(function, args, weights):
     return torch.autograd.grad(sum((a * b.to(a.dtype)).sum() for a, b in zip(outputs, weights, strict=True)), args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-@pytest.mark.parametrize(
-    ("shape", "num_streams"),
-    [((4, 50, 16), 3), ((3, 4, 50, 16), 3), ((2, 3, 33), 1), ((1, 7, 600), 17), ((2, 1, 2049), 4)],
-)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_gradients_are_as_right_as_plain_torch(impl, shape, num_streams, layout, dtype):
-    args = problem(*shape, num_streams=num_streams, dtype=dtype, layout=layout, parameters=torch.float32, grad=True)
-    weights = [make(num_streams, *shape[-3:], dtype=dtype, seed=s, layout=layout) for s in (5, 6)]
+def check_gradients(args, weights, impl):
     ours, wide = partial(modulate_layer_norm, impl=impl), [x.detach().double().requires_grad_() for x in args]
     got, want, by_torch = (gradients(f, x, weights) for f, x in ((ours, args), (plain, wide), (plain, args)))
     for leaf, a, b, c in zip(args, got, want, by_torch, strict=True):
         assert a.dtype == leaf.dtype
         assert_accurate(a, b.cpu(), c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize(
+    ("shape", "num_streams"),
+    [((4, 50, 16), 3), ((3, 4, 50, 16), 3), ((2, 3, 33), 1), ((1, 3, 600), 11), ((2, 1, 2049), 4)],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_gradients_are_as_right_as_plain_torch(impl, shape, num_streams, layout, dtype):
+    args = problem(*shape, num_streams=num_streams, dtype=dtype, layout=layout, parameters=torch.float32, grad=True)
+    weights = [make(num_streams, *shape[-3:], dtype=dtype, seed=s, layout=layout) for s in (5, 6)]
+    check_gradients(args, weights, impl)
+
+
+def test_gradients_of_a_large_mean(impl):
+    tokens, _, _, *norm = problem(2, 20, 192, num_streams=1)
+    args = [tokens + 1000, torch.ones(1, 192), torch.zeros(1, 192), *norm]
+    args = [x.detach().requires_grad_() for x in args]
+    check_gradients(args, [make(1, 2, 20, 192, seed=s) for s in (5, 6)], impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])

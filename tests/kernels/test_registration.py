@@ -77,7 +77,9 @@ SAMPLES["projected_dots"] += [[make(2, P, layout="transposed"), make(P, P), 1]]
 SAMPLES["projected_dots_backward"] = [backward_arguments("projected_dots", (T, 2, 5), (T, 2, 5))]
 SAMPLES["modulate"] += [[make(*OUT, layout="transposed"), *arguments("modulate")[1:]]]
 SAMPLES["modulate_backward"] = [backward_arguments("modulate", OUT, keep=2)]
-SAMPLES["modulate_layer_norm_backward"] = [[*backward_arguments("modulate_layer_norm", OUT, OUT, keep=4), 1e-6]]
+SAMPLES["modulate_layer_norm_backward"] = [
+    [*backward_arguments("modulate_layer_norm", OUT, OUT, (2, *OUT[:-1]), keep=4), 1e-6]
+]
 SAMPLES["expanded_attention"] += [
     [x.detach()[0] for x in ATTENTION],
     [*ATTENTION, MASK],
