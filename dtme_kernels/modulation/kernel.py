@@ -369,7 +369,7 @@ def _launch_backward(
             ADD=add,
             INDEX=_index(rows),
             S=in_group,
-            G=2,
+            G=1 if x.element_size() == 4 and chip(tokens.device).capability < 90 else 2,  # else Triton 3.6 spills there
             BR=tile.rows,
             BP=tile.width,
             STAGES=1 + min(4 // x.element_size(), chip(tokens.device).shared_memory // (staged * resident)),
