@@ -89,6 +89,11 @@ SWEEPS = (
         ((66,), (264,), (396,)),
     ),
     Sweep(
+        *("modulate_layer_norm", "backward$", "dtme_kernels.modulation.kernel._Tile.backward", None),
+        ("rows", "width", "warps"),
+        ((1, 256, 8), (2, 256, 4), (2, 256, 8), (4, 256, 8)),
+    ),
+    Sweep(
         *("covariance", "512 px$", "dtme_kernels.covariance.kernel._Tiles", None),
         ("tokens", "promote", "options.num_stages"),
         ((32, 32, 3), (64, 8, 3), (64, 32, 3), (128, 8, 2), (64, 16, 2)),
