@@ -180,9 +180,9 @@ def test_a_candidate_is_chosen_while_it_runs():
         "covariance", "", "dtme_kernels.covariance.kernel._Tiles", None, ("tokens", "options.num_stages"), ((16, 5),)
     )
     (name,) = sweep.names()
-    tiles = sweep.patched(name, lambda: kernel._Tiles(768, torch.bfloat16))()
+    tiles = sweep.patched(name, lambda: kernel._Tiles(768, torch.bfloat16, torch.device("cpu")))()
     assert (name, tiles.tokens, tiles.options["num_stages"]) == ("ours: tokens=16 num_stages=5", 16, 5)
-    assert kernel._Tiles(768, torch.bfloat16).tokens != 16
+    assert kernel._Tiles(768, torch.bfloat16, torch.device("cpu")).tokens != 16
 
 
 def test_what_a_sweep_replaces_is_there():
