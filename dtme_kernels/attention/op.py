@@ -9,7 +9,7 @@ from ..launch import cannot_run, chip, highest
 from ..registry import Operator, library, off_cpu
 from . import composite, reference
 from .composite import first_half as first_half
-from .packing import unpack
+from .packing import statistics_shape, unpack
 from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS, SHARED_MEMORY_OF_WIDE_HEADS
 
 
@@ -25,7 +25,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     *lead, num_heads, num_queries, d = query.shape
     output = query.new_empty((*lead, num_queries, num_heads, d)).transpose(-3, -2)
-    return output, query.new_empty((2, *lead, num_heads, num_queries), dtype=torch.float32)
+    return output, query.new_empty(statistics_shape(query), dtype=torch.float32)
 
 
 def _backward_fake(

@@ -22,14 +22,12 @@ class Tile(NamedTuple):
     registers: int = 0
     """A thread at most; where the assembler would rather spill than use as many, they are allowed by name."""
 
-    def options(self, task_keys: int | None = None) -> dict[str, object]:
-        """Of a launch, by the kernels' names; a tile of task keys where the kernel takes them."""
-        found = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, object]:
+        """Of a launch, by the kernels' names."""
+        options = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
         if self.registers:
-            found["maxnreg"] = self.registers
-        if task_keys is not None:
-            found["BT"] = 16 if task_keys <= 16 else 32
-        return found | {"PRECISION": "tf32x3" if highest() else "tf32"}
+            options["maxnreg"] = self.registers
+        return options | {"PRECISION": "tf32x3" if highest() else "tf32"}
 
 
 # kernel, how it multiplies -> {channels, up to which: tiles of sm_80, sm_90 and sm_100, the last going on}
