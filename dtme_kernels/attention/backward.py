@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import LOG2E, UNSPECIALIZED, hide, load, load_keys, load_statistics, matrix_of, place_of, span, store
+from .blocks import LOG2E, SIZES, hide, load, load_keys, load_statistics, matrix_of, place_of, span, statistics_of, store
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _query_part(
     return b_dq
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=SIZES)
 def query_gradients(
     grad,
     query,
@@ -75,9 +75,12 @@ def query_gradients(
     d_task_value,
     delta,
     scale,
-    sizes,
+    images,
     heads,
     groups,
+    queries,
+    keys,
+    task_keys,
     strides,
     mask_strides,
     D: tl.constexpr,
@@ -92,7 +95,6 @@ def query_gradients(
     BD: tl.constexpr,
 ):
     """dQ and delta = rowsum(dO O) of BM queries; what they have of dK and dV of the task keys, a partial sum."""
-    all_rows, images, queries, keys, task_keys = sizes
     q_strides, k_strides, v_strides, task_k_strides, task_v_strides, grad_strides, o_strides, d_strides = strides
     blocks = tl.cdiv(queries, BM)
     block, head, row = place_of(blocks, heads, CAUSAL)
@@ -102,14 +104,14 @@ def query_gradients(
     b_do = load(matrix_of(grad, grad_strides, row, head), m, queries, D, BD, True)
     b_o = load(matrix_of(output, o_strides, row, head), m, queries, D, BD, True)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BM]
-    vector = (row * heads + head) * queries + m
-    tl.store(delta + vector, b_delta, m < queries)
-    b_at, b_share = load_statistics(statistics, vector, all_rows, m < queries, EXACT)
+    vector = row * heads + head
+    tl.store(delta + vector * queries + m, b_delta, m < queries)
+    b_at, b_share = load_statistics(statistics_of(statistics, vector, queries, EXACT), m, queries, EXACT)
     keys_of = matrix_of(key, k_strides, row, key_head), matrix_of(task_key, task_k_strides, stream, key_head)
     values_of = matrix_of(value, v_strides, row, key_head), matrix_of(task_value, task_v_strides, stream, key_head)
     mask += stream * mask_strides[0] + image * mask_strides[1] + head.to(tl.int64) * mask_strides[2]
     b_dq = tl.zeros([BM, BD], tl.float32)
-    partial = ((row * heads + head) * blocks + block) * task_keys * D
+    partial = (vector * blocks + block) * task_keys * D
     for part in tl.static_range(1 if MASK != "" else 0, 3):
         if part != 1 or not JOINED:
             begin, end = span(part, block * BM, keys, task_keys, MASK != "", CAUSAL, JOINED, BM, BN)
@@ -118,10 +120,11 @@ def query_gradients(
                 mask, mask_strides, d_task_key + partial, d_task_value + partial, part, D, MASK if part == 1 else "",
                 CAUSAL and part == 1, EXACT, JOINED, PRECISION, BT if part == 2 else BN, BD,
             )  # fmt: skip
-    store(matrix_of(d_query, d_strides, row, head, D), m, queries, b_dq * (scale / LOG2E), D, BD)
+    UNIT: tl.constexpr = 8 if D % 8 == 0 else 1
+    store(matrix_of(d_query, d_strides, row, head, UNIT), m, queries, b_dq * (scale / LOG2E), D, BD)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=SIZES)
 def key_gradients(
     grad,
     query,
@@ -133,9 +136,11 @@ def key_gradients(
     d_key,
     d_value,
     scale,
-    sizes,
+    images,
     heads,
     groups,
+    queries,
+    keys,
     strides,
     mask_strides,
     D: tl.constexpr,
@@ -148,7 +153,6 @@ def key_gradients(
     BD: tl.constexpr,
 ):
     """dK and dV of BN shared keys, summed over the query heads that share them."""
-    all_rows, images, queries, keys = sizes
     q_strides, k_strides, v_strides, grad_strides, d_strides = strides
     key_heads = heads // groups
     blocks = tl.cdiv(keys, BN)
@@ -165,28 +169,30 @@ def key_gradients(
     for head in range(key_head * groups, (key_head + 1) * groups):
         q, do = matrix_of(query, q_strides, row, head), matrix_of(grad, grad_strides, row, head)
         head_mask = mask + stream * mask_strides[0] + image * mask_strides[1] + tl.cast(head, tl.int64) * mask_strides[2]
-        vector = (row * heads + head) * queries
+        vector = row * heads + head
+        head_statistics = statistics_of(statistics, vector, queries, EXACT)
         for first in range(begin, queries, BM):
             m = first + tl.arange(0, BM)  # [BM]
             b_q = load(q, m, queries, D, BD, True)  # [BM, BD]
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
             if MASK != "" or CAUSAL:
                 b_s = hide(b_s, scale, head_mask, mask_strides, m[None, :], n[:, None], queries, keys, MASK, CAUSAL)
-            b_at, b_share = load_statistics(statistics, vector + m, all_rows, m < queries, EXACT)
+            b_at, b_share = load_statistics(head_statistics, m, queries, EXACT)
             b_p = tl.exp2(b_s * unit - b_at[None, :])
             if EXACT:
                 b_p *= b_share[None, :]
             b_do = load(do, m, queries, D, BD, True)  # [BM, BD]
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            b_delta = tl.load(delta + vector + m, m < queries, 0.0)
+            b_delta = tl.load(delta + vector * queries + m, m < queries, 0.0)
             b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
             b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
-    store(matrix_of(d_key, d_strides, row, key_head, D), n, keys, b_dk * (scale / LOG2E), D, BD)
-    store(matrix_of(d_value, d_strides, row, key_head, D), n, keys, b_dv, D, BD)
+    UNIT: tl.constexpr = 8 if D % 8 == 0 else 1
+    store(matrix_of(d_key, d_strides, row, key_head, UNIT), n, keys, b_dk * (scale / LOG2E), D, BD)
+    store(matrix_of(d_value, d_strides, row, key_head, UNIT), n, keys, b_dv, D, BD)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "kept"])
+@triton.jit(do_not_specialize=[*SIZES, "streams", "kept_streams", "kept_images", "kept_heads"])
 def mask_gradients(
     grad,
     query,
@@ -197,10 +203,15 @@ def mask_gradients(
     delta,
     d_mask,
     scale,
-    sizes,
+    streams,
+    images,
     heads,
     groups,
-    kept,
+    queries,
+    keys,
+    kept_streams,
+    kept_images,
+    kept_heads,
     strides,
     mask_strides,
     D: tl.constexpr,
@@ -213,9 +224,7 @@ def mask_gradients(
     BD: tl.constexpr,
 ):
     """One tile of dS, summed over the streams, images and heads that share the mask; it has ``kept`` of each, or 1."""
-    all_rows, streams, images, queries, keys = sizes
     q_strides, k_strides, v_strides, grad_strides = strides
-    kept_streams, kept_images, kept_heads = kept
     blocks = tl.cdiv(queries, BM)
     tiles = blocks * tl.cdiv(keys, BN)
     tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -234,14 +243,14 @@ def mask_gradients(
         head_mask = mask + stream * mask_strides[0] + image.to(tl.int64) * mask_strides[1]
         head_mask += head.to(tl.int64) * mask_strides[2]
         b_s = hide(b_s, scale, head_mask, mask_strides, m[:, None], n[None, :], queries, keys, MASK, False)
-        vector = (row * heads + head) * queries + m
-        b_at, b_share = load_statistics(statistics, vector, all_rows, m < queries, EXACT)
+        vector = row * heads + head
+        b_at, b_share = load_statistics(statistics_of(statistics, vector, queries, EXACT), m, queries, EXACT)
         b_p = tl.exp2(b_s - b_at[:, None])
         if EXACT:
             b_p *= b_share[:, None]
         b_do = load(matrix_of(grad, grad_strides, row, head), m, queries, D, BD, True)
         b_v = load(matrix_of(value, v_strides, row, key_head), n, keys, D, BD, True)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_sum += b_p * (b_dp - tl.load(delta + vector, m < queries, 0.0)[:, None])
+        b_sum += b_p * (b_dp - tl.load(delta + vector * queries + m, m < queries, 0.0)[:, None])
     pointer = d_mask + (part.to(tl.int64) * queries + m)[:, None] * keys + n[None, :]
     tl.store(pointer, b_sum, (m < queries)[:, None] & (n < keys)[None, :])

@@ -7,19 +7,25 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# The sizes of a problem and the strides of its tensors do not get kernels of their own. Triton would compile another
-# one for every combination of those that are 1 or divide by 16.
-UNSPECIALIZED = ["sizes", "strides"]
+# of a problem, not of a model: no number of them gets a kernel of its own. The numbers of queries and keys get another
+# where 16 divides them: a mask then has the same bit for 16 neighbours, which are loaded together.
+SIZES = ["images", "task_keys"]
 
 
 @triton.jit
 def matrix_of(tensor, strides, row, head, UNIT: tl.constexpr = 8):
-    """The matrix of a row (stream and image) and a head. ``strides``, of row, head and token, count UNIT elements.
+    """The matrix of a row (stream and image) and a head. ``strides``: of row, head and token, multiples of UNIT.
 
-    All tensors have strides that divide by 8: told so, the compiler reads 16 bytes at a time, also with 72 channels.
+    The compiler is told only of strides that divide by 16. Knowing the 8, it moves 16 bytes at a time with 72 channels
+    too.
     """
-    start = tensor + (row * strides[0] + tl.cast(head, tl.int64) * strides[1]) * UNIT
-    return start, tl.cast(strides[2], tl.int64) * UNIT
+    start = tensor + row * _multiple(strides[0], UNIT) + head * _multiple(strides[1], UNIT)
+    return start, _multiple(strides[2], UNIT)
+
+
+@triton.jit
+def _multiple(stride, UNIT: tl.constexpr):
+    return tl.cast(stride, tl.int64) // UNIT * UNIT
 
 
 @triton.jit
@@ -83,25 +89,30 @@ def hide(b_s, scale, mask, strides, row, column, rows, columns, MASK: tl.constex
 
 
 @triton.jit
-def store_statistics(statistics, query, all_rows, inside, b_most, b_sum, EXACT: tl.constexpr):
-    """What finds a query's probabilities again: its log-sum-exp in units of log 2, +inf where it sees no key.
-
-    The log-sum-exp of large scores rounds, which float32 would notice: there the greatest score and the inverse of the
-    sum stay apart, in two rows.
-    """
-    if EXACT:
-        tl.store(statistics + query, tl.where(b_sum == 0.0, float("inf"), b_most), inside)
-        tl.store(statistics + all_rows + query, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum), inside)
-    else:
-        tl.store(statistics + query, tl.where(b_sum == 0.0, float("inf"), b_most + tl.log2(b_sum)), inside)
+def statistics_of(statistics, vector, queries, EXACT: tl.constexpr):
+    """Where those of a head begin. ``vector``: the head's number among all heads of all rows."""
+    return statistics + vector * queries * (2 if EXACT else 1)
 
 
 @triton.jit
-def load_statistics(statistics, query, all_rows, inside, EXACT: tl.constexpr):
-    """What to subtract from a score, and, if EXACT, what to multiply its exponential by, to have a probability."""
-    b_at = tl.load(statistics + query, inside, float("inf"))
+def store_statistics(statistics, m, queries, b_most, b_sum, EXACT: tl.constexpr):
+    """What finds the probabilities of queries m again: a log-sum-exp in units of log 2, +inf where no key is seen.
+
+    If EXACT, the greatest score and the inverse of the sum stay apart, in two rows: their log-sum-exp would round.
+    """
     if EXACT:
-        return b_at, tl.load(statistics + all_rows + query, inside, 1.0)
+        tl.store(statistics + m, tl.where(b_sum == 0.0, float("inf"), b_most), m < queries)
+        tl.store(statistics + queries + m, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum), m < queries)
+    else:
+        tl.store(statistics + m, tl.where(b_sum == 0.0, float("inf"), b_most + tl.log2(b_sum)), m < queries)
+
+
+@triton.jit
+def load_statistics(statistics, m, queries, EXACT: tl.constexpr):
+    """What to subtract from a score, and, if EXACT, what to multiply its exponential by, to have a probability."""
+    b_at = tl.load(statistics + m, m < queries, float("inf"))
+    if EXACT:
+        return b_at, tl.load(statistics + queries + m, m < queries, 1.0)
     return b_at, b_at
 
 

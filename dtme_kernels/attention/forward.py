@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import UNSPECIALIZED, hide, load, load_keys, matrix_of, place_of, span, store, store_statistics
+from .blocks import SIZES, hide, load, load_keys, matrix_of, place_of, span, statistics_of, store, store_statistics
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _attend_part(
     return b_out, b_sum, b_most
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=SIZES)
 def attend(
     query,
     key,
@@ -62,9 +62,12 @@ def attend(
     output,
     statistics,
     scale,
-    sizes,
+    images,
     heads,
     groups,
+    queries,
+    keys,
+    task_keys,
     strides,
     mask_strides,
     D: tl.constexpr,
@@ -79,7 +82,6 @@ def attend(
     BD: tl.constexpr,
 ):
     """output[row, queries, head] for BM queries."""
-    all_rows, images, queries, keys, task_keys = sizes
     q_strides, k_strides, v_strides, task_k_strides, task_v_strides = strides
     block, head, row = place_of(tl.cdiv(queries, BM), heads, CAUSAL)
     stream, image, key_head = row // images, row % images, head // groups
@@ -101,5 +103,5 @@ def attend(
     b_out *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
     stride = tl.cast(heads, tl.int64) * D
     store((output + row * queries * stride + head * D, stride), m, queries, b_out, D, BD)
-    vector = (row * heads + head) * queries + m
-    store_statistics(statistics, vector, all_rows, m < queries, b_most, b_sum, EXACT)
+    statistics = statistics_of(statistics, row * heads + head, queries, EXACT)
+    store_statistics(statistics, m, queries, b_most, b_sum, EXACT)

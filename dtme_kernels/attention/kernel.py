@@ -47,7 +47,6 @@ class _Problem:
         self.heads, self.queries, self.channels = query.shape[-3:]
         self.key_heads, self.keys, self.task_keys = key.shape[-3], key.shape[-2], task_key.shape[-2]
         self.groups = self.heads // self.key_heads
-        self.all_rows = self.rows * self.heads * self.queries  # of the statistics' second row, where it starts
         scale = self.channels**-0.5 if scale is None else scale
         # the kernels take the greatest score for the greatest after scaling, and 0 times a hidden score must hide it
         self.sign = -1.0 if scale < 0 else 1.0
@@ -55,6 +54,7 @@ class _Problem:
         query = query if scale >= 0 else -query
         self.shared = [self.fold(x) for x in (query, key, value)]
         self.task = [_aligned(x if x.dim() == 4 else x[None]) for x in (task_key, task_value)]
+        self.sizes = (self.scale, self.images, self.heads, self.groups, self.queries, self.keys)
         self.mask, self.mask_strides, self.kind = query, (0, 0, 0, 0, 0), ""
         if attn_mask is not None:
             full = (*(self.lead if len(self.lead) == 2 else (1, *self.lead)), self.heads, self.queries, self.keys)
@@ -66,7 +66,7 @@ class _Problem:
             if self.kind == "bool":
                 self.mask = attn_mask.view(torch.uint8)
         self.block = max(16, triton.next_power_of_2(self.channels))
-        exact = query.dtype == torch.float32
+        exact = statistics_shape(query, attn_mask)[-2] == 2
         self.constants = {"D": self.channels, "MASK": self.kind, "CAUSAL": is_causal, "EXACT": exact, "BD": self.block}
 
     @staticmethod
@@ -95,22 +95,21 @@ def _aligned(x: Tensor) -> Tensor:
     return x.new_zeros(*x.shape[:-1], triton.cdiv(x.shape[-1], 8) * 8)[..., : x.shape[-1]].copy_(x)
 
 
-def _strides(*tensors: Tensor, unit: int = 8) -> tuple[tuple[int, ...], ...]:
-    """Of all axes but the channels, counted in ``unit`` elements."""
-    return tuple(tuple(stride // unit for stride in x.stride()[:-1]) for x in tensors)
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Of all axes but the channels."""
+    return tuple(x.stride()[:-1] for x in tensors)
 
 
 def expanded_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """(..., H, N, d) laid out (..., N, H, d), and what finds the probabilities again, (1 or 2, ..., H, N)."""
+    """(..., H, N, d) laid out (..., N, H, d), and what finds the probabilities again, (..., H, 1 or 2, N)."""
     p = _Problem(query, *others)
     out = torch.empty(*p.lead, p.queries, p.heads, p.channels, dtype=query.dtype, device=query.device)
-    statistics = torch.empty(statistics_shape(query), dtype=torch.float32, device=query.device)
+    statistics = torch.empty(statistics_shape(query, others[4]), dtype=torch.float32, device=query.device)
     own = p.tile("forward")
     if out.numel():
         with on_device(query):
             attend[(p.rows * p.heads * triton.cdiv(p.queries, own.queries),)](
-                *(*p.shared, *p.task, p.mask, out, statistics, p.scale),
-                *((p.all_rows, p.images, p.queries, p.keys, p.task_keys), p.heads, p.groups),
+                *(*p.shared, *p.task, p.mask, out, statistics, *p.sizes, p.task_keys),
                 *(_strides(*p.shared, *p.task), p.mask_strides),
                 **(p.constants | own.options() | p.task_tile(own)),
             )
@@ -174,21 +173,17 @@ def _gradients(
     blocks = triton.cdiv(p.queries, first.queries)
     parts = [wide(p.rows, p.heads, blocks, p.task_keys, p.channels) for _ in range(2)]
     d_query, d_key, d_value = (x.flatten(0, -4) for x in shared)  # views
-    # of the gradients, which are contiguous or packed, every stride is a multiple of the channels
-    to_query, to_key = (_strides(x, unit=p.channels) for x in (d_query, d_key))
     with on_device(grad):
         if d_query.numel():
             query_gradients[(p.rows * p.heads * blocks,)](
-                *(grad, *p.shared, *p.task, p.mask, output, statistics, d_query, *parts, delta, p.scale),
-                *((p.all_rows, p.images, p.queries, p.keys, p.task_keys), p.heads, p.groups),
-                *(_strides(*p.shared, *p.task, grad, output) + to_query, p.mask_strides),
+                *(grad, *p.shared, *p.task, p.mask, output, statistics, d_query, *parts, delta),
+                *(*p.sizes, p.task_keys, _strides(*p.shared, *p.task, grad, output, d_query), p.mask_strides),
                 **(p.constants | first.options() | p.task_tile(first)),
             )
         if d_key.numel():
             key_gradients[(p.rows * p.key_heads * triton.cdiv(p.keys, second.keys),)](
-                *(grad, *p.shared, p.mask, statistics, delta, d_key, d_value, p.scale),
-                *((p.all_rows, p.images, p.queries, p.keys), p.heads, p.groups),
-                *(_strides(*p.shared, grad) + to_key, p.mask_strides),
+                *(grad, *p.shared, p.mask, statistics, delta, d_key, d_value),
+                *(*p.sizes, _strides(*p.shared, grad, d_key), p.mask_strides),
                 **(p.constants | second.options()),
             )
     if p.sign < 0:
@@ -209,9 +204,8 @@ def _mask_gradient(p: _Problem, grad: Tensor, statistics: Tensor, delta: Tensor,
         with on_device(grad):
             tiles = triton.cdiv(p.queries, own.queries) * triton.cdiv(p.keys, own.keys)
             mask_gradients[(tiles * kept[0] * kept[1] * kept[2],)](
-                *(grad, *p.shared, p.mask, statistics, delta, d_mask, p.scale),
-                *((p.all_rows, leading[0], p.images, p.queries, p.keys), p.heads, p.groups, kept),
-                *(_strides(*p.shared, grad), p.mask_strides),
+                *(grad, *p.shared, p.mask, statistics, delta, d_mask),
+                *(p.scale, leading[0], *p.sizes[1:], *kept, _strides(*p.shared, grad), p.mask_strides),
                 **(p.constants | own.options()),
             )
     return d_mask.sum_to_size(shape).view(attn_mask.shape).to(attn_mask.dtype)

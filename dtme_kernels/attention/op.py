@@ -25,7 +25,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     *lead, num_heads, num_queries, d = query.shape
     output = query.new_empty((*lead, num_queries, num_heads, d)).transpose(-3, -2)
-    return output, query.new_empty(statistics_shape(query), dtype=torch.float32)
+    return output, query.new_empty(statistics_shape(query, attn_mask), dtype=torch.float32)
 
 
 def _backward_fake(

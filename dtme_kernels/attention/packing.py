@@ -11,6 +11,11 @@ def unpack(qkv: Tensor, task_kv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     return query, key, value, task_key, task_value
 
 
-def statistics_shape(query: Tensor) -> tuple[int, ...]:
-    """(1 or 2, ..., H, N) of a query (..., H, N, d): one number per query suffices in low precision, two in float32."""
-    return (1 if query.dtype in (torch.float16, torch.bfloat16) else 2, *query.shape[:-1])
+def statistics_shape(query: Tensor, attn_mask: Tensor | None) -> tuple[int, ...]:
+    """(..., H, 1 or 2, N) for a query (..., H, N, d): in low precision a log-sum-exp will do.
+
+    Not in float32, and not with an additive mask, whose lowest finite number would swallow the logarithm of the sum.
+    """
+    low = query.dtype in (torch.float16, torch.bfloat16)
+    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    return (*query.shape[:-2], 1 if low and not additive else 2, query.shape[-2])

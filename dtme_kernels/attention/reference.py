@@ -38,7 +38,7 @@ def expanded_attention(
         enable_gqa=True if query.shape[-3] != key.shape[-3] else False,  # noqa: SIM210
     )
     out = out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(0, query.shape[:-3])
-    return out, torch.zeros(statistics_shape(query), dtype=torch.float32, device=query.device)
+    return out, torch.zeros(statistics_shape(query, attn_mask), dtype=torch.float32, device=query.device)
 
 
 def expanded_attention_backward(

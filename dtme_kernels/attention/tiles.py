@@ -86,6 +86,5 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
 def tile(kernel: str, channels: int, like: torch.Tensor) -> Tile:
     """Of ``"forward"``, ``"query gradients"``, ``"key gradients"`` or ``"mask gradients"`` of tensors ``like``."""
     product = "low" if like.dtype != torch.float32 else "tf32x3" if highest() else "tf32"
-    found = next(tiles for most, tiles in _TABLE[kernel, product].items() if channels <= most)
-    generation = sum(chip(like.device).capability >= first for first in (90, 100))
-    return found[min(generation, len(found) - 1)]
+    tiles = next(tiles for most, tiles in _TABLE[kernel, product].items() if channels <= most)
+    return tiles[min(("mma", "wgmma", "tcgen05").index(chip(like.device).product), len(tiles) - 1)]
