@@ -33,8 +33,8 @@ class Tile(NamedTuple):
 # kernel, how it multiplies -> {channels, up to which: tiles of sm_80, sm_90 and sm_100, the last going on}
 _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
     ("forward", "low"): {
-        64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
-        128: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
+        64: (Tile(64, 64, 4, 3, 255), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
+        128: (Tile(64, 32, 4, 2, 255), Tile(128, 64, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)),
     },
     ("forward", "tf32"): {
@@ -49,7 +49,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
     },
     ("query gradients", "low"): {
         64: (Tile(64, 32, 4, 2, 255), Tile(128, 64, 8, 2)),
-        128: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2, 255)),
+        128: (Tile(64, 64, 8, 2), Tile(128, 32, 8, 2, 255)),
         256: (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     },
     ("query gradients", "tf32"): {
@@ -63,7 +63,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         64: (Tile(16, 32, 4, 1),),
     },
     ("key gradients", "low"): {
-        64: (Tile(32, 64, 8, 2, 255), Tile(64, 128, 8, 2)),
+        64: (Tile(32, 64, 4, 3), Tile(64, 128, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 64, 8, 2), Tile(32, 32, 8, 2, 255)),
     },
