@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import on_device
+from ..launch import highest, on_device
 from .backward import key_gradients, mask_gradients, query_gradients
 from .blocks import LOG2E
 from .forward import attend
@@ -78,10 +78,15 @@ class _Problem:
         return tile(kernel, self.block, self.shared[0])
 
     def task_tile(self, own: Tile) -> dict[str, object]:
-        """Of a kernel that takes the task keys too: their tile, and whether the last shared keys fit into it."""
+        """Of a kernel that takes the task keys too: their tile, and whether the last shared keys fit into it.
+
+        They do not join under a mask, which would have to be looked up for that tile as well.
+        """
+        three_parts = self.shared[0].dtype == torch.float32 and highest()
+        widest = 16 if three_parts else 32  # products in three parts want more registers
         few = self.task_keys + self.keys % own.keys
-        joined = self.kind == "" and not self.constants["CAUSAL"] and few <= 32
-        return {"JOINED": joined, "BT": 16 if (few if joined else self.task_keys) <= 16 else 32}
+        joined = self.kind == "" and not self.constants["CAUSAL"] and few <= widest
+        return {"JOINED": joined, "BT": 16 if (few if joined else self.task_keys) <= 16 else widest}
 
 
 def _aligned(x: Tensor) -> Tensor:
