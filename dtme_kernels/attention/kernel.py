@@ -83,7 +83,7 @@ class _Problem:
         They do not join under a mask, which would have to be looked up for that tile as well.
         """
         three_parts = self.shared[0].dtype == torch.float32 and highest()
-        widest = 16 if three_parts else 32  # products in three parts want more registers
+        widest = 16 if three_parts else min(32, own.keys)  # products in three parts want more registers
         few = self.task_keys + self.keys % own.keys
         joined = self.kind == "" and not self.constants["CAUSAL"] and few <= widest
         return {"JOINED": joined, "BT": 16 if (few if joined else self.task_keys) <= 16 else widest}
