@@ -65,7 +65,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         64: (Tile(16, 32, 4, 1),),
     },
     ("key gradients", "low"): {
-        64: (Tile(32, 64, 4, 3), Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+        64: (Tile(32, 64, 8, 3), Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 64, 8, 2), Tile(32, 32, 8, 2, 255)),
     },
@@ -76,10 +76,10 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         256: (Tile(16, 16, 8, 1, 255), Tile(16, 32, 8, 1, 255)),
     },
     ("key gradients", "tf32x3"): {
-        32: (Tile(32, 64, 4, 2),),
+        32: (Tile(16, 64, 4, 1), Tile(32, 64, 4, 2)),
         64: (Tile(16, 32, 8, 1, 255),),
     },
-    ("mask gradients", "low"): {128: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)), 256: (Tile(32, 32, 8, 1), Tile(64, 32, 8, 1))},
+    ("mask gradients", "low"): {128: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)), 256: (Tile(32, 32, 8, 2), Tile(64, 32, 8, 1))},
     ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))},
     ("mask gradients", "tf32x3"): {64: (Tile(16, 32, 4, 1),)},
 }
