@@ -3,7 +3,19 @@
 import triton
 import triton.language as tl
 
-from .blocks import LOG2E, SIZES, hide, load, load_keys, load_statistics, matrix_of, place_of, span, statistics_of, store
+from .blocks import (
+    LOG2E,
+    SIZES,
+    hide,
+    load,
+    load_keys,
+    load_statistics,
+    matrix_of,
+    place_of,
+    span,
+    statistics_of,
+    store,
+)
 
 
 @triton.jit
@@ -168,7 +180,9 @@ def key_gradients(
     begin = block * BN // BM * BM if CAUSAL else 0
     for head in range(key_head * groups, (key_head + 1) * groups):
         q, do = matrix_of(query, q_strides, row, head), matrix_of(grad, grad_strides, row, head)
-        head_mask = mask + stream * mask_strides[0] + image * mask_strides[1] + tl.cast(head, tl.int64) * mask_strides[2]
+        head_mask = (
+            mask + stream * mask_strides[0] + image * mask_strides[1] + tl.cast(head, tl.int64) * mask_strides[2]
+        )
         vector = row * heads + head
         head_statistics = statistics_of(statistics, vector, queries, EXACT)
         for first in range(begin, queries, BM):

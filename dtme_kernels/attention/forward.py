@@ -98,7 +98,8 @@ def attend(
             begin, end = span(part, block * BM, keys, task_keys, MASK != "", CAUSAL, JOINED, BM, BN)
             b_out, b_sum, b_most = _attend_part(
                 b_q, b_out, b_sum, b_most, keys_of, values_of, begin, end, m, queries, keys, scale, mask, mask_strides,
-                part, D, MASK if part == 1 else "", CAUSAL and part == 1, JOINED, PRECISION, BT if part == 2 else BN, BD,
+                part, D, MASK if part == 1 else "", CAUSAL and part == 1, JOINED, PRECISION,
+                BT if part == 2 else BN, BD,
             )  # fmt: skip
     b_out *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
     stride = tl.cast(heads, tl.int64) * D
