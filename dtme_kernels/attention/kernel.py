@@ -105,6 +105,13 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(x.stride()[:-1] for x in tensors)
 
 
+def _grid(programs: int) -> tuple[int]:
+    """Of so many programs. Triton's launcher counts in 32 bits, and leaves out, without a word, a launch of more."""
+    if programs >= 2**31:
+        raise RuntimeError(f"one launch takes fewer than 2^31 programs, got {programs}: split the batch")
+    return (programs,)
+
+
 def expanded_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     """(..., H, N, d) laid out (..., N, H, d), and what finds the probabilities again, (..., H, 1 or 2, N)."""
     p = _Problem(query, *others)
@@ -113,7 +120,7 @@ def expanded_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     own = p.tile("forward")
     if out.numel():
         with on_device(query):
-            attend[(p.rows * p.heads * triton.cdiv(p.queries, own.queries),)](
+            attend[_grid(p.rows * p.heads * triton.cdiv(p.queries, own.queries))](
                 *(*p.shared, *p.task, p.mask, out, statistics, *p.sizes, p.task_keys),
                 *(_strides(*p.shared, *p.task), p.mask_strides),
                 **(p.constants | own.options() | p.task_tile(own)),
@@ -180,13 +187,13 @@ def _gradients(
     d_query, d_key, d_value = (x.flatten(0, -4) for x in shared)  # views
     with on_device(grad):
         if d_query.numel():
-            query_gradients[(p.rows * p.heads * blocks,)](
+            query_gradients[_grid(p.rows * p.heads * blocks)](
                 *(grad, *p.shared, *p.task, p.mask, output, statistics, d_query, *parts, delta),
                 *(*p.sizes, p.task_keys, _strides(*p.shared, *p.task, grad, output, d_query), p.mask_strides),
                 **(p.constants | first.options() | p.task_tile(first)),
             )
         if d_key.numel():
-            key_gradients[(p.rows * p.key_heads * triton.cdiv(p.keys, second.keys),)](
+            key_gradients[_grid(p.rows * p.key_heads * triton.cdiv(p.keys, second.keys))](
                 *(grad, *p.shared, p.mask, statistics, delta, d_key, d_value),
                 *(*p.sizes, _strides(*p.shared, grad, d_key), p.mask_strides),
                 **(p.constants | second.options()),
@@ -208,7 +215,7 @@ def _mask_gradient(p: _Problem, grad: Tensor, statistics: Tensor, delta: Tensor,
     if d_mask.numel() and p.rows:
         with on_device(grad):
             tiles = triton.cdiv(p.queries, own.queries) * triton.cdiv(p.keys, own.keys)
-            mask_gradients[(tiles * kept[0] * kept[1] * kept[2],)](
+            mask_gradients[_grid(tiles * kept[0] * kept[1] * kept[2])](
                 *(grad, *p.shared, p.mask, statistics, delta, d_mask),
                 *(p.scale, leading[0], *p.sizes[1:], *kept, _strides(*p.shared, grad), p.mask_strides),
                 **(p.constants | own.options()),
