@@ -2,14 +2,17 @@
 
 The fewest operations are ``4 T B H N (S + t) d`` forward and ``10 T B H N (S + t) d`` backward; the fewest bytes one
 read of query, key and value and one write of the output. Task keys are read where they are, by every image: a second
-loop over them follows the loop over the shared keys, and nothing is concatenated or repeated. Backward, one kernel
-walks over the keys for a block of queries, another over the queries for a block of keys: two products more, and in
-return every sum has one owner and a fixed order. The first of them also meets all task keys; what its block of queries
-has of their gradients it leaves as a partial sum, and the partial sums are added over images, heads and blocks.
+loop over them follows the loop over the shared keys, and nothing is concatenated or repeated. The shared keys that fill
+no tile join that second loop where they fit into its tile: 197 keys and 6 task keys are computed as 208 columns.
+
+Backward, one kernel walks over the keys for a block of queries, another over the queries for a block of keys: two
+products more, and in return every sum has one owner and a fixed order. The first of them also meets all task keys; what
+its block of queries has of their gradients it leaves as a partial sum, and the partial sums are added over images,
+heads and blocks.
 
 Scores are kept in units of log 2. For every query the forward leaves what finds its probabilities again: the logarithm
-of the sum of the exponentials, or, in float32, the greatest score and the inverse of the sum. A query that sees no key
-has +inf (and 1), so that all its probabilities are 0.
+of the sum of the exponentials, or, in float32 and with an additive mask, the greatest score and the inverse of the sum.
+A query that sees no key has +inf (and 1), so that all its probabilities are 0.
 """
 
 from functools import partial
