@@ -97,15 +97,16 @@ def _attention_cases() -> dict[str, Callable[[], object]]:
         for kind in kinds:
             case = f"d={d} {dtype}{kind}"
             mask, causal = masks.get(kind, (None, False))
-            saved = (query, query, torch.empty(statistics_shape(query, mask), device="meta"))
+            saved: tuple[Any, ...] = (query, query, torch.empty(statistics_shape(query, mask), device="meta"))
             if kind in masks:
-                rest: tuple[Any, ...] = (query, *others, mask, causal, None)
+                rest = (query, *others, mask, causal, None)
                 found[f"attention {case}"] = partial(kernel.expanded_attention, *rest)
-                backward = partial(kernel.expanded_attention_backward, *saved, *rest, mask is square)
+                saved += (*rest, mask is square)
+                found[f"attention backward {case}"] = partial(kernel.expanded_attention_backward, *saved)
             else:
                 found[f"attention {case}"] = partial(kernel.packed_attention, shared, task, None)
-                backward = partial(kernel.packed_attention_backward, *saved, shared, task, None)
-            found[f"attention backward {case}"] = backward
+                saved += (shared, task, None)
+                found[f"attention backward {case}"] = partial(kernel.packed_attention_backward, *saved)
 
     add(64, "bf16", ("", ", causal", ", bool mask", ", mask"))
     add(64, "fp32", ("", ", mask"))
