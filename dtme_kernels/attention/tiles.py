@@ -57,7 +57,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
     ("query gradients", "tf32"): {
         32: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
         64: (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
-        128: (Tile(32, 32, 8, 1, 255), Tile(32, 32, 8, 1)),
+        128: (Tile(32, 32, 8, 1, 255),),
         256: (Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     },
     ("query gradients", "tf32x3"): {
@@ -83,7 +83,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         128: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
         256: (Tile(32, 32, 8, 2), Tile(64, 32, 8, 1)),
     },
-    ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))},
+    ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(16, 32, 8, 1),)},
     ("mask gradients", "tf32x3"): {64: (Tile(16, 32, 4, 1),)},
 }
 
