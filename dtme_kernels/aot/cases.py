@@ -93,13 +93,14 @@ def _attention_cases() -> dict[str, Callable[[], object]]:
         task = torch.empty(2, task_keys, 2, 4, d, dtype=DTYPES[dtype], device="meta")
         query, *others = unpack(shared, task)
         square = torch.empty(keys, keys, dtype=DTYPES[dtype], device="meta")
-        masks = {", causal": (None, True), ", bool mask": (square.bool(), False), ", mask": (square, False)}
+        masks: dict[str, tuple[torch.Tensor | None, bool]] = {"": (None, False)}
+        masks |= {", causal": (None, True), ", bool mask": (square.bool(), False), ", mask": (square, False)}
         for kind in kinds:
             case = f"d={d} {dtype}{kind}"
             mask, causal = masks.get(kind, (None, False))
             saved: tuple[Any, ...] = (query, query, torch.empty(statistics_shape(query, mask), device="meta"))
-            if kind in masks:
-                rest = (query, *others, mask, causal, None)
+            if mask is not None or causal:
+                rest: tuple[Any, ...] = (query, *others, mask, causal, None)
                 found[f"attention {case}"] = partial(kernel.expanded_attention, *rest)
                 saved += (*rest, mask is square)
                 found[f"attention backward {case}"] = partial(kernel.expanded_attention_backward, *saved)

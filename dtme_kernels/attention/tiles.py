@@ -46,7 +46,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         256: (Tile(32, 16, 8, 1, 255), Tile(32, 32, 8, 1, 255)),
     },
     ("forward", "tf32x3"): {
-        32: (Tile(64, 64, 4, 2),),
+        32: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
         64: (Tile(64, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
     },
     ("query gradients", "low"): {
@@ -61,7 +61,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         256: (Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     },
     ("query gradients", "tf32x3"): {
-        32: (Tile(32, 32, 4, 1), Tile(64, 32, 4, 2), Tile(16, 32, 4, 1)),
+        32: (Tile(16, 32, 4, 1), Tile(64, 32, 4, 2), Tile(16, 32, 4, 1)),
         64: (Tile(16, 32, 4, 1),),
     },
     ("key gradients", "low"): {
