@@ -56,7 +56,7 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
     },
     ("query gradients", "tf32"): {
         32: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
-        64: (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
+        64: (Tile(32, 32, 4, 2, 255), Tile(64, 32, 4, 2)),
         128: (Tile(32, 32, 8, 1, 255),),
         256: (Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     },
