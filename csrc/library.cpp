@@ -254,7 +254,8 @@ Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& val
   return with_scale(a, scale);
 }
 
-// As the reference returns it: merging heads is a view.
+// As the reference returns it: merging heads is a view. And zeros for the statistics, which only Triton's kernels want, in
+// the shape that attention/packing.py gives them.
 std::tuple<Tensor, Tensor> attend(const Attention& a, const Tensor& like, Sizes size) {
   int64_t dim = size.size();
   std::swap(size[dim - 3], size[dim - 2]);
@@ -262,7 +263,8 @@ std::tuple<Tensor, Tensor> attend(const Attention& a, const Tensor& like, Sizes 
   kernels->attend(parallel(), a, view_of(output, dim == 4));
   std::swap(size[dim - 3], size[dim - 2]);
   size.pop_back();
-  size.insert(size.begin(), 2);
+  bool additive = a.mask.dim && a.mask.dtype != Dtype::boolean;
+  size.insert(size.end() - 1, additive || wide(like) == like.scalar_type() ? 2 : 1);
   return {output, torch::stable::new_zeros(like, size, ScalarType::Float)};
 }
 

@@ -101,28 +101,44 @@ def _modulation_cases() -> dict[str, Callable[[], object]]:
 
 
 def _attention_cases() -> dict[str, Callable[[], object]]:
+    """Packed as a projection leaves them, and with masks; 1,024 keys, or so many that some are left beside the tiles.
+
+    Strides get no kernels of their own, so what is compiled for packed tensors is what separate ones run.
+    """
     from ..attention import kernel
+    from ..attention.packing import statistics_shape, unpack
 
     found: dict[str, Callable[[], object]] = {}
-    for d in (32, 64, 80, 128, 256):
-        for name, dtype in DTYPES.items():
-            shared = torch.empty(6, 1024, 3, 4, d, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind()
-            task = [torch.empty(4, 6, d, dtype=dtype, device="meta")] * 2
-            statistics = torch.empty(2, 6, 4, 1024, device="meta")
-            square = torch.empty(1024, 1024, dtype=dtype, device="meta")
-            masks: dict[str, tuple[torch.Tensor | None, bool]] = {"": (None, False)}
-            if d == 64:
-                masks |= {", causal": (None, True), ", bool mask": (square.bool(), False), ", mask": (square, False)}
-            for kind, (mask, causal) in masks.items():
-                rest: tuple[Any, ...] = (*shared, *task, mask, causal, None)
-                if name == "fp16" and kind:
-                    continue  # as above
-                case = f"d={d} {name}{kind}"
+
+    def add(d: int, dtype: str, kinds: tuple[str, ...] = ("",), keys: int = 1024, task_keys: int = 6) -> None:
+        shared = torch.empty(2, 3, keys, 3, 4, d, dtype=DTYPES[dtype], device="meta")
+        task = torch.empty(2, task_keys, 2, 4, d, dtype=DTYPES[dtype], device="meta")
+        query, *others = unpack(shared, task)
+        square = torch.empty(keys, keys, dtype=DTYPES[dtype], device="meta")
+        masks: dict[str, tuple[torch.Tensor | None, bool]] = {"": (None, False)}
+        masks |= {", causal": (None, True), ", bool mask": (square.bool(), False), ", mask": (square, False)}
+        for kind in kinds:
+            case = f"d={d} {dtype}{kind}"
+            mask, causal = masks.get(kind, (None, False))
+            saved: tuple[Any, ...] = (query, query, torch.empty(statistics_shape(query, mask), device="meta"))
+            if mask is not None or causal:
+                rest: tuple[Any, ...] = (query, *others, mask, causal, None)
                 found[f"attention {case}"] = partial(kernel.expanded_attention, *rest)
-                found[f"attention backward {case}"] = partial(
-                    kernel.expanded_attention_backward,
-                    *(shared[0], shared[0], statistics, *rest, mask is square),
-                )
+                saved += (*rest, mask is square)
+                found[f"attention backward {case}"] = partial(kernel.expanded_attention_backward, *saved)
+            else:
+                found[f"attention {case}"] = partial(kernel.packed_attention, shared, task, None)
+                saved += (shared, task, None)
+                found[f"attention backward {case}"] = partial(kernel.packed_attention_backward, *saved)
+
+    add(64, "bf16", ("", ", causal", ", bool mask", ", mask"))
+    add(64, "fp32", ("", ", mask"))
+    add(64, "fp16")
+    # tiles of one table row differ by what their channels are filled up with; keys beside the tiles cost most registers
+    for d in (32, 64, 72, 80, 96, 128, 256):
+        add(d, "bf16", (", keys left",), 1020, 22)
+    for d in (32, 80, 128, 256):
+        add(d, "fp32", (", keys left",), 1020, 22)
     return found
 
 
@@ -135,7 +151,7 @@ def _cases_of_one() -> dict[str, Callable[[], object]]:
     half = partial(torch.empty, device="meta", dtype=torch.float16)
     one = [*[half(1, 1, 1, 1, 16)] * 3, *[half(1, 1, 1, 16)] * 2]
     rest: tuple[Any, ...] = (*one, half(1, 1), False, None)
-    saved: tuple[Any, ...] = (one[0], one[0], torch.empty(2, 1, 1, 1, 1, device="meta"))
+    saved: tuple[Any, ...] = (one[0], one[0], torch.empty(1, 1, 1, 2, 1, device="meta"))
     token, row = torch.empty(1, 1, 16, device="meta"), torch.empty(1, 16, device="meta")
     grads, basis = torch.empty(2, 1, 16, device="meta"), torch.empty(16, 16, device="meta")
     statistics = torch.empty(2, 1, 1, 1, device="meta")

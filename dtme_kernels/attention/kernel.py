@@ -2,13 +2,17 @@
 
 The fewest operations are ``4 T B H N (S + t) d`` forward and ``10 T B H N (S + t) d`` backward; the fewest bytes one
 read of query, key and value and one write of the output. Task keys are read where they are, by every image: a second
-loop over them follows the loop over the shared keys, and nothing is concatenated or repeated. Backward, one kernel
-walks over the keys for a block of queries, another over the queries for a block of keys: two products more, and in
-return every sum has one owner and a fixed order. The first of them also meets all task keys; what its block of queries
-has of their gradients it leaves as a partial sum, and the partial sums are added over images, heads and blocks.
+loop over them follows the loop over the shared keys, and nothing is concatenated or repeated. The shared keys that fill
+no tile join that second loop where they fit into its tile: 197 keys and 6 task keys are computed as 208 columns.
 
-Scores are kept in units of log 2. Of every query the forward leaves the greatest score and the sum of the exponentials;
-a query that sees no key has +inf and 1, so that every probability found again from them is 0.
+Backward, one kernel walks over the keys for a block of queries, another over the queries for a block of keys: two
+products more, and in return every sum has one owner and a fixed order. The first of them also meets all task keys; what
+its block of queries has of their gradients it leaves as a partial sum, and the partial sums are added over images,
+heads and blocks.
+
+Scores are kept in units of log 2. For every query the forward leaves what finds its probabilities again: the logarithm
+of the sum of the exponentials, or, in float32 and with an additive mask, the greatest score and the inverse of the sum.
+A query that sees no key has +inf (and 1), so that all its probabilities are 0.
 """
 
 from functools import partial
@@ -18,12 +22,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import on_device
+from ..launch import highest, on_device
 from .backward import key_gradients, mask_gradients, query_gradients
 from .blocks import LOG2E
 from .forward import attend
-from .packing import unpack
-from .tiles import tile
+from .packing import statistics_shape, unpack
+from .tiles import Tile, tile
 
 
 class _Problem:
@@ -45,7 +49,7 @@ class _Problem:
         self.streams = self.lead[0] if len(self.lead) == 2 else 1
         self.heads, self.queries, self.channels = query.shape[-3:]
         self.key_heads, self.keys, self.task_keys = key.shape[-3], key.shape[-2], task_key.shape[-2]
-        self.all_rows = self.rows * self.heads * self.queries  # the sums lie behind the greatest scores
+        self.groups = self.heads // self.key_heads
         scale = self.channels**-0.5 if scale is None else scale
         # the kernels take the greatest score for the greatest after scaling, and 0 times a hidden score must hide it
         self.sign = -1.0 if scale < 0 else 1.0
@@ -53,7 +57,7 @@ class _Problem:
         query = query if scale >= 0 else -query
         self.shared = [self.fold(x) for x in (query, key, value)]
         self.task = [_aligned(x if x.dim() == 4 else x[None]) for x in (task_key, task_value)]
-        self.sizes = (self.images, self.heads, self.heads // self.key_heads, self.queries, self.keys, self.task_keys)
+        self.sizes = (self.scale, self.images, self.heads, self.groups, self.queries, self.keys)
         self.mask, self.mask_strides, self.kind = query, (0, 0, 0, 0, 0), ""
         if attn_mask is not None:
             full = (*(self.lead if len(self.lead) == 2 else (1, *self.lead)), self.heads, self.queries, self.keys)
@@ -65,7 +69,7 @@ class _Problem:
             if self.kind == "bool":
                 self.mask = attn_mask.view(torch.uint8)
         self.block = max(16, triton.next_power_of_2(self.channels))
-        exact = query.dtype == torch.float32
+        exact = statistics_shape(query, attn_mask)[-2] == 2
         self.constants = {"D": self.channels, "MASK": self.kind, "CAUSAL": is_causal, "EXACT": exact, "BD": self.block}
 
     @staticmethod
@@ -73,27 +77,56 @@ class _Problem:
         """(T, B, H, N, d) or (B, H, N, d) -> (T * B or B, H, N, d)."""
         return _aligned(x.flatten(0, -4))
 
-    @property
-    def strides(self) -> list[tuple[int, ...]]:
-        return [x.stride()[:3] for x in (*self.shared, *self.task)] + [self.mask_strides]
+    def tile(self, kernel: str) -> Tile:
+        return tile(kernel, self.block, self.shared[0])
+
+    def task_tile(self, own: Tile) -> dict[str, object]:
+        """Of a kernel that takes the task keys too: their tile, and whether the last shared keys fit into it.
+
+        They do not join under a mask, which would have to be looked up for that tile as well.
+        """
+        three_parts = self.shared[0].dtype == torch.float32 and highest()
+        widest = 16 if three_parts else min(32, own.keys)  # products in three parts want more registers
+        few = self.task_keys + self.keys % own.keys
+        joined = self.kind == "" and not self.constants["CAUSAL"] and few <= widest
+        return {"JOINED": joined, "BT": 16 if (few if joined else self.task_keys) <= 16 else widest}
 
 
 def _aligned(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The kernels read 8 channels at a time: ``x``, or a copy that starts, and has strides, for that.
+
+    Where 8 does not divide the channels, zeros follow them in the copy's memory.
+    """
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+    if x.stride(-1) == 1 and not any(n % 8 for n in (x.shape[-1], *strides)) and x.data_ptr() % 16 == 0:
+        return x
+    return x.new_zeros(*x.shape[:-1], triton.cdiv(x.shape[-1], 8) * 8)[..., : x.shape[-1]].copy_(x)
+
+
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Of all axes but the channels."""
+    return tuple(x.stride()[:-1] for x in tensors)
+
+
+def _grid(programs: int) -> tuple[int]:
+    """Of so many programs. Triton's launcher counts in 32 bits, and leaves out, without a word, a launch of more."""
+    if programs >= 2**31:
+        raise RuntimeError(f"one launch takes fewer than 2^31 programs, got {programs}: split the batch")
+    return (programs,)
 
 
 def expanded_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """(..., H, N, d) laid out (..., N, H, d), and (2, ..., H, N): greatest scores and sums."""
+    """(..., H, N, d) laid out (..., N, H, d), and what finds the probabilities again, (..., H, 1 or 2, N)."""
     p = _Problem(query, *others)
     out = torch.empty(*p.lead, p.queries, p.heads, p.channels, dtype=query.dtype, device=query.device)
-    statistics = torch.empty(2, *p.lead, p.heads, p.queries, dtype=torch.float32, device=query.device)
-    own = tile("forward", p.block, query)
+    statistics = torch.empty(statistics_shape(query, others[4]), dtype=torch.float32, device=query.device)
+    own = p.tile("forward")
     if out.numel():
         with on_device(query):
-            attend[(p.rows * p.heads * triton.cdiv(p.queries, own.queries),)](
-                *(*p.shared, *p.task, p.mask, out, statistics, p.all_rows, p.scale, *p.sizes, *p.strides),
-                **p.constants,
-                **own.options(p.task_keys),
+            attend[_grid(p.rows * p.heads * triton.cdiv(p.queries, own.queries))](
+                *(*p.shared, *p.task, p.mask, out, statistics, *p.sizes, p.task_keys),
+                *(_strides(*p.shared, *p.task), p.mask_strides),
+                **(p.constants | own.options() | p.task_tile(own)),
             )
     return out.transpose(-3, -2), statistics
 
@@ -142,39 +175,36 @@ def packed_attention_backward(
 
 
 def _gradients(
-    p: _Problem, grad: Tensor, output: Tensor, statistics: Tensor, found: list[Tensor]
+    p: _Problem, grad: Tensor, output: Tensor, statistics: Tensor, shared: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Fill ``found``: gradients of query, key and value. Delta, and float32 (T, H, t, d) of task key and value.
+    """Fill ``shared``: gradients of query, key and value. Delta, and float32 (T, H, t, d) of task key and value.
 
     ``grad``: folded.
     """
     wide = partial(torch.empty, dtype=torch.float32, device=grad.device)
     delta = wide(p.rows, p.heads, p.queries)
-    output = output.transpose(-3, -2).contiguous()  # a view, as the forward lays it out
-    first, second = (tile(kernel, p.block, p.shared[0]) for kernel in ("query gradients", "key gradients"))
+    output = p.fold(output)
+    first, second = p.tile("query gradients"), p.tile("key gradients")
     blocks = triton.cdiv(p.queries, first.queries)
     parts = [wide(p.rows, p.heads, blocks, p.task_keys, p.channels) for _ in range(2)]
-    d_query, d_key, d_value = (x.flatten(0, -4) for x in found)  # views
+    d_query, d_key, d_value = (x.flatten(0, -4) for x in shared)  # views
     with on_device(grad):
         if d_query.numel():
-            query_gradients[(p.rows * p.heads * blocks,)](
+            query_gradients[_grid(p.rows * p.heads * blocks)](
                 *(grad, *p.shared, *p.task, p.mask, output, statistics, d_query, *parts, delta),
-                *(p.all_rows, p.scale, *p.sizes, d_query.stride()[:3], grad.stride()[:3], *p.strides),
-                **p.constants,
-                **first.options(p.task_keys),
+                *(*p.sizes, p.task_keys, _strides(*p.shared, *p.task, grad, output, d_query), p.mask_strides),
+                **(p.constants | first.options() | p.task_tile(first)),
             )
         if d_key.numel():
-            strides = p.strides
-            key_gradients[(p.rows * p.key_heads * triton.cdiv(p.keys, second.keys),)](
+            key_gradients[_grid(p.rows * p.key_heads * triton.cdiv(p.keys, second.keys))](
                 *(grad, *p.shared, p.mask, statistics, delta, d_key, d_value),
-                *(p.all_rows, p.scale, *p.sizes, d_key.stride()[:3], grad.stride()[:3], *strides[:3], strides[-1]),
-                **p.constants,
-                **second.options(),
+                *(*p.sizes, _strides(*p.shared, grad, d_key), p.mask_strides),
+                **(p.constants | second.options()),
             )
     if p.sign < 0:
         d_query.neg_()
     # of every stream, over its images and over the blocks of the query heads that share a key head
-    groups = p.streams, p.images, p.key_heads, p.sizes[2] * blocks, p.task_keys, p.channels
+    groups = p.streams, p.images, p.key_heads, p.groups * blocks, p.task_keys, p.channels
     return delta, [x.view(groups).sum((1, 3)) for x in parts]
 
 
@@ -183,16 +213,14 @@ def _mask_gradient(p: _Problem, grad: Tensor, statistics: Tensor, delta: Tensor,
     leading = (1, *p.lead) if len(p.lead) == 1 else p.lead
     shape = (*(1,) * (5 - attn_mask.dim()), *attn_mask.shape)
     kept = tuple(min(size, full) for size, full in zip(shape, (*leading, p.heads), strict=False))
-    own = tile("mask gradients", p.block, grad)
+    own = p.tile("mask gradients")
     d_mask = torch.zeros(*kept, p.queries, p.keys, dtype=torch.float32, device=grad.device)
     if d_mask.numel() and p.rows:
-        strides = p.strides
         with on_device(grad):
             tiles = triton.cdiv(p.queries, own.queries) * triton.cdiv(p.keys, own.keys)
-            mask_gradients[(tiles * kept[0] * kept[1] * kept[2],)](
+            mask_gradients[_grid(tiles * kept[0] * kept[1] * kept[2])](
                 *(grad, *p.shared, p.mask, statistics, delta, d_mask),
-                *(p.all_rows, p.scale, *p.sizes, leading[0], *kept, grad.stride()[:3], *strides[:3], strides[-1]),
-                **p.constants,
-                **own.options(),
+                *(p.scale, leading[0], *p.sizes[1:], *kept, _strides(*p.shared, grad), p.mask_strides),
+                **(p.constants | own.options()),
             )
     return d_mask.sum_to_size(shape).view(attn_mask.shape).to(attn_mask.dtype)

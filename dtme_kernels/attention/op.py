@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import cannot_run, chip, highest
+from ..launch import cannot_run, highest
 from ..registry import Operator, library, off_cpu
 from . import composite, reference
 from .composite import first_half as first_half
-from .packing import unpack
-from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS, SHARED_MEMORY_OF_WIDE_HEADS
+from .packing import statistics_shape, unpack
+from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS
 
 
 def _fake(
@@ -25,7 +25,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     *lead, num_heads, num_queries, d = query.shape
     output = query.new_empty((*lead, num_queries, num_heads, d)).transpose(-3, -2)
-    return output, query.new_empty((2, *lead, num_heads, num_queries), dtype=torch.float32)
+    return output, query.new_empty(statistics_shape(query, attn_mask), dtype=torch.float32)
 
 
 def _backward_fake(
@@ -143,9 +143,6 @@ def _unsupported(
     if query.shape[-1] > most:
         precision = " of float32 at matrix precision 'highest'" if exact else ""
         return f"the kernels take {most} channels a head at most{precision}, got {query.shape[-1]}"
-    wide = query.shape[-1] > (64 if query.dtype == torch.float32 else 128)
-    if wide and query.is_cuda and chip(query.device).shared_memory < SHARED_MEMORY_OF_WIDE_HEADS:
-        return f"the kernels of {query.shape[-1]} channels a head want more shared memory than this GPU has"
     return cannot_run(query)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import unpack
+from .packing import statistics_shape, unpack
 
 # attention scores held at a time in the backward pass: 2 MB in float32
 CHUNK = 2**19
@@ -25,7 +25,7 @@ def expanded_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q [k ; k_task]^T) [v ; v_task] (Sec. 4.3). Laid out (..., N, H, d), so that merging heads is a view.
 
-    And zeros, for the greatest scores and sums that a kernel's backward wants and this one's does not.
+    And zeros, for the statistics that a kernel's backward wants and this one's does not.
     """
     heads, key_heads = query.shape[-3], key.shape[-3]
     if heads != key_heads and (key_heads == 0 or heads % key_heads):  # some versions of torch divide by zero
@@ -41,7 +41,7 @@ def expanded_attention(
         enable_gqa=True if heads != key_heads else False,  # noqa: SIM210
     )
     out = out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(0, query.shape[:-3])
-    return out, torch.zeros(2, *query.shape[:-1], dtype=torch.float32, device=query.device)
+    return out, torch.zeros(statistics_shape(query, attn_mask), dtype=torch.float32, device=query.device)
 
 
 def expanded_attention_backward(

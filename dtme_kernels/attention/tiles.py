@@ -1,4 +1,7 @@
-"""Tiles of the attention kernels: among the usual ones, the largest that spill no register."""
+"""Tiles of the attention kernels: among the usual ones, the largest that spill no register.
+
+Those of mma fit into the 99 KB of shared memory that the smallest of its chips have.
+"""
 
 from typing import NamedTuple
 
@@ -8,8 +11,6 @@ from ..launch import chip, highest
 
 MOST_CHANNELS = 256  # of a head: a tile of them in the registers of one program
 MOST_CHANNELS_IN_THREE_PARTS = 64  # of float32 as exact as float32: every operand is three times as large
-
-SHARED_MEMORY_OF_WIDE_HEADS = 160 * 1024  # data-centre GPUs have it; others 99 KB
 
 
 class Tile(NamedTuple):
@@ -22,72 +23,73 @@ class Tile(NamedTuple):
     registers: int = 0
     """A thread at most; where the assembler would rather spill than use as many, they are allowed by name."""
 
-    def options(self, task_keys: int | None = None) -> dict[str, object]:
-        """Of a launch, by the kernels' names; a tile of task keys where the kernel takes them."""
-        found = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, object]:
+        """Of a launch, by the kernels' names."""
+        options = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
         if self.registers:
-            found["maxnreg"] = self.registers
-        if task_keys is not None:
-            found["BT"] = 16 if task_keys <= 16 else 32
-        return found | {"PRECISION": "tf32x3" if highest() else "tf32"}
+            options["maxnreg"] = self.registers
+        return options | {"PRECISION": "tf32x3" if highest() else "tf32"}
 
 
-# kernel, how it multiplies -> {channels, up to which: tiles of sm_80, sm_90 and sm_100, the last going on}
+PRODUCTS = ("mma", "wgmma", "tcgen05")
+# kernel, how it multiplies -> {channels, up to which: tiles for each of PRODUCTS, the last going on}
 _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
     ("forward", "low"): {
-        64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
-        128: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
+        64: (Tile(64, 64, 4, 3, 255), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
+        128: (Tile(64, 32, 4, 2, 255), Tile(128, 64, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)),
     },
     ("forward", "tf32"): {
         32: (Tile(128, 64, 4, 2),),
         64: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
-        128: (Tile(64, 32, 8, 2),),
-        256: (Tile(32, 16, 8, 1), Tile(32, 32, 8, 1, 255)),
+        128: (Tile(64, 32, 8, 2, 255),),
+        256: (Tile(32, 16, 8, 1, 255), Tile(32, 32, 8, 1, 255)),
     },
     ("forward", "tf32x3"): {
-        32: (Tile(64, 64, 4, 2),),
+        32: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
         64: (Tile(64, 32, 8, 1), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
     },
     ("query gradients", "low"): {
         64: (Tile(64, 32, 4, 2, 255), Tile(128, 64, 8, 2)),
-        128: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2, 255)),
-        256: (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+        128: (Tile(64, 64, 8, 2, 255), Tile(128, 32, 8, 2, 255)),
+        256: (Tile(32, 32, 8, 2, 255), Tile(32, 64, 8, 2)),
     },
     ("query gradients", "tf32"): {
         32: (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
-        64: (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
-        128: (Tile(32, 32, 8, 1),),
-        256: (Tile(16, 32, 8, 1),),
+        64: (Tile(32, 32, 4, 2, 255), Tile(64, 32, 4, 2)),
+        128: (Tile(32, 32, 8, 1, 255),),
+        256: (Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     },
     ("query gradients", "tf32x3"): {
-        32: (Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
+        32: (Tile(16, 32, 4, 1), Tile(64, 32, 4, 2), Tile(16, 32, 4, 1)),
         64: (Tile(16, 32, 4, 1),),
     },
     ("key gradients", "low"): {
-        64: (Tile(32, 64, 8, 2, 255), Tile(64, 128, 8, 2)),
+        64: (Tile(32, 64, 8, 3), Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 64, 8, 2), Tile(32, 32, 8, 2, 255)),
     },
     ("key gradients", "tf32"): {
         32: (Tile(64, 128, 8, 2),),
         64: (Tile(32, 32, 8, 1, 255), Tile(32, 64, 8, 1), Tile(32, 64, 8, 1, 255)),
-        128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1, 255)),
-        256: (Tile(16, 32, 8, 1, 255),),
+        128: (Tile(32, 32, 8, 1, 255),),
+        256: (Tile(16, 16, 8, 1, 255), Tile(16, 32, 8, 1, 255)),
     },
     ("key gradients", "tf32x3"): {
-        32: (Tile(32, 64, 4, 2),),
+        32: (Tile(16, 64, 4, 1), Tile(32, 64, 4, 2)),
         64: (Tile(16, 32, 8, 1, 255),),
     },
-    ("mask gradients", "low"): {128: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)), 256: (Tile(64, 32, 8, 1),)},
-    ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(32, 32, 8, 1),)},
+    ("mask gradients", "low"): {
+        128: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+        256: (Tile(32, 32, 8, 2), Tile(64, 32, 8, 1)),
+    },
+    ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(16, 32, 8, 1),)},
     ("mask gradients", "tf32x3"): {64: (Tile(16, 32, 4, 1),)},
 }
 
 
 def tile(kernel: str, channels: int, like: torch.Tensor) -> Tile:
     """Of ``"forward"``, ``"query gradients"``, ``"key gradients"`` or ``"mask gradients"`` of tensors ``like``."""
-    product = "low" if like.dtype != torch.float32 else "tf32x3" if highest() else "tf32"
-    found = next(tiles for most, tiles in _TABLE[kernel, product].items() if channels <= most)
-    generation = sum(chip(like.device).capability >= first for first in (90, 100))
-    return found[min(generation, len(found) - 1)]
+    precision = "low" if like.dtype != torch.float32 else "tf32x3" if highest() else "tf32"
+    tiles = next(tiles for most, tiles in _TABLE[kernel, precision].items() if channels <= most)
+    return tiles[min(PRODUCTS.index(chip(like.device).product), len(tiles) - 1)]
