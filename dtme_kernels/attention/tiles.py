@@ -80,7 +80,8 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
         64: (Tile(16, 32, 8, 1, 255),),
     },
     ("mask gradients", "low"): {
-        128: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+        64: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(64, 32, 4, 2),),
         256: (Tile(32, 32, 8, 2), Tile(64, 32, 8, 1)),
     },
     ("mask gradients", "tf32"): {64: (Tile(64, 32, 4, 2),), 256: (Tile(16, 32, 8, 1),)},
