@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .rotation import tasks_of
+from .rotation import decoded, tasks_of
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def count(
     apart = tl.cast(rows, tl.int64) * (tasks * (tasks - 1) // 2)
     b_known, b_all = (), ()
     for s in tl.static_range(len(starts) - 1):
-        first, next_ = tl.cast(starts[s], tl.int32), tl.cast(starts[s + 1], tl.int32)
+        first, next_ = decoded(starts[s]), decoded(starts[s + 1])
         end = tl.where(skipped == s, first, next_)
         b_known += (_sum_of_pieces(place, apart, first, end, inside, BT),)
         found = tl.where(number > limit, next_, first + 1)

@@ -27,7 +27,7 @@ from .backward import projected_dots_backward as projected_dots_backward
 from .basis import CHANNELS, prepare
 from .blocks import cut
 from .counting import count
-from .rotation import pair_dots, settle
+from .rotation import encode, pair_dots, settle
 from .scaling import prepare_gradients
 from .tiles import tile
 
@@ -65,7 +65,7 @@ class _Slab:
         if count:
             pair_dots[(count, self.rows // r.tile.tokens)](
                 *(self.terms, r.basis.terms, r.basis.units, self.dots, undecided, self.rows, r.height),
-                *(r.basis.terms.shape[-1], tuple(map(float, r.ranks)), begin, hole_at, hole, limit),
+                *(r.basis.terms.shape[-1], encode(r.ranks), begin, hole_at, hole, limit),
                 K=r.num_tasks,
                 G=r.tile.tasks,
                 **r.options,
@@ -99,6 +99,7 @@ class _Rotation:
             "BK": self.tile.channels,
             "num_warps": self.tile.warps,
             "num_stages": self.tile.stages,
+            "maxnreg": 255,  # else the assembler may spill to have fewer
         }
 
     def slabs(self) -> Iterator[_Slab]:
@@ -145,7 +146,7 @@ def _count(r: _Rotation, slab: _Slab, counts: tuple[Tensor, ...], count_zero_gra
     def count_signs(settling: bool) -> None:
         count[(triton.cdiv(length, 128), r.num_pairs)](
             *(slab.dots, slab.scales, slab.norms, slab.totals, r.basis.doubt, *counts, undecided, items),
-            *(r.num_tasks, slab.rows, length, tuple(map(float, blocks.starts)), blocks.skipped, limit, int(settling)),
+            *(r.num_tasks, slab.rows, length, encode(blocks.starts), blocks.skipped, limit, int(settling)),
             COUNT_ZERO=count_zero_gradients,
             BT=128,
         )

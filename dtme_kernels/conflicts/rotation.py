@@ -1,13 +1,14 @@
 """Triton: rotate gradients into blocks of eigenvectors, and take their pairwise dots before any leaves the chip."""
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
 from . import tiles
 
 MAX_TASKS: tl.constexpr = tl.constexpr(tiles.MAX_TASKS)
-# of a batch or of an analysis, not of a model: no value of them gets a kernel of its own. Ranks are tuples, of whose
-# whole numbers Triton would always tell 1 and the multiples of 16 apart: they come as floats
+# of a batch or of an analysis, not of a model: no value of them gets a kernel of its own
 SIZES = [
     "rows",
     "tasks",
@@ -23,19 +24,33 @@ SIZES = [
 ]
 
 
+def encode(numbers: Sequence[int]) -> tuple[int, ...]:
+    """As kernels take a tuple of them. Triton would compile 1 and the multiples of 16 for themselves: here are none."""
+    return tuple(16 * n + 8 for n in numbers)
+
+
+@triton.jit
+def encoded(n):
+    return 16 * n + 8
+
+
+@triton.jit
+def decoded(n):
+    return n // 16
+
+
 @triton.jit
 def _piece(block, index, ranks, BN: tl.constexpr):
-    """The first and last + 1 coordinate of a block's index-th piece, and its number among all pieces."""
-    low, high, number = block * BN, block * BN + BN, block + index
+    """The first and last + 1 coordinate of a block's index-th piece, encoded, and its number among all pieces."""
+    low, high, number = encoded(block * BN), encoded(block * BN + BN), block + index
     taken = 0
     first, last = low, high
     for r in tl.static_range(len(ranks)):
-        rank = tl.cast(ranks[r], tl.int32)
-        within = (rank > low) & (rank < high)
-        first = tl.where(within & (taken < index), rank, first)
-        last = tl.where(within & (taken == index), rank, last)
+        within = (ranks[r] > low) & (ranks[r] < high)
+        first = tl.where(within & (taken < index), ranks[r], first)
+        last = tl.where(within & (taken == index), ranks[r], last)
         taken += within.to(tl.int32)
-        number += ((rank < low) & (rank % BN > 0)).to(tl.int32)
+        number += ((ranks[r] < low) & (decoded(ranks[r]) % BN > 0)).to(tl.int32)
     return first, last, number
 
 
@@ -44,8 +59,7 @@ def _pieces(block, ranks, BN: tl.constexpr):
     """How many pieces a block has."""
     count = 1
     for r in tl.static_range(len(ranks)):
-        rank = tl.cast(ranks[r], tl.int32)
-        count += ((rank > block * BN) & (rank < block * BN + BN)).to(tl.int32)
+        count += ((ranks[r] > encoded(block * BN)) & (ranks[r] < encoded(block * BN + BN))).to(tl.int32)
     return count
 
 
@@ -127,38 +141,28 @@ def pair_dots(
         row = tl.program_id(1) * BT + tl.arange(0, BT)  # [BT]
         column = block * BN + tl.arange(0, BN)  # [BN]
         terms_apart = tl.cast(rows, tl.int64) * height * K
-        unit = tl.load(units + column)[None, :]
+        unit = tl.load(units + column)  # [BN]
         b_h = ()
-        for first in tl.static_range(0, K, G):
+        for group in tl.static_range(0, K, G):
             places = ()
-            for task in tl.static_range(first, min(first + G, K)):
+            for task in tl.static_range(group, min(group + G, K)):
                 places += ((tl.cast(rows, tl.int64) * task + row) * height,)
-            b_group = _rotate(terms, terms_apart, basis, height, columns, column, places, PASSES, BT, BN, BK)
-            for k in tl.static_range(len(places)):
-                b_h += (b_group[k] * unit,)
+            b_h += _rotate(terms, terms_apart, basis, height, columns, column, places, PASSES, BT, BN, BK)
         for index in range(_pieces(block, ranks, BN)):
-            low, high, piece = _piece(block, index, ranks, BN)
-            own = ((column >= low) & (column < high))[None, :]
+            first, last, piece = _piece(block, index, ranks, BN)
+            own = (encoded(column) >= first) & (encoded(column) < last)
+            weight = tl.where(own, unit * unit, 0.0)[None, :]  # undoes the scales of both sides
             place = dots + piece.to(tl.int64) * (K * (K - 1) // 2) * rows + row
-            if K <= 8:
-                for i in tl.static_range(K - 1):
-                    _store_dots(place, rows, tl.where(own, b_h[i], 0.0), b_h, i, i + 1)
-                    place += (K - 1 - i) * rows
-            else:  # a loop: the code of 120 pairs takes the compiler half a minute
-                for i in range(K - 1):
-                    b_own = b_h[0]  # type: ignore[misc]
-                    for k in tl.static_range(1, K):
-                        b_own = tl.where(i == k, b_h[k], b_own)
-                    _store_dots(place, rows, tl.where(own, b_own, 0.0), b_h, i, 1)
-                    place += (K - 1 - i) * rows
-
-
-@triton.jit
-def _store_dots(place, rows, b_own, b_h, i, FIRST: tl.constexpr):
-    """The dots of b_own, which is the i-th task's, with those of all later ones, pair by pair."""
-    for j in tl.static_range(FIRST, len(b_h)):
-        if j > i:
-            tl.store(place + (j - i - 1) * rows, tl.sum(b_own * b_h[j], 1))
+            # a loop over i, lest the products of all pairs wait in registers at once, and take minutes to compile
+            for i in range(K - 1):
+                b_own = b_h[0]  # type: ignore[misc]
+                for k in tl.static_range(1, K):
+                    b_own = tl.where(i == k, b_h[k], b_own)
+                b_own *= weight
+                for j in tl.static_range(1, K):
+                    if j > i:
+                        tl.store(place + (j - i - 1) * rows, tl.sum(b_own * b_h[j], 1))
+                place += (K - 1 - i) * rows
 
 
 @triton.jit
@@ -212,9 +216,9 @@ def settle(
         b_dot = tl.zeros([BT], tl.float32)
         for block in range(first_block, end_block):
             column = block * BN + tl.arange(0, BN)  # [BN]
-            unit = tl.load(units + column)[None, :]
+            unit = tl.load(units + column)  # [BN]
             b_h = _rotate(terms, terms_apart, basis, height, columns, column, places, PASSES, BT, BN, BK)
-            own = ((column >= low) & (column < high))[None, :]
-            b_dot += tl.sum(tl.where(own, b_h[0] * unit, 0.0) * (b_h[1] * unit), 1)
+            weight = tl.where((column >= low) & (column < high), unit * unit, 0.0)[None, :]
+            b_dot += tl.sum(b_h[0] * weight * b_h[1], 1)
         place = dots + (tl.cast(piece, tl.int64) * (tasks * (tasks - 1) // 2) + pair) * rows + row
         tl.store(place, b_dot, index < number)

@@ -1,6 +1,7 @@
 """Every kernel in every shipped configuration, compiled for six generations of GPUs on any machine.
 
-``make aot`` compiles all of them for every chip, also under another Triton; here sm_80 is given what sm_86 is.
+``make aot`` compiles all of them for every chip, also under another Triton. Here sm_80 and sm_120 are given what is
+compiled for sm_86, where their tiles are the same, and only assembled.
 """
 
 import os
