@@ -16,8 +16,8 @@ from . import sass
 from .cases import cases, precisions
 
 CHIPS = {chip.capability: chip for chip in launch.CHIPS}
-# that and of pairs of float32 numbers that are added at once. The assembler, which allots registers, tells all apart
-# that and pairs of float32 numbers that are added together. The assembler, which allots registers, tells all apart
+# Triton writes the same code for sm_89 as for sm_86; for sm_80 in another order, and for sm_120 that and with pairs of
+# float32 numbers added together. The assembler, which allots the registers, tells all of them apart
 SIBLINGS = {89: 86}
 NEARLY_SIBLINGS = SIBLINGS | {80: 86, 120: 86}
 DOTS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
