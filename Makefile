@@ -37,7 +37,7 @@ aot: $(READY)
 	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) triton==$(TRITON) \
 	    numpy safetensors tqdm pytest pytest-xdist hypothesis
-	DTME_AOT=exact PYTHONPATH=.:python $(AOT)/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/kernels/test_aot.py
+	DTME_AOT=everything PYTHONPATH=.:python $(AOT)/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/kernels/test_aot.py
 
 bench: $(READY)
 	$(RUN) -m benchmarks.kernels --cpu

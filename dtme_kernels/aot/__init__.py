@@ -7,6 +7,7 @@ at is what ships: tiles, warps, stages, alignment, and the constants of each sha
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,10 @@ from . import sass
 from .cases import cases, precisions
 
 CHIPS = {chip.capability: chip for chip in launch.CHIPS}
-# Triton writes the same code for sm_89 as for sm_86; for sm_80 in another order, and for sm_120 that and with pairs of
-# float32 numbers added together. The assembler, which allots the registers, tells all of them apart
+# Triton writes the same code for sm_89 as for sm_86, and for sm_80 but for the order of instructions. The assembler,
+# which allots the registers, tells them apart
 SIBLINGS = {89: 86}
-NEARLY_SIBLINGS = SIBLINGS | {80: 86, 120: 86}
+NEARLY_SIBLINGS = SIBLINGS | {80: 86}
 DOTS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
 
 
@@ -44,13 +45,18 @@ class Compiled(NamedTuple):
 
 
 def compile_cases(
-    capability: int, only: str = "", *, share: tuple[int, int] = (0, 1), siblings: dict[int, int] = SIBLINGS
+    capability: int,
+    only: str | tuple[str, ...] = "",
+    *,
+    share: tuple[int, int] = (0, 1),
+    siblings: dict[int, int] = SIBLINGS,
 ) -> Iterator[Compiled]:
-    """Compile what the cases with ``only`` in their name launch; a kernel that several launch has the first one's name.
+    """Compile what the cases launch; a kernel that several launch has the first one's name.
 
     Float32 is compiled as ``torch.set_float32_matmul_precision`` "highest" and "high" have it.
 
     Args:
+        only: the cases with this in their name, or, of a tuple, those whose name begins with one.
         capability: of a chip in ``CHIPS``, ten times its major number plus its minor one.
         share: ``(i, n)``: every n-th of these cases only, from the i-th on, for n processes to do all of them.
         siblings: chips to take the code of another one for, and only to assemble it.
@@ -58,9 +64,12 @@ def compile_cases(
     chosen = []
     for precision in ("highest", "high"):
         for name, run in cases().items():
-            if only in name and precision in precisions(name):
+            wanted = name.startswith(only) if isinstance(only, tuple) else only in name
+            if wanted and precision in precisions(name):
                 chosen.append((precision, name, run))
     seen: set[str] = set()
+    if share[1] > 1:  # neighbours are alike, and would go to different shares: forward to one, backward to the other
+        chosen.sort(key=lambda case: sha256(case[1].encode()).digest())
     for precision, name, run in chosen[share[0] :: share[1]]:
         with _compiling(capability, siblings.get(capability, capability), precision) as compiled:
             run()

@@ -58,6 +58,7 @@ class _Slab:
             TOTALS=r.blocks.skipped >= 0,
             BT=16,
             BC=r.sum_width,
+            **({"maxnreg": 255} if r.num_tasks > 5 else {}),  # else the assembler may spill to have fewer
         )
 
     def rotate(self, undecided: Tensor, begin: int, count: int, hole_at: int, hole: int, limit: int) -> None:

@@ -25,7 +25,7 @@ _TABLE = {
     "wgmma": {5: Tile(64, 64, 32, 4, 3), 8: Tile(64, 32, 32, 4, 3, 4), 16: Tile(64, 16, 32, 4, 3, 4)},
     # products x tasks x coordinates of one loop have to fit its 512 columns of memory: else Triton compiles a trap
     "tcgen05": {3: Tile(64, 64, 32, 4, 3, 2), 8: Tile(64, 32, 32, 4, 3, 4), 16: Tile(64, 16, 32, 4, 3, 4)},
-    "mma": {3: Tile(64, 64, 32, 4, 3, 2), 8: Tile(64, 32, 32, 4, 3, 2), 16: Tile(64, 16, 32, 4, 3, 2)},
+    "mma": {8: Tile(64, 32, 32, 4, 3, 2), 16: Tile(64, 16, 32, 4, 3, 2)},
 }
 
 
