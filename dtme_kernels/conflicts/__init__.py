@@ -29,10 +29,12 @@ def count_conflicts(
     ``torch.get_float32_matmul_precision()`` says, of gradients scaled to about 1: their
     magnitude neither over- nor underflows. In a basis with NaN or Inf no pair is valid.
 
-    The Triton kernel is one product of K x tokens x p x p with the dots in its epilogue (``kernel.py`` says why): one
-    pass of the tensor cores where gradients and basis are both float16 or both bfloat16, two for such gradients in a
-    wider basis, three for float32 gradients (one where the precision is not "highest"). A basis rounded to bfloat16 is
-    the fast one and loses the null space where the range is a hundred times stronger.
+    The kernels rotate into the smaller of the two spaces, and into both only where a sign is not certain otherwise; in
+    Triton (``kernel.py`` says how) in one pass of the tensor cores where gradients and basis are both float16 or both
+    bfloat16, two for such gradients in a wider basis, three for float32 gradients (one where the precision is not
+    "highest"). One pass rotates into both spaces always. A basis rounded to bfloat16 loses the null space where the
+    range is a hundred times stronger. The Triton kernels keep a basis, split, for the next call; torch's version counter
+    tells them when it was written to, as it tells autograd, and not of writes through ``basis.data``.
 
     Args:
         grads: (K, ..., p), K >= 2 tasks, floating point, any strides. No token at all is fine.
