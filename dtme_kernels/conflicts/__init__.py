@@ -33,8 +33,10 @@ def count_conflicts(
     Triton (``kernel.py`` says how) in one pass of the tensor cores where gradients and basis are both float16 or both
     bfloat16, two for such gradients in a wider basis, three for float32 gradients (one where the precision is not
     "highest"). One pass rotates into both spaces always. A basis rounded to bfloat16 loses the null space where the
-    range is a hundred times stronger. The Triton kernels keep a basis, split, for the next call; torch's version counter
-    tells them when it was written to, as it tells autograd, and not of writes through ``basis.data``.
+    range is a hundred times stronger.
+
+    The Triton kernels keep a basis, split, for the next call. Torch's version counter tells them when it was written
+    to, as it tells autograd; neither is told of writes through ``basis.data``.
 
     Args:
         grads: (K, ..., p), K >= 2 tasks, floating point, any strides. No token at all is fine.
