@@ -142,12 +142,12 @@ def test_counts_of_a_weak_space_are_exact(impl, amplitude, rank):
     p = 192
     basis = orthogonal(p)
     strength = torch.cat([torch.full((rank,), float(amplitude)), torch.ones(p - rank)]).double()
-    grads = (make(3, 160, p, dtype=torch.float64, seed=rank) * strength @ basis.T).float()
+    grads = (make(3, 130, p, dtype=torch.float64, seed=rank) * strength @ basis.T).float()
     grads[1, :20] = 0
     grads[2, 30] = float("nan")
-    for count_zero in (False, True):
-        got = count_conflicts(grads, basis, rank, count_zero_gradients=count_zero, impl=impl)
-        check(got, counts_oracle(grads, basis, rank, count_zero))
+    count_zero = amplitude == 10
+    got = count_conflicts(grads, basis, rank, count_zero_gradients=count_zero, impl=impl)
+    check(got, counts_oracle(grads, basis, rank, count_zero))
 
 
 def test_a_basis_that_is_not_orthonormal(impl):
