@@ -56,8 +56,8 @@ def compile_cases(
     Float32 is compiled as ``torch.set_float32_matmul_precision`` "highest" and "high" have it.
 
     Args:
-        only: the cases with this in their name, or, of a tuple, those whose name begins with one.
         capability: of a chip in ``CHIPS``, ten times its major number plus its minor one.
+        only: the cases with this in their name, or, of a tuple, those whose name begins with one.
         share: ``(i, n)``: every n-th of these cases only, from the i-th on, for n processes to do all of them.
         siblings: chips to take the code of another one for, and only to assemble it.
     """

@@ -61,10 +61,11 @@ class _Slab:
             **({"maxnreg": 255} if r.num_tasks > 5 else {}),  # else the assembler may spill to have fewer
         )
 
-    def rotate(self, undecided: Tensor, begin: int, count: int, hole_at: int, hole: int, limit: int) -> None:
+    def rotate(self, undecided: Tensor, begin: int, number: int, hole_at: int, hole: int, limit: int) -> None:
+        """Into so many blocks from ``begin`` on, as ``pair_dots`` counts them."""
         r = self.rotation
-        if count:
-            pair_dots[(count, self.rows // r.tile.tokens)](
+        if number:
+            pair_dots[(number, self.rows // r.tile.tokens)](
                 *(self.terms, r.basis.terms, r.basis.units, self.dots, undecided, self.rows, r.height),
                 *(r.basis.terms.shape[-1], encode(r.ranks), begin, hole_at, hole, limit),
                 K=r.num_tasks,
