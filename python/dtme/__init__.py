@@ -2,9 +2,20 @@
 
 from .analysis import analyze
 from .expansion import collapse, expand
-from .model import MultiTaskModel
+from .model import MultiTaskModel, verify
 from .plan import ExpansionPlan
 from .report import ConflictReport
-from .streams import split, tasks
+from .streams import is_expanded, split, tasks
 
-__all__ = ["ConflictReport", "ExpansionPlan", "MultiTaskModel", "analyze", "collapse", "expand", "split", "tasks"]
+__all__ = [
+    "ConflictReport",
+    "ExpansionPlan",
+    "MultiTaskModel",
+    "analyze",
+    "collapse",
+    "expand",
+    "is_expanded",
+    "split",
+    "tasks",
+    "verify",
+]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from dtme_kernels import ConflictCounts, StreamingCovariance, TokenSpace, count_conflicts, split_token_space
 
 from .blocks import find_blocks
-from .capture import BlockInputs, unchanged
+from .capture import BlockInputs, Entered, unchanged
 from .model import MultiTaskModel
 from .plan import check_tasks
 from .report import ConflictReport, stack_if_equal
-from .streams import Layout, layout, sources, unfold
+from .streams import unfold
 from .trees import map_tensors, tensors, to_device
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -113,7 +113,7 @@ class _Analysis:
             self._forward(to_device(batch, self.device))
         self.inputs.check(inputs)
         self.names = list(inputs)  # in the order they ran
-        tokens = [self._by_image(name, inputs[name]) for name in self.names]
+        tokens = [torch.cat([entered.by_image() for entered in inputs[name]], 1) for name in self.names]
         widths = [x.shape[-1] for x in tokens]
         if not self.moments:
             self.widths = widths
@@ -123,12 +123,6 @@ class _Analysis:
             raise ValueError(f"the widths of the blocks' tokens changed from {self.widths} to {widths}")
         for p, moment in self.moments.items():  # one launch for all blocks of a width
             moment.update([x for x in tokens if x.shape[-1] == p])
-
-    def _by_image(self, block: str, tokens: Tensor) -> Tensor:
-        """(T * B, ..., p), T streams → (B, n, p): all tokens the image has in this block."""
-        tokens = tokens.flatten(1, -2)
-        num_streams = len(self._streams(block))
-        return unfold(tokens, num_streams).transpose(0, 1).flatten(1, 2) if num_streams > 1 else tokens
 
     def _forward(self, batch: Any) -> None:
         if isinstance(self.losses, Mapping):
@@ -169,8 +163,7 @@ class _Analysis:
         with torch.enable_grad(), self.inputs.record(gradients=True) as inputs:
             outputs, seeds = (self._heads_first if isinstance(self.losses, Mapping) else self._step)(batch)
             self.inputs.check(inputs)
-            tokens = [inputs[name] for name in self.names]
-            gradients = self._gradients(tokens, outputs, seeds)
+            gradients = self._gradients([inputs[name] for name in self.names], outputs, seeds)
         nonfinite: list[Tensor] = []
         for d, name in enumerate(self.names):
             basis, _, rank = spaces[name]
@@ -193,9 +186,9 @@ class _Analysis:
         model = self.model
         x, targets = self._unpack(batch)
         features = model.extract(x, self.tasks)
-        leaves = [leaf for leaf in tensors(features) if leaf.requires_grad]
+        leaves = list({id(leaf): leaf for leaf in tensors(features) if leaf.requires_grad}.values())
         cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
-        parts = model.split_features(map_tensors(lambda leaf: cut.get(id(leaf), leaf), features), self.tasks)
+        parts = map_tensors(lambda leaf: cut.get(id(leaf), leaf), features)
         values = {task: self.losses[task](model.heads[task](parts[task]), targets[task]) for task in self.tasks}
         self._check_losses(values)
         seeds: list[list[Tensor | None]] = [
@@ -232,34 +225,33 @@ class _Analysis:
         if bad := [task for task, fine in zip(self.tasks, finite, strict=True) if not fine]:
             raise ValueError(f"the loss of task {bad[0]!r} is not finite: {values[bad[0]].item()}")
 
-    def _gradients(self, tokens: list[Tensor], outputs: list[Tensor], seeds: list[list[Tensor | None]]) -> list[Tensor]:
+    def _gradients(
+        self, entered: list[list[Entered]], outputs: list[Tensor], seeds: list[list[Tensor | None]]
+    ) -> list[Tensor]:
         """Per block (K, B, N, p): every task's gradient at the block's input, in its own stream if it has one."""
+        tokens = [run.tokens for runs in entered for run in runs]
         found: list[Tensor] = []
         for i, (task, seed) in enumerate(zip(self.tasks, seeds, strict=True)):
             pairs = [(output, gradient) for output, gradient in zip(outputs, seed, strict=True) if gradient is not None]
-            gradients: Sequence[Tensor | None] = [None]
+            gradients: Sequence[Tensor | None] = [None] * len(tokens)
             if pairs:
                 heads, starts = zip(*pairs, strict=True)
                 last = i == len(self.tasks) - 1
                 gradients = torch.autograd.grad(heads, tokens, starts, retain_graph=not last, allow_unused=True)
             if all(gradient is None for gradient in gradients):
                 raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
-            for d, (name, gradient) in enumerate(zip(self.names, gradients, strict=True)):
-                streams = self._streams(name)
-                size = (tokens[d].shape[0] // len(streams), *tokens[d].shape[1:])
+            rest = iter(gradients)
+            for d, runs in enumerate(entered):
                 if i == 0:
-                    found.append(tokens[d].new_empty((len(self.tasks), *size)))
-                if gradient is None:
-                    found[d][i] = 0
-                else:
-                    own = sources(streams, ((task,),))[0] if len(streams) > 1 else 0
-                    found[d][i] = unfold(gradient, len(streams))[own]
+                    first = runs[0]
+                    size = (first.tokens.shape[0] // first.layout.num_streams, *first.tokens.shape[1:])
+                    found.append(first.tokens.new_zeros((len(self.tasks), *size)))
+                for run in runs:
+                    gradient = next(rest)
+                    if gradient is not None and (not run.layout.tasks or task in run.layout.tasks):
+                        own = run.layout.index(task) if run.layout.tasks else 0
+                        found[d][i] = unfold(gradient, run.layout.num_streams)[own]
         return found
-
-    def _streams(self, block: str) -> Layout:
-        """The streams that enter a block: one, unless the model is expanded."""
-        adapter = getattr(self.inputs.blocks[block], "dtme", None)
-        return ((),) if adapter is None else layout(adapter.selected, adapter.separated_before)
 
     def _unpack(self, batch: Any) -> tuple[Any, Mapping[str, Any]]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Mapping):

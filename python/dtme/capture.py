@@ -3,13 +3,41 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import nested_tensors
 from .blocks import find_tokens, replace_argument
+from .streams import Layout, running, unfold
+from .torch_private import recomputing
+
+SHARED = Layout((), ((),))
+"""The one stream of a backbone that is not expanded."""
+
+
+class Entered(NamedTuple):
+    """The tokens that entered a block."""
+
+    tokens: Tensor
+    """(T * B, ..., p)."""
+    layout: Layout
+    """Their T streams."""
+    version: int
+
+    def by_image(self) -> Tensor:
+        """(B, n, p): all tokens that each image has here."""
+        tokens, num_streams = self.tokens.flatten(1, -2), self.layout.num_streams
+        return unfold(tokens, num_streams).transpose(0, 1).flatten(1, 2) if num_streams > 1 else tokens
+
+
+def layout_into(block: nn.Module) -> tuple[Layout, bool]:
+    """The streams of the tokens that are about to enter ``block``, and whether the forward is only a comparison."""
+    adapter = block._modules.get("dtme")
+    forward = running(adapter.expansion) if adapter is not None else None  # type: ignore[arg-type]
+    return (SHARED, False) if forward is None else (forward.layout, forward.probes)
 
 
 class BlockInputs:
@@ -19,29 +47,34 @@ class BlockInputs:
         self.blocks = blocks
 
     @contextmanager
-    def record(self, *, gradients: bool) -> Iterator[dict[str, Tensor]]:
-        """Yield {block: (B, ..., p)}, filled in the order the blocks run; ``check`` it when the forward is done.
+    def record(self, *, gradients: bool) -> Iterator[dict[str, list[Entered]]]:
+        """Yield {block: what entered it}, filled in the order the blocks run; ``check`` it when the forward is done.
+
+        A block of an expanded backbone may run once for every task.
 
         Args:
             gradients: let the graph start at the first block, so that none is computed below it. The hooks then have to
                 stay until the backward pass is done: activation checkpointing runs the blocks again in it.
         """
-        seen: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        seen: dict[str, list[Entered]] = {}
         started: list[Tensor] = []
 
         def hook(name: str) -> Any:
             def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                layout, is_probe = layout_into(block)
+                if is_probe:
+                    return None
                 where, tokens = find_tokens(args, kwargs, name)
                 if tokens.is_inference():  # made under inference_mode: takes part in no graph
                     tokens = tokens.clone()
                 if gradients and not tokens.requires_grad:
                     started.append(tokens.requires_grad_())
                 args, kwargs = replace_argument(args, kwargs, where, tokens)
-                if torch._C._current_graph_task_id() == -1:  # else recomputed, and recorded already
-                    if name in seen:
+                if not recomputing():  # else it is recorded already
+                    before = seen.setdefault(name, [])
+                    if any(set(known.layout.tasks) & set(layout.tasks) or not layout.tasks for known in before):
                         raise ValueError(f"block {name!r} runs more than once in a forward: its tokens are ambiguous")
-                    seen[name], self._versions[name] = tokens, tokens._version
+                    before.append(Entered(tokens, layout, tokens._version))
                 return args, kwargs
 
             return enter
@@ -58,12 +91,12 @@ class BlockInputs:
             for tokens in started:  # the first block's may be the caller's own tensor
                 tokens.requires_grad_(False)
 
-    def check(self, seen: dict[str, Tensor]) -> None:
+    def check(self, seen: dict[str, list[Entered]]) -> None:
         """ValueError naming a block that did not run, or whose tokens were changed in place."""
         if missing := [name for name in self.blocks if name not in seen]:
             raise ValueError(f"block {missing[0]!r} did not run in a forward")
-        for name, tokens in seen.items():
-            if tokens._version != self._versions[name]:
+        for name, runs in seen.items():
+            if any(run.tokens._version != run.version for run in runs):
                 where = f"block {name!r} or one before it"
                 raise ValueError(f"{where} changes its tokens in place: their gradient cannot be taken")
 
@@ -80,12 +113,14 @@ def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
     ]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    nested = nested_tensors.switch_off(model)
     try:
         model.train(train_mode)
         for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
+        nested_tensors.switch_back(nested)
         for module, mode in modes.items():
             module.training = mode
         for parameter in trained:

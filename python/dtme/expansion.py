@@ -5,17 +5,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import BlockAdapter
 from .attention import Site, find_attention
 from .blocks import block_width, check_batch_first, find_blocks
+from .block import BlockAdapter
+from .entry import Root
 from .plan import ExpansionPlan
-from .streams import Streams
+from .sharing import SHARED_PREFIX
+from .streams import Expansion, adapters, expansions
+from .torch_private import is_compiled
 
 MODULATORS = ("affine", "batch_norm")
 
 
 def expand(
-    model_or_backbone: nn.Module, plan: ExpansionPlan, *, modulator: str = "affine", freeze_backbone: bool = False
+    model_or_backbone: nn.Module,
+    plan: ExpansionPlan,
+    *,
+    modulator: str = "affine",
+    freeze_backbone: bool = False,
+    shared_prefix: bool | str = "auto",
 ) -> Any:
     """Give the plan's blocks their tasks' modulations and tokens, in place (method.md, section 4).
 
@@ -28,6 +36,9 @@ def expand(
         plan: from ``ConflictReport.plan`` or by hand.
         modulator: ``"affine"``, or ``"batch_norm"`` (Table 11).
         freeze_backbone: train only what is added, and the heads (Table 12).
+        shared_prefix: ``"auto"``: the blocks before the first difference run once for all tasks where the first call of
+            its kind showed that all tasks then predict what each does alone; elsewhere the backbone runs once for every
+            task, and a warning says why. ``True``: where that is not so, the call raises. ``False``: once for every task.
 
     Returns:
         The same object.
@@ -41,6 +52,8 @@ def expand(
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
     if modulator not in MODULATORS:
         raise ValueError(f"modulator must be one of {list(MODULATORS)}, got {modulator!r}")
+    if not any(shared_prefix is known for known in SHARED_PREFIX) and shared_prefix != "auto":
+        raise ValueError(f"shared_prefix must be one of {list(SHARED_PREFIX)}, got {shared_prefix!r}")
     _refuse_wrapped(model_or_backbone)
     backbone, heads = _parts(model_or_backbone)
     if adapters(backbone):
@@ -55,15 +68,15 @@ def expand(
     sites = {name: find_attention(name, blocks[name], widths[name]) for name in plan.expansion}
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     frozen = trained if freeze_backbone else []
-    streams = Streams(tasks, plan, modulator, frozen)
+    expansion = Expansion(tasks, plan, modulator, shared_prefix, frozen)
     try:
-        _attach(blocks, sites, widths, streams)
+        _attach(blocks, sites, widths, expansion)
+        Root(backbone, expansion).attach()
     except BaseException:
-        _detach(backbone)
+        _detach(backbone, expansion)
         raise
     for name in frozen:
         backbone.get_parameter(name).requires_grad_(False)
-    backbone._dtme = streams  # type: ignore[assignment]
     return model_or_backbone
 
 
@@ -74,18 +87,24 @@ def collapse(model_or_backbone: nn.Module) -> Any:
         RuntimeError: it is not expanded.
     """
     backbone, _ = _parts(model_or_backbone)
-    streams: Streams | None = getattr(backbone, "_dtme", None)
-    if streams is None:
+    found = expansions(backbone)
+    if not found:
         raise RuntimeError(f"{type(backbone).__name__} is not expanded: there is nothing to collapse")
-    _detach(backbone)
-    for name in streams.frozen:
-        backbone.get_parameter(name).requires_grad_(True)
-    del backbone._dtme
+    for expansion in found:
+        root = _detach(backbone, expansion)
+        for name in expansion.frozen:
+            (root or backbone).get_parameter(name).requires_grad_(True)
     return model_or_backbone
 
 
-def adapters(backbone: nn.Module) -> list[BlockAdapter]:
-    return [module for module in backbone.modules() if isinstance(module, BlockAdapter)]
+def fold(backbone: nn.Module, task: str) -> None:
+    """Leave one task's stream of an expanded backbone, its task keys and values constants: what is exported."""
+    for expansion in expansions(backbone):
+        root = _root_of(backbone, expansion)
+        if root is not None:
+            root.detach()
+    for adapter in adapters(backbone):
+        adapter.fold(task)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -105,7 +124,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
             "OptimizedModule",
             "DataParallel",
         }
-        if wrapper or module._compiled_call_impl is not None:
+        if wrapper or is_compiled(module):
             what = wrapper.pop() if wrapper else "torch.compile"
             raise RuntimeError(
                 f"{name or type(model).__name__} is wrapped by {what} already: expand the model before that"
@@ -142,24 +161,34 @@ def _width(name: str, block: nn.Module, plan: ExpansionPlan) -> int:
     return planned or own  # type: ignore[return-value]
 
 
-def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], streams: Streams) -> None:
+def _attach(
+    blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], expansion: Expansion
+) -> None:
     """An adapter on every block from the first that the plan changes: later ones keep the streams apart too."""
-    plan, names = streams.plan, list(blocks)
+    plan, names = expansion.plan, list(blocks)
     first = min((names.index(name) for name in plan.blocks), default=len(names) - 1)
-    adapter: BlockAdapter | None = None
     for name in names[first:]:
         block = blocks[name]
-        block.dtme = adapter = BlockAdapter(name, block, streams, adapter)
+        block.dtme = adapter = BlockAdapter(name, block, expansion)
         if name in widths:
             parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
             like = parameter.new_zeros(widths[name])
-            adapter.add_modulation(plan.modulation.get(name, ()), like, streams.modulator)
+            adapter.add_modulation(plan.modulation.get(name, ()), like, expansion.modulator)
             if name in sites:
                 adapter.add_tokens(plan.expansion[name], plan.num_tokens, like, sites[name])
-    if adapter is not None:
-        adapter.close()
 
 
-def _detach(backbone: nn.Module) -> None:
+def _root_of(backbone: nn.Module, expansion: Expansion) -> Root | None:
+    roots = (vars(module).get("_dtme") for module in backbone.modules())
+    return next((root for root in roots if isinstance(root, Root) and root.expansion is expansion), None)
+
+
+def _detach(backbone: nn.Module, expansion: Expansion) -> nn.Module | None:
+    """Take everything off; the module that was expanded, if it is still in ``backbone``."""
+    root = _root_of(backbone, expansion)
+    if root is not None:
+        root.detach()
     for adapter in adapters(backbone):
-        adapter.remove()
+        if adapter.expansion is expansion:
+            adapter.remove()
+    return root.module[0] if root is not None else None

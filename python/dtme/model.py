@@ -3,17 +3,20 @@
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import saving
-from .expansion import adapters
+from .block.adapter import is_added
+from .expansion import fold
 from .plan import check_tasks
-from .streams import Streams, choose, layout, sources, tasks
-from .trees import map_tensors
+from .sharing import ANY_TASK, ONE_BY_ONE, Call, Opening, UnknownArgument, Way, Ways, evaluating, run
+from .streams import Expansion, Forward, choose, expansions, expansions_of, running, split, survey
+from .streams import tasks as streams_of
+from .torch_private import calls_compiler, eagerly, stay_eager
+from .trees import tensors
 
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
 Features = Callable[[nn.Module, Any], Any]
@@ -43,63 +46,103 @@ class MultiTaskModel(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleDict(dict(heads.items()))
         self.features = features
+        self._ways: Ways | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.heads)
 
-    def forward(self, x: Any, tasks: str | Sequence[str] | None = None) -> dict[str, Any]:
+    def forward(self, x: Any = None, tasks: str | Sequence[str] | None = None, **inputs: Any) -> dict[str, Any]:
         """Predict.
 
         Args:
             x: what the backbone takes, B rows.
             tasks: a name or several; None for all. Streams of other tasks are not computed.
+            inputs: instead of ``x``, what the backbone takes by name.
 
         Returns:
-            ``{task: prediction}`` in the order asked for, from one batched pass.
+            ``{task: prediction}`` in the order asked for.
         """
-        selected = choose(tasks, self.tasks)
-        parts = self.split_features(self.extract(x, selected), selected)
-        return {task: self.heads[task](parts[task]) for task in selected}
+        x = inputs if x is None else x
+        if torch.compiler.is_compiling():
+            return self._heads_of(self.extract(x, choose(tasks, self.tasks)))
+        selected = eagerly(choose, tasks, self.tasks)
+        opening = eagerly(self._open, selected, x, calls_compiler())
+        if opening is None:
+            return self._predict_plainly(x, selected)
+        try:
+            if opening.tasks is ANY_TASK:
+                return {selected[0]: run_head(self.heads[selected[0]], self._stream_of_any_task(opening.forward, x))}
+            return self._predict(opening.forward, opening.way, selected, opening.call)
+        except UnknownArgument:
+            eagerly(opening.compare_again)
+            return self._predict(opening.forward, opening.way, selected, opening.call)
+        finally:
+            eagerly(opening.close)
 
-    def extract(self, x: Any, selected: Sequence[str]) -> Any:
-        """The features of the selected tasks, their streams folded into the batch."""
-        streams = tasks(self.backbone, selected) if hasattr(self.backbone, "_dtme") else nullcontext()
-        with streams:
-            if callable(self.features):
-                return self.features(self.backbone, x)
-            tokens = backbone_tokens(self.backbone, x)
-            return tokens if self.features == "tokens" else tokens[:, 0]
+    stay_eager(forward)
 
-    def split_features(self, features: Any, selected: tuple[str, ...]) -> dict[str, Any]:
-        """{task: its rows}; a feature tapped before the streams parted belongs to every task that shared it."""
-        streams_of: Streams | None = getattr(self.backbone, "_dtme", None)
-        if streams_of is None or streams_of.num_rows is None:
-            return dict.fromkeys(selected, features)
-        num_rows = streams_of.num_rows
-        layouts = {1: (selected,), len(selected): tuple((task,) for task in selected)}
-        for adapter in adapters(self.backbone):
-            streams = layout(selected, adapter.separated_after)
-            layouts.setdefault(len(streams), streams)
+    def _open(self, selected: tuple[str, ...], x: Any, is_compiled: bool) -> Opening | None:
+        adapters, parts = survey(self.backbone)
+        expansions = expansions_of(adapters)
+        if not expansions or any(running(expansion) is not None for expansion in expansions):
+            return None
+        for expansion in expansions:
+            choose(selected, expansion.tasks)
+        ways, call = self._ways_of(expansions), self._call(x)
+        return Opening(ways, expansions, selected, call, has_compiled_parts=parts, is_compiled=is_compiled)
 
-        def part(task: str, tensor: Tensor) -> Tensor:
-            rows = tensor.shape[0] if tensor.ndim else 0
-            num_streams = next((n for n in sorted(layouts) if rows == n * num_rows), 0)
-            if not num_streams:
-                shape = tuple(tensor.shape)
-                raise ValueError(f"a feature of shape {shape} does not start with {num_rows} rows for each task stream")
-            if num_streams == 1:
-                return tensor
-            index = sources(layouts[num_streams], ((task,),))[0]
-            return tensor[index * num_rows : (index + 1) * num_rows]
+    def _ways_of(self, expansions: tuple[Expansion, ...]) -> Ways:
+        if self._ways is None or not self._ways.are_for(expansions, self.features):
+            self._ways = Ways(self, expansions, self.features)
+        return self._ways
 
-        return {task: map_tensors(partial(part, task), features) for task in selected}
+    def _call(self, x: Any) -> Call:
+        return Call(self._features_of, (x,), {})
+
+    def _features_of(self, x: Any) -> Any:
+        if callable(self.features):
+            return self.features(self.backbone, x)
+        tokens = backbone_tokens(self.backbone, x)
+        return tokens if self.features == "tokens" else tokens[:, 0]
+
+    def _predict(self, forward: Forward, way: Way, selected: tuple[str, ...], call: Call) -> dict[str, Any]:
+        return self._heads_of(run(forward, way, selected, call))
+
+    def _predict_plainly(self, x: Any, selected: tuple[str, ...]) -> dict[str, Any]:
+        return self._heads_of(dict.fromkeys(selected, self._features_of(x)))
+
+    def _stream_of_any_task(self, forward: Forward, x: Any) -> Any:
+        return run(forward, ONE_BY_ONE, ANY_TASK, self._call(x))[ANY_TASK[0]]
+
+    def _heads_of(self, features: Mapping[str, Any]) -> dict[str, Any]:
+        return {task: self.heads[task](found) for task, found in features.items()}
+
+    def extract(self, x: Any, selected: Sequence[str]) -> dict[str, Any]:
+        """``{task: features}``, from one pass where the tasks share; tensors may be views of one."""
+        selected = tuple(selected)
+        if torch.compiler.is_compiling():
+            expansions = expansions_of(survey(self.backbone)[0])
+            if not expansions or expansions[0].traced is not None:
+                return dict.fromkeys(selected, self._features_of(x))
+            call = self._call(x)
+            return run(Forward(expansions), self._ways_of(expansions).way(selected, call), selected, call)
+        opening = self._open(selected, x, False)
+        if opening is None:
+            return dict.fromkeys(selected, self._features_of(x))
+        try:
+            return run(opening.forward, opening.way, selected, opening.call)
+        except UnknownArgument:
+            opening.compare_again()
+            return run(opening.forward, opening.way, selected, opening.call)
+        finally:
+            opening.close()
 
     def parameter_groups(self, lr: float = 2e-5, weight_decay: float = 1e-6) -> list[dict[str, Any]]:
         """Trainable parameters for an optimizer; what ``expand`` added is not decayed (its identity is not zero)."""
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        base = [parameter for name, parameter in named if ".dtme." not in name]
-        added = [parameter for name, parameter in named if ".dtme." in name]
+        base = [parameter for name, parameter in named if not is_added(name)]
+        added = [parameter for name, parameter in named if is_added(name)]
         groups = [
             {"params": base, "lr": lr, "weight_decay": weight_decay},
             {"params": added, "lr": lr, "weight_decay": 0.0},
@@ -110,7 +153,7 @@ class MultiTaskModel(nn.Module):
         """Print how many parameters train and how many the plan added."""
         total = sum(p.numel() for p in self.parameters())
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        added = sum(p.numel() for name, p in self.named_parameters() if ".dtme." in name)
+        added = sum(p.numel() for name, p in self.named_parameters() if is_added(name))
         share = f"{added / (total - added):.3%} of the model without them" if total > added else "all there is"
         print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}); added {added:,} ({share})")
 
@@ -151,12 +194,55 @@ class MultiTaskModel(nn.Module):
             raise TypeError(f"task must be one name, got {task!r}")
         (task,) = choose(task, self.tasks)
         single = copy.deepcopy(self).eval()
-        streams: Streams | None = getattr(single.backbone, "_dtme", None)
-        if streams is not None:
-            streams.tasks = streams.selected = (task,)
-            for adapter in adapters(single.backbone):
-                adapter.fold(task)
+        fold(single.backbone, task)
         return TaskModel(single, task)
+
+
+def run_head(head: nn.Module, features: Any) -> Any:
+    """A function of its own, so that heads of one kind share one compiled graph."""
+    return head(features)
+
+
+def verify(model: nn.Module, x: Any, tasks: str | Sequence[str] | None = None) -> float:
+    """How far the predictions of all tasks at once are from each task's alone, in evaluation mode.
+
+    Args:
+        model: a ``MultiTaskModel``, or an expanded backbone.
+        x: what it takes.
+        tasks: a name or several; None for all.
+
+    Returns:
+        The largest difference, relative to the largest entry of the tensor it is in: rounding, if all is well.
+
+    Raises:
+        RuntimeError: ``model`` is a backbone that is not expanded.
+    """
+    if isinstance(model, MultiTaskModel):
+        names = choose(tasks, model.tasks)
+
+        def predict(some: Sequence[str]) -> dict[str, Any]:
+            return model(x, some)
+    else:
+        found = expansions(model)
+        names = choose(tasks, found[0].tasks if found else ())
+
+        def predict(some: Sequence[str]) -> dict[str, Any]:
+            with streams_of(model, some):
+                return split(model(**x) if isinstance(x, Mapping) else model(x), some)
+
+    worst = 0.0
+    with evaluating(model) as rewind:
+        rewind()
+        at_once = predict(names)
+        for task in names:
+            rewind()
+            for a, b in zip(tensors(at_once[task]), tensors(predict([task])[task]), strict=True):
+                if a.shape != b.shape:
+                    return float("inf")
+                if a.numel():
+                    a, b = a.double(), b.double()
+                    worst = max(worst, ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item())
+    return worst
 
 
 class TaskModel(nn.Module):

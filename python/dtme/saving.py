@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .block.adapter import is_added
 from .expansion import collapse, expand
 from .files import load_json, save_json, write_beside
 from .plan import ExpansionPlan
+from .streams import expansions
 
 if TYPE_CHECKING:
     from .model import Heads, MultiTaskModel
@@ -25,8 +27,8 @@ FIELDS = {"save", "tasks", "features", "expansion_only", "plan", "modulator", "f
 def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: bool) -> None:
     from safetensors.torch import save_file
 
-    streams = getattr(model.backbone, "_dtme", None)
-    if expansion_only and streams is None:
+    expansion = next(iter(expansions(model.backbone)), None)
+    if expansion_only and expansion is None:
         raise RuntimeError("expansion_only=True needs an expanded model: call dtme.expand first")
     tensors, aliases = _without_aliases(_state(model, expansion_only))
     config: dict[str, Any] = {
@@ -34,9 +36,9 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
         "tasks": list(model.tasks),
         "features": model.features if isinstance(model.features, str) else None,
         "expansion_only": expansion_only,
-        "plan": streams.plan.as_dict() if streams else None,
-        "modulator": streams.modulator if streams else "affine",
-        "freeze_backbone": bool(streams and streams.frozen),
+        "plan": expansion.plan.as_dict() if expansion else None,
+        "modulator": expansion.modulator if expansion else "affine",
+        "freeze_backbone": bool(expansion and expansion.frozen),
         "aliases": aliases,
     }
     folder = Path(path)
@@ -102,7 +104,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _state(model: nn.Module, expansion_only: bool) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if not expansion_only or ".dtme." in name}
+    return {name: value for name, value in model.state_dict().items() if not expansion_only or is_added(name)}
 
 
 def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expansion_only: bool) -> None:

@@ -1,40 +1,73 @@
-"""Which tasks run, and which of them share their tokens at a block.
+"""Which tasks run, which of them share their tokens, and the one state of a forward that runs.
 
 All tasks share one stream up to the first block that treats them differently. A task that has a module of its own there
 has its own stream from that block on; the others go on sharing. Streams are folded into the batch, task-major:
 T streams of B images are T * B rows (method.md, section 4).
+
+Whoever calls an expanded backbone opens a ``Forward``; the blocks' adapters find it by ``running``. It is seen by the
+thread (or asyncio task) that opened it, and gone when it closes. Nothing about a forward is kept on a module.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .plan import ExpansionPlan
-from .trees import map_tensors, tensors
+from .torch_private import is_compiled
+from .trees import map_tensors
 
-Layout = tuple[tuple[str, ...], ...]
-"""The streams in the order of their rows; each is the tasks that share it."""
-
-
-def layout(selected: Sequence[str], separated: frozenset[str]) -> Layout:
-    """Streams of the ``selected`` tasks once those in ``separated`` have left the shared one."""
-    shared = tuple(task for task in selected if task not in separated)
-    first = {task: (task,) for task in selected if task in separated} | ({shared[0]: shared} if shared else {})
-    return tuple(first[task] for task in selected if task in first)
+if TYPE_CHECKING:
+    from .block.adapter import BlockAdapter
 
 
-def sources(before: Layout, after: Layout) -> list[int]:
-    """For every stream of ``after``, the stream of ``before`` that its tokens come from."""
-    return [next(i for i, stream in enumerate(before) if tasks[0] in stream) for tasks in after]
+class Layout(NamedTuple):
+    """The streams of a batch in the order of their rows."""
+
+    tasks: tuple[str, ...]
+    """All tasks that run, in the order they were asked for."""
+    streams: tuple[tuple[str, ...], ...]
+    """Each stream's tasks."""
+
+    def part(self, leaving: Collection[str]) -> "Layout":
+        """The streams once the tasks of ``leaving`` have left the shared one."""
+        alone = {stream[0] for stream in self.streams if len(stream) == 1}
+        shared = tuple(task for task in self.tasks if task not in leaving and task not in alone)
+        heads = [task for task in self.tasks if task not in shared or task == shared[0]]
+        return Layout(self.tasks, tuple(shared if task in shared else (task,) for task in heads))
+
+    def sources(self, before: "Layout") -> list[int]:
+        """For every stream, the stream of ``before`` that its tokens come from."""
+        return [before.index(stream[0]) for stream in self.streams]
+
+    def index(self, task: str) -> int:
+        """The stream that ``task`` is in."""
+        return next(i for i, stream in enumerate(self.streams) if task in stream)
+
+    @property
+    def num_streams(self) -> int:
+        return len(self.streams)
 
 
-def repeat_rows(tensor: Tensor, index: Sequence[int], num_streams: int) -> Tensor:
+def together(tasks: Sequence[str]) -> Layout:
+    """One stream that all ``tasks`` share."""
+    return Layout(tuple(tasks), (tuple(tasks),))
+
+
+def apart(tasks: Sequence[str]) -> Layout:
+    """A stream for every task."""
+    return Layout(tuple(tasks), tuple((task,) for task in tasks))
+
+
+def repeat_rows(tensor: Tensor, index: Sequence[int], num_streams: int, axis: int = 0) -> Tensor:
     """(num_streams * B, ...) → (len(index) * B, ...), stream ``index[i]`` in place i; itself if nothing moves."""
     if list(index) == list(range(num_streams)):
         return tensor
+    if axis:
+        return torch.cat([tensor.chunk(num_streams, axis)[i] for i in index], axis)
     streams = unfold(tensor, num_streams)
     if num_streams == 1:
         return streams.expand(len(index), *streams.shape[1:]).flatten(0, 1)
@@ -46,63 +79,153 @@ def unfold(tensor: Tensor, num_streams: int) -> Tensor:
     return tensor.unflatten(0, (num_streams, tensor.shape[0] // num_streams))
 
 
-class Streams:
-    """The tasks of an expanded backbone, those that run now, and how it was expanded; all its adapters share it."""
+class Expansion:
+    """One call of ``expand``: what all its adapters share. Nothing in it belongs to a forward."""
 
-    def __init__(self, tasks: Iterable[str], plan: ExpansionPlan, modulator: str, frozen: list[str]) -> None:
+    def __init__(
+        self, tasks: Iterable[str], plan: ExpansionPlan, modulator: str, shared_prefix: bool | str, frozen: list[str]
+    ) -> None:
         self.tasks = tuple(tasks)
-        self.selected = self.tasks
-        self.plan, self.modulator, self.frozen = plan, modulator, frozen
-        self.start()
+        self.plan, self.modulator, self.shared_prefix, self.frozen = plan, modulator, shared_prefix, frozen
+        # Where torch.compile, which cannot read a ContextVar, finds the forward that it traces. Set inside of traced
+        # code, where it is a name and no state: it is None again when the compiled code has run. For compiled parts of
+        # an eager forward it is set while that one runs, and threads wait for each other (``sharing.Opening``).
+        self.traced: Forward | None = None
 
-    def start(self) -> None:
-        """Before a forward: no block has run, and the rows of a stream are not known yet."""
-        self.last: str | None = None
+
+class Run:
+    """One run of one block."""
+
+    def __init__(self, block: str, before: Layout, after: Layout, forward: "Forward") -> None:
+        self.block, self.before, self.after, self.forward = block, before, after, forward
+        self.half: Any = None
+        """What the block's first half made already of its input, on its way to the norm and the attention."""
+        self.next: Run | None = None
+        """The run of the block behind it, for parts of several blocks that are recomputed together."""
+
+
+class Forward:
+    """The state of one forward of an expanded backbone.
+
+    Args:
+        expansions: those whose adapters it is for.
+        task_index: (1,) int64, the task of a single stream as a tensor, so that one compiled graph serves every task.
+        probes: run with made-up modulations and tokens, by which the tasks can be told apart even before training.
+    """
+
+    def __init__(
+        self, expansions: tuple[Expansion, ...], *, task_index: Tensor | None = None, probes: bool = False
+    ) -> None:
+        self.expansions, self.task_index, self.probes = expansions, task_index, probes
+        self.arguments: dict[tuple[str, str], int | None] = {}
+        """The batch axis of every other tensor that a block takes beside its tokens, None where it has none."""
+        self.learns = False
+        """Whether ``arguments`` are being found out; else an argument that is not in it is an error."""
+        self.closes_at: str | None = None
+        """The block that opened it, being called by itself, and closes it."""
+        self.token: Any = None
+        self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
+
+    def start(self, layout: Layout) -> None:
+        """Before the backbone runs: its input is one stream of ``layout``."""
+        self.layout = layout
         self.num_rows: int | None = None
+        self.runs: dict[str, Run] = {}
+        self.last: Run | None = None
+        self.distinct = False
+        self.seen: tuple[Layout, ...] = (layout,)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy made while a choice is in force is not bound by it
-        return {**self.__dict__, "selected": self.tasks, "last": None, "num_rows": None}
+    def run_block(self, block: str, tokens: Tensor, leaving: Collection[str]) -> Run:
+        """``block`` is about to run on ``tokens``; the tasks in ``leaving`` have modules of their own there."""
+        before = self.layout
+        after = before.part(leaving) if len(before.tasks) > 1 else before
+        if len(before.tasks) > 1:
+            self._check_rows(block, tokens, before.num_streams)
+        if after.num_streams != before.num_streams:
+            self.layout, self.seen = after, (*self.seen, after)
+        run = Run(block, before, after, self)
+        if not torch.compiler.is_compiling():
+            if self.last is not None:
+                self.last.next = run
+            self.last = run
+        self.runs[block] = run
+        return run
 
-    def follow(self, block: str, previous: str | None) -> None:
-        """Every block runs once a forward, in one order: otherwise its rows are not the streams they should be."""
-        if self.last != previous:
-            ran, self.last = self.last, None
+    def _check_rows(self, block: str, tokens: Tensor, num_streams: int) -> None:
+        rows = tokens.shape[0]
+        if self.num_rows is None:
+            self.num_rows = rows
+            if self.probes:
+                self.distinct = bool((tokens[1:] != tokens[:1]).any())
+        elif rows != self.num_rows * num_streams:
             raise RuntimeError(
-                f"block {block!r} must run once a forward, after {previous!r}, but it ran after {ran!r} "
-                "(if a forward was interrupted before this one, call again)"
+                f"block {block!r} got {rows} rows where {num_streams} task streams of {self.num_rows} were expected: "
+                "its tokens do not come from the blocks before it"
             )
-        self.last = block
-
-    def current(self, tokens: Tensor, block: str) -> tuple[str, ...]:
-        """The tasks whose rows ``tokens``, on their way into ``block``, hold.
-
-        Activation checkpointing runs a block again during the backward pass, when another choice may be in force. The
-        choice therefore travels with the block's input, which non-reentrant checkpointing keeps; where it was lost, an
-        error is better than the gradients of other tasks.
-        """
-        if not recomputing():
-            self.mark(tokens, self.selected)
-            return self.selected
-        selected = getattr(tokens, "_dtme_selected", None)
-        if selected is None:
-            raise RuntimeError(
-                f"block {block!r} is recomputed by activation checkpointing, but its tasks are no longer known: "
-                "checkpoint every block on its own with use_reentrant=False"
-            )
-        return selected
-
-    @staticmethod
-    def mark(tokens: Tensor, selected: tuple[str, ...]) -> None:
-        """Let ``tokens`` remember their tasks; two different choices for one tensor make it forget both."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            known = getattr(tokens, "_dtme_selected", selected)
-            tokens._dtme_selected = selected if known == selected else None  # type: ignore[attr-defined]
 
 
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+# --- the forward of this thread ---------------------------------------------------------------------------------------
+
+_forwards: ContextVar[tuple[Forward, ...]] = ContextVar("dtme_forwards", default=())
+_choices: ContextVar[tuple["_Choice", ...]] = ContextVar("dtme_choices", default=())
+
+
+def running(expansion: Expansion) -> Forward | None:
+    """The forward of ``expansion`` that runs in this thread."""
+    if torch.compiler.is_compiling():
+        return expansion.traced
+    for forward in reversed(_forwards.get()):
+        if any(known is expansion for known in forward.expansions):
+            return forward
+    # a larger compiled function, whose graph broke, goes on here
+    forward = expansion.traced
+    return forward if forward is not None and forward.thread in (None, threading.get_ident()) else None
+
+
+def show(forward: Forward) -> Any:
+    """Make ``forward`` the one that runs in this thread; ``hide`` takes what this returns."""
+    return _forwards.set((*_forwards.get(), forward))
+
+
+def hide(token: Any) -> None:
+    _forwards.reset(token)
+
+
+class traced:
+    """Inside of traced code: let the adapters find ``forward``. Outside it does nothing."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            for expansion in self.forward.expansions:
+                expansion.traced = self.forward
+
+    def __exit__(self, *error: object) -> None:
+        if torch.compiler.is_compiling():
+            for expansion in self.forward.expansions:
+                expansion.traced = None
+
+
+# --- the tasks somebody asked for ---------------------------------------------------------------------------------------
+
+
+class _Choice:
+    """What one ``with dtme.tasks`` asked for."""
+
+    def __init__(self, expansions: tuple[Expansion, ...], names: tuple[str, ...]) -> None:
+        self.expansions, self.names = expansions, names
+        self.block: str | None = None
+        """The block that was called by itself."""
+
+
+def chosen(expansion: Expansion) -> tuple[tuple[str, ...], _Choice | None]:
+    """The tasks this thread asked for by ``dtme.tasks``, else all; and where."""
+    for choice in reversed(_choices.get()):
+        if any(known is expansion for known in choice.expansions):
+            return choice.names, choice
+    return expansion.tasks, None
 
 
 def choose(tasks: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
@@ -111,23 +234,23 @@ def choose(tasks: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str
         return tuple(known)
     if not isinstance(tasks, (str, Sequence)):
         raise TypeError(f"tasks must be a name or a sequence of names, got {type(tasks).__name__}")
-    chosen = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    unknown = [task for task in chosen if task not in known]
-    if unknown or not chosen or len(set(chosen)) != len(chosen):
-        problem = f"unknown task {unknown[0]!r}" if unknown else f"got {list(chosen)}"
+    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    unknown = [task for task in names if task not in known]
+    if unknown or not names or len(set(names)) != len(names):
+        problem = f"unknown task {unknown[0]!r}" if unknown else f"got {list(names)}"
         raise ValueError(f"tasks must be one or more different names out of {list(known)}: {problem}")
-    return chosen
+    return names
 
 
 class tasks:
-    """Choose the streams of an expanded backbone that is called directly.
+    """Choose the streams of an expanded backbone that is called directly, in this thread (or asyncio task) alone.
 
     >>> with dtme.tasks(backbone, ["depth", "normals"]):
     ...     output = backbone(images)                     # 2 * B rows, task-major
     >>> dtme.split(output, ["depth", "normals"])["depth"]  # B rows
 
     Args:
-        backbone: what ``expand`` was given.
+        backbone: what ``expand`` was given, or anything that holds it or is held by it.
         names: a task or a sequence of tasks; the rows of the output follow their order.
 
     Raises:
@@ -136,46 +259,82 @@ class tasks:
     """
 
     def __init__(self, backbone: nn.Module, names: str | Sequence[str]) -> None:
-        backbone = backbone if hasattr(backbone, "_dtme") else getattr(backbone, "backbone", backbone)
-        streams = getattr(backbone, "_dtme", None)
-        if streams is None:
+        self.expansions = expansions(backbone)
+        if not self.expansions:
             raise RuntimeError(f"{type(backbone).__name__} is not expanded: call dtme.expand(backbone, plan) first")
-        self.streams: Streams = streams
-        self.names = choose(names, streams.tasks)
-        self.outer: list[tuple[str, ...]] = []
+        self.names = choose(names, self.expansions[0].tasks)
+        self._tokens: list[Any] = []
 
     def __enter__(self) -> tuple[str, ...]:
-        self.outer.append(self.streams.selected)
-        self.streams.selected = self.names
-        self.streams.start()
+        self._tokens.append(_choices.set((*_choices.get(), _Choice(self.expansions, self.names))))
         return self.names
 
     def __exit__(self, *error: object) -> None:
-        self.streams.selected = self.outer.pop()
+        _choices.reset(self._tokens.pop())
+
+
+# --- adapters are what says "expanded" ----------------------------------------------------------------------------------
+
+
+def adapters(module: nn.Module) -> "list[BlockAdapter]":
+    """All adapters in ``module``, in the order of its children."""
+    return survey(module)[0]
+
+
+def survey(module: nn.Module) -> "tuple[list[BlockAdapter], bool]":
+    """All adapters in ``module``, and whether any part of it is compiled by itself."""
+    found: list[BlockAdapter] = []
+    compiled = False
+    seen: set[int] = set()
+    waiting: list[nn.Module] = [module]
+    while waiting:  # several times as fast as module.modules(): every forward asks
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        compiled = compiled or is_compiled(module)
+        if module.__dict__.get("is_dtme_adapter"):
+            found.append(module)  # type: ignore[arg-type]
+        else:
+            waiting.extend([child for child in reversed(module._modules.values()) if child is not None])
+    return found, compiled
+
+
+def expansions(module: nn.Module) -> tuple[Expansion, ...]:
+    """Every expansion that has an adapter in ``module``; one, unless parts of it were expanded by themselves."""
+    return expansions_of(adapters(module))
+
+
+def expansions_of(adapters: "Iterable[BlockAdapter]") -> tuple[Expansion, ...]:
+    return tuple({id(adapter.expansion): adapter.expansion for adapter in adapters}.values())
+
+
+def is_expanded(module: nn.Module) -> bool:
+    """Whether ``expand`` gave anything in ``module`` modules of its tasks that are still there."""
+    return bool(adapters(module))
 
 
 def split(output: Any, tasks: str | Sequence[str]) -> dict[str, Any]:
-    """Take an expanded backbone's task-major batch apart.
+    """Take the task-major batch apart that an expanded backbone returns.
 
     Args:
-        output: a tensor (K * B, ...), or any nesting of sequences, mappings and model outputs of such tensors. A tensor
-            of B rows beside others of K * B was made before the streams parted, and belongs to every task.
+        output: a tensor (K * B, ...), or any nesting of sequences, mappings and model outputs of such tensors.
         tasks: the K names that ran, in the order they were chosen.
 
     Returns:
-        ``{task: output}`` with B rows each; views, nothing is copied.
+        ``{task: output}`` with B rows each; views, nothing is copied. A tensor without dimensions belongs to all.
 
     Raises:
-        ValueError: a tensor has neither K * B nor B rows.
+        ValueError: a tensor's rows are no multiple of K.
     """
     names = choose(tasks, (tasks,) if isinstance(tasks, str) else tuple(tasks or ()))
-    sizes = [tensor.shape[0] for tensor in tensors(output) if tensor.ndim]
-    num_rows, rest = divmod(max(sizes, default=0), len(names))
 
     def part(index: int, tensor: Tensor) -> Tensor:
-        rows = tensor.shape[0] if tensor.ndim else 0
-        if rest or rows not in (num_rows, num_rows * len(names)):
+        if not tensor.ndim:
+            return tensor
+        num_rows, rest = divmod(tensor.shape[0], len(names))
+        if rest:
             raise ValueError(f"output of shape {tuple(tensor.shape)} does not hold the rows of {len(names)} tasks")
-        return tensor if rows == num_rows else tensor[index * num_rows : (index + 1) * num_rows]
+        return tensor[index * num_rows : (index + 1) * num_rows]
 
-    return {task: map_tensors(partial(part, i), output) for i, task in enumerate(names)}
+    return {task: map_tensors(lambda tensor, i=i: part(i, tensor), output) for i, task in enumerate(names)}

@@ -9,17 +9,20 @@ from torch import Tensor
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Apply ``function`` to every tensor of ``tree`` and rebuild the structure around the results."""
-    if isinstance(tree, Tensor):
-        return function(tree)
+    return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply ``function`` to everything in ``tree`` that is no sequence and no mapping."""
     if isinstance(tree, Mapping):
-        mapped = {key: map_tensors(function, value) for key, value in tree.items()}
+        mapped = {key: map_leaves(function, value) for key, value in tree.items()}
         # a model output is a dict whose fields are also attributes: only its own class can rebuild that
         return type(tree)(**mapped) if hasattr(tree, "to_tuple") else mapped
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(function, value) for value in tree))
+        return type(tree)(*[map_leaves(function, value) for value in tree])
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, value) for value in tree)
-    return tree
+        return type(tree)([map_leaves(function, value) for value in tree])
+    return function(tree)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
@@ -32,6 +35,21 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from tensors(value)
+
+
+def structure(tree: Any, *, single: bool = False) -> Any:
+    """What trees of one kind have in common, hashable: containers, options, the dimensions of tensors; no sizes.
+
+    Args:
+        single: tell tensors of one row from those of several.
+    """
+    if isinstance(tree, Tensor):
+        return "tensor", tree.ndim, tree.is_floating_point(), single and tree.ndim > 0 and tree.shape[0] == 1
+    if isinstance(tree, Mapping):
+        return type(tree).__name__, tuple([(key, structure(value, single=single)) for key, value in tree.items()])
+    if isinstance(tree, (list, tuple)):
+        return type(tree).__name__, tuple([structure(value, single=single) for value in tree])
+    return tree if tree is None or isinstance(tree, (bool, int, str)) else type(tree).__name__
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

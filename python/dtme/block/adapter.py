@@ -1,0 +1,439 @@
+"""What ``expand`` hangs on a block: its tasks' modulation and tokens, as the child module ``<block>.dtme``."""
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dtme_kernels
+
+from ..attention import Site
+from ..blocks import Arguments, find_tokens, replace_argument
+from ..seams import KeysValues, NotExpandable, Seam
+from ..sharing import UnknownArgument
+from ..streams import (
+    Expansion,
+    Forward,
+    Layout,
+    Run,
+    apart,
+    chosen,
+    hide,
+    repeat_rows,
+    running,
+    show,
+    together,
+    unfold,
+)
+from ..torch_private import recomputing
+from ..trees import map_tensors
+from . import recomputation
+from .attention import attend, attend_if
+from .first_half import FirstHalf, PlainNorm
+from .probe import probe
+
+ADDED = ".dtme."
+"""What the name of every added parameter holds, and no other name."""
+
+
+def is_added(name: str) -> bool:
+    """Whether ``expand`` added the parameter of this name."""
+    return ADDED in name
+
+
+class BlockAdapter(nn.Module):
+    """Modulation and task tokens of one block; a block without either keeps the streams of earlier ones apart.
+
+    Parameters are named ``weight.<task>`` (p,), ``bias.<task>`` (p,) and ``tokens.<task>`` (t, p): one for each task,
+    so that an optimizer never moves those of a task that did not run. Everything hangs on bound methods, which deepcopy
+    and pickle carry along; a block or an attention is held in something that is no module, or it would become a child.
+    A forward leaves nothing here: its state is the ``Forward`` of the thread that runs it.
+
+    Args:
+        name: the block's name, for messages.
+        expansion: what all adapters of one ``expand`` share.
+    """
+
+    def __init__(self, name: str, block: nn.Module, expansion: Expansion) -> None:
+        super().__init__()
+        self.is_dtme_adapter = True
+        self.name, self.expansion = name, expansion
+        self.own_tasks: frozenset[str] = frozenset()
+        """Tasks that this block treats in a way of their own."""
+        self.weight, self.bias, self.tokens = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.running_mean: TaskBuffers | None = None  # of the batch-norm modulator
+        self.running_var: TaskBuffers | None = None
+        self.task_key: Tensor | None  # constants of an exported task
+        self.task_value: Tensor | None
+        self.register_buffer("task_key", None)
+        self.register_buffer("task_value", None)
+        self.folded: Layout | None = None
+        """The only layout there is once one task was exported."""
+        self.site: Site | None = None
+        self.plain_norm: PlainNorm | None = None
+        self._block = (block,)
+        self.argument_names = list(inspect.signature(block.forward).parameters)
+        self._handles = [
+            block.register_forward_pre_hook(self.enter, with_kwargs=True),
+            block.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    # --- set up and taken down ------------------------------------------------------------------------------------
+
+    def add_modulation(self, tasks: tuple[str, ...], like: Tensor, modulator: str) -> None:
+        """W = 1, b = 0: the identity, until trained (batch norm normalises from the start: Table 11)."""
+        for task in tasks:
+            self.weight[task] = nn.Parameter(torch.ones_like(like))
+            self.bias[task] = nn.Parameter(torch.zeros_like(like))
+        if tasks and modulator == "batch_norm":
+            wide = like.to(torch.promote_types(like.dtype, torch.float32))
+            self.running_mean = TaskBuffers({task: torch.zeros_like(wide) for task in tasks})
+            self.running_var = TaskBuffers({task: torch.ones_like(wide) for task in tasks})
+        self.own_tasks |= frozenset(tasks)
+
+    def add_tokens(self, tasks: tuple[str, ...], num_tokens: int, like: Tensor, site: Site) -> None:
+        """Normal with std 0.02, without a position."""
+        for task in tasks:
+            self.tokens[task] = nn.Parameter(torch.randn_like(like.expand(num_tokens, -1)) * 0.02)
+        self.site = site
+        # the block's own tokens reach the norm or, without one, the attention
+        entrance = site.norm or site.seam.attention
+        self._handles.append(entrance.register_forward_pre_hook(self.remember, with_kwargs=True))
+        site.seam.install(self.attention_forward)
+        self.plain_norm = PlainNorm.of(site)
+        if self.plain_norm is not None:
+            self.plain_norm.norm.forward = self.norm_forward
+        self.own_tasks |= frozenset(tasks)
+        with torch.no_grad():  # what cannot be projected is refused now rather than in the first forward
+            self._project(torch.stack([self.tokens[tasks[0]]]))
+
+    def remove(self) -> None:
+        """Leave the block as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        if self.site is not None:
+            self.site.seam.remove()
+        if self.plain_norm is not None:
+            del self.plain_norm.norm.forward
+        if self._block[0]._modules.get("dtme") is self:
+            del self._block[0].dtme
+
+    def fold(self, task: str) -> None:
+        """Keep one task only, its task keys and values as constants: what ``export_task`` ships."""
+        if task in self.tokens:
+            with torch.no_grad():
+                self.task_key, self.task_value = (x.clone() for x in self._project(torch.stack([self.tokens[task]])))
+        self.folded = together((task,))
+        self.tokens = nn.ParameterDict()
+        modulated = task in self.weight
+        for name in ("weight", "bias"):
+            setattr(self, name, nn.ParameterDict({task: getattr(self, name)[task]} if modulated else {}))
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean = TaskBuffers({task: self.running_mean[task]}) if modulated else None
+            self.running_var = TaskBuffers({task: self.running_var[task]}) if modulated else None
+
+    @property
+    def seam(self) -> Seam | None:
+        return self.site.seam if self.site is not None else None
+
+    # --- which run this is ----------------------------------------------------------------------------------------
+
+    def _enter(self, tokens: Tensor) -> Run:
+        """The run of this block that begins with ``tokens``."""
+        self._check_whole()
+        if self.folded is not None:
+            forward = Forward((self.expansion,))
+            forward.start(self.folded)
+            return Run(self.name, self.folded, self.folded, forward)
+        if recomputing():
+            if (run := recomputation.recall(self, tokens)) is None:
+                raise self._lost()
+            self._open(run)
+            return run
+        forward = running(self.expansion)
+        if forward is not None and forward.closes_at is not None and not self.name.startswith(f"{forward.closes_at}."):
+            hide(forward.token)  # the block that should have closed it was interrupted
+            forward = running(self.expansion)
+        run = (forward or self._called_alone()).run_block(self.name, tokens, self.own_tasks)
+        self._keep(tokens, run)
+        return run
+
+    def _called_alone(self) -> Forward:
+        """The forward of a block that somebody calls by itself; it ends with the block."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # the forward that runs is not known to the compiler: go on without it
+        names, choice = chosen(self.expansion)
+        if len(names) > 1:
+            if choice is None or choice.block is not None:
+                before = "" if choice is None else f" after block {choice.block!r}"
+                raise RuntimeError(
+                    f"block {self.name!r} was called{before} outside of a call of the expanded backbone, so that dtme "
+                    f"cannot know where a forward of the tasks {list(names)} begins: call the backbone itself (or one of "
+                    "its forward_* methods), a MultiTaskModel with a function for features, one block in every "
+                    "`with dtme.tasks(...)`, or one task"
+                )
+            choice.block = self.name
+        forward = Forward((self.expansion,))
+        forward.start(together(names))
+        forward.learns = True
+        forward.closes_at = self.name
+        forward.token = show(forward)
+        return forward
+
+    def _open(self, run: Run) -> None:
+        """A forward around a block that checkpointing runs again."""
+        forward = Forward((self.expansion,))
+        forward.start(run.after)
+        forward.runs[self.name] = run
+        forward.closes_at = self.name
+        forward.token = show(forward)
+
+    def _run(self) -> Run:
+        """The run of this block that is in progress."""
+        if self.folded is not None:
+            return self._enter(torch.empty(0))
+        forward = running(self.expansion)
+        run = forward.runs.get(self.name) if forward is not None else None
+        if run is None and recomputing():
+            run = recomputation.last_run(self)
+        if run is None:
+            raise self._lost()
+        return run
+
+    def _lost(self) -> RuntimeError:
+        return RuntimeError(
+            f"block {self.name!r}, or a part of it, is run by itself, or again by activation checkpointing on other "
+            "tensors than before: which tasks it is for is not known. Call the whole block, and checkpoint whole blocks"
+        )
+
+    def _keep(self, tokens: Tensor, run: Run) -> None:
+        if torch.is_grad_enabled() or self.training:
+            recomputation.remember(self, tokens, run)
+
+    def _check_whole(self) -> None:
+        """Libraries that train copies of modules (peft's ``modules_to_save``) would train what never runs."""
+        mine = self._block[0]._modules.get("dtme") is self
+        if not mine or not all(type(x) is nn.ParameterDict for x in (self.weight, self.bias, self.tokens)):
+            raise RuntimeError(
+                f"the modules that dtme added to block {self.name!r} were replaced by copies or wrapped, which would be "
+                "trained without ever running: leave them out (peft: modules_to_save) and let them train as they are"
+            )
+
+    # --- the block's input: streams and modulation ----------------------------------------------------------------
+
+    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Split the streams that part here, modulate, and repeat what else comes by image (a mask, say)."""
+        where, tokens = find_tokens(args, kwargs, self.name)
+        run = self._enter(tokens)
+        others = [value for value in (*args, *kwargs.values()) if value is not tokens]
+        plain = tokens.ndim == 3 and not any(isinstance(value, Tensor) or value for value in others)
+        modulated = any(stream[0] in self.weight for stream in run.after.streams) or run.forward.task_index is not None
+        if plain and (half := self._first_half(run, tokens)) is not None:
+            run.half, changed = half, half.modulated
+        else:
+            run.half = None
+            index = run.after.sources(run.before)
+            changed = (
+                self.modulate(run, tokens) if modulated and self.weight else repeat_rows(tokens, index, run.before.num_streams)
+            )
+        if not recomputing() and self.site is not None:
+            self._keep(changed, run)
+        if run.after.num_streams > 1:
+            args, kwargs = self._follow(run, tokens, args, kwargs)
+        return replace_argument(args, kwargs, where, changed)
+
+    def _follow(self, run: Run, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Give what else comes by image as many rows as the tokens have."""
+        batch = tokens.shape[0] // run.before.num_streams
+
+        def follow(tensor: Tensor, path: str) -> Tensor:
+            if tensor is tokens:
+                return tensor
+            axis = self._axis(tensor, path, run.forward, batch)
+            if axis is None or tensor.shape[axis] == 1 != batch:
+                return tensor
+            layouts = (run.after, *run.forward.seen)
+            layout = next((x for x in layouts if tensor.shape[axis] == x.num_streams * batch), None)
+            if layout is None:
+                raise RuntimeError(
+                    f"block {self.name!r} got a {tuple(tensor.shape)} tensor as {path}, which does not have the rows of "
+                    f"{run.before.num_streams} task streams of {batch}"
+                )
+            return repeat_rows(tensor, run.after.sources(layout), layout.num_streams, axis)
+
+        def walk(value: Any, name: str) -> Any:
+            paths: list[str] = []
+
+            def at_path(tensor: Tensor) -> Tensor:
+                paths.append(name)
+                return follow(tensor, f"{name}[{len(paths) - 1}]")
+
+            return map_tensors(at_path, value)
+
+        names = [self.argument_names[i] if i < len(self.argument_names) else f"*{i}" for i in range(len(args))]
+        args = tuple([walk(value, name) for name, value in zip(names, args, strict=True)])
+        return args, {name: walk(value, name) for name, value in kwargs.items()}
+
+    def _axis(self, tensor: Tensor, path: str, forward: Forward, batch: int) -> int | None:
+        """Where the rows of a block's argument are, as found out when the first call of its kind was compared."""
+        key = (self.name, path)
+        if forward.learns:
+            forward.arguments[key] = 0 if tensor.ndim and tensor.shape[0] == batch else None
+        elif key not in forward.arguments:
+            raise UnknownArgument(f"block {self.name!r} got a tensor as {path}, which it did not have at first")
+        return forward.arguments[key]
+
+    def modulate(self, run: Run, tokens: Tensor) -> Tensor:
+        """(T_before * B, ..., p) → (T_after * B, ..., p); a stream without a map of its own keeps its bits."""
+        if self.running_mean is not None and not run.forward.probes:
+            index = run.after.sources(run.before)
+            return self._batch_norm(run.after, repeat_rows(tokens, index, run.before.num_streams))
+        streams, weight, bias = self._maps(run, tokens)
+        return dtme_kernels.modulate(streams, weight, bias).flatten(0, 1).view(-1, *tokens.shape[1:])
+
+    def _maps(self, run: Run, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, shared (B, N, p) or in streams (T, B, N, p), and every stream's map (T, p)."""
+        index = run.after.sources(run.before)
+        one = (
+            tokens.new_ones(tokens.shape[-1]) if not self.weight else torch.ones_like(next(iter(self.weight.values())))
+        )
+        weight = self._of_streams(run, self.weight, one)
+        bias = self._of_streams(run, self.bias, torch.zeros_like(one))
+        # whatever lies between the batch and the channels is one token axis
+        if run.before.num_streams == 1:
+            return tokens.flatten(1, -2), weight, bias
+        return unfold(repeat_rows(tokens, index, run.before.num_streams).flatten(1, -2), len(index)), weight, bias
+
+    def _of_streams(self, run: Run, parameters: nn.ParameterDict, default: Tensor | None = None) -> Tensor:
+        """A row for every stream: its task's parameter; without a ``default``, only of streams that have one."""
+        if run.forward.task_index is not None:
+            every = [task for task in self.expansion.tasks if default is not None or task in parameters]
+            rows = torch.stack([parameters[task] if task in parameters else default for task in every])
+            return rows.index_select(0, run.forward.task_index)
+        names = [task for task, *_ in run.after.streams if default is not None or task in parameters]
+        if run.forward.probes:
+            return torch.stack([probe(parameters, self.name, task, default) for task in names])
+        return torch.stack([parameters[task] if task in parameters else default for task in names])
+
+    def _batch_norm(self, layout: Layout, tokens: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        streams = list(unfold(tokens, layout.num_streams).unbind(0))
+        for i, (task, *_) in enumerate(layout.streams):
+            if task in self.weight:
+                running = self.running_mean[task], self.running_var[task]
+                # statistics, and so everything, in the running ones' float32 or better
+                rows, weight, bias = (x.to(running[0].dtype) for x in (streams[i], self.weight[task], self.bias[task]))
+                rows = F.batch_norm(rows.flatten(0, -2), *running, weight, bias, self.training)
+                streams[i] = rows.view(streams[i].shape).to(tokens.dtype)
+        return torch.cat(streams)
+
+    # --- the first half of a plain block, at once -----------------------------------------------------------------
+
+    def _first_half(self, run: Run, tokens: Tensor) -> FirstHalf | None:
+        """The first half of a plain pre-norm block where it can be run at once: every stream has task tokens."""
+        if self.plain_norm is None or self.running_mean is not None or self.folded is not None:
+            return None
+        if self._joined(run) != list(range(run.after.num_streams)):
+            return None
+        if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.tasks):
+            return None
+        projection = self.plain_norm.projection(self._block[0])
+        if projection is None:
+            return None
+        return self.plain_norm.run(projection, *self._maps(run, tokens), self._of_streams(run, self.tokens))
+
+    def norm_forward(self, tokens: Tensor) -> Tensor:
+        """Stands in for the forward of the norm before the attention, which may be done already."""
+        assert self.plain_norm is not None
+        forward = running(self.expansion)
+        run = forward.runs.get(self.name) if forward is not None else None
+        if run is not None and run.half is not None and run.half.is_of(tokens):
+            return run.half.normalized
+        return type(self.plain_norm.norm).forward(self.plain_norm.norm, tokens)
+
+    # --- the block's attention: task keys and values --------------------------------------------------------------
+
+    def attention_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the attention's own forward."""
+        assert self.site is not None
+        run = self._run()
+        half, run.half = run.half, None
+        alone = not any(isinstance(value, Tensor) or value for value in (*args[1:], *kwargs.values()))
+        if half is not None and alone and args and half.is_of_norm(args[0]):
+            return half.finish(half.attended)
+        return self.site.seam.run(self._attend(run), *args, **kwargs)
+
+    def _attend(self, run: Run) -> Any:
+        joined = self._joined(run)
+        task_kv = self.task_keys_values(run) if joined else None
+        if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.tasks) and task_kv is not None:
+            has = torch.tensor([task in self.tokens for task in self.expansion.tasks], device=run.forward.task_index.device)
+            return partial(attend_if, has.index_select(0, run.forward.task_index), task_kv)
+        return partial(attend, self.name, run.after.num_streams, joined, task_kv)
+
+    def _joined(self, run: Run) -> list[int]:
+        """Streams that have task tokens in this block."""
+        if run.forward.task_index is not None:
+            return [0] if self.tokens else []
+        return [i for i, (task, *_) in enumerate(run.after.streams) if task in self.tokens or self.task_key is not None]
+
+    def task_keys_values(self, run: Run) -> KeysValues:
+        """Keys and values of the task tokens, (T, H, t, d) each: once per step, not once per image."""
+        if self.task_key is not None and self.task_value is not None:
+            return self.task_key, self.task_value
+        if run.forward.task_index is not None:
+            some = next(iter(self.tokens.values()))
+            return self._project(self._of_streams(run, self.tokens, torch.zeros_like(some)))
+        return self._project(self._of_streams(run, self.tokens))
+
+    def _project(self, tokens: Tensor) -> KeysValues:
+        assert self.site is not None
+        normed = tokens if self.site.norm is None else self.site.norm(tokens)
+        return self.site.seam.keys_values(normed)
+
+    def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The block's tokens reach its norm: a part from here on may be run again without the hook before the block."""
+        if self.folded is not None or torch.compiler.is_compiling():
+            return
+        try:
+            tokens = find_tokens(args, kwargs, self.name)[1]
+        except NotExpandable:
+            return
+        if recomputing():
+            recomputation.recall(self, tokens)
+            return
+        forward = running(self.expansion)
+        run = forward.runs.get(self.name) if forward is not None else None
+        if run is not None:
+            self._keep(tokens, run)
+
+    # --- the block's output ---------------------------------------------------------------------------------------
+
+    def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """End the forward of a block that was called by itself; its output is task-major over all its tasks."""
+        if torch.compiler.is_compiling() or self.folded is not None:
+            return None
+        forward = running(self.expansion)
+        if forward is None or forward.closes_at != self.name:
+            return None
+        hide(forward.token)
+        if output is None or recomputing():
+            return None
+        index = apart(forward.layout.tasks).sources(forward.layout)
+        return map_tensors(lambda tensor: repeat_rows(tensor, index, forward.layout.num_streams), output)
+
+
+class TaskBuffers(nn.Module):
+    """Buffers by task, as ``nn.ParameterDict`` is for parameters."""
+
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for task, buffer in buffers.items():
+            self.register_buffer(task, buffer)
+
+    def __getitem__(self, task: str) -> Tensor:
+        return self.get_buffer(task)

@@ -1,0 +1,102 @@
+"""A block's inner product over the streams of its tasks, every stream's task keys joined to its own."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dtme_kernels
+
+from ..seams import KeysValues, NotExpandable
+from ..streams import unfold
+
+
+def attend(
+    block: str,
+    num_streams: int,
+    joined: list[int],
+    task_kv: KeysValues | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` over (T * B, H, N, d).
+
+    Args:
+        block: its name, for messages.
+        num_streams: T.
+        joined: the streams that have task tokens.
+        task_kv: their keys and values, (len(joined), H, t, d) each.
+    """
+    if query.shape[-2] != key.shape[-2] or query.shape[0] % num_streams:
+        raise NotExpandable(
+            f"block {block!r}: its attention is not over its own tokens: {query.shape[-2]} queries, {key.shape[-2]} keys"
+        )
+    if attn_mask is not None and attn_mask.ndim < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+
+    def part(tensor: Tensor, streams: list[int]) -> Tensor:
+        if tensor.shape[0] == 1:  # a mask shared by all rows
+            return tensor.unsqueeze(0)
+        tensor = unfold(tensor, num_streams)
+        return tensor if len(streams) == num_streams else tensor[streams]
+
+    def run(streams: list[int], task_kv: KeysValues) -> Tensor:
+        mask = None if attn_mask is None else part(attn_mask, streams)
+        q, k, v = (part(tensor, streams) for tensor in (query, key, value))
+        options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
+        return dtme_kernels.expanded_attention(q, k, v, task_kv[0], task_kv[1], attn_mask=mask, **options)
+
+    if task_kv is not None and len(joined) == num_streams:
+        return run(joined, task_kv).flatten(0, 1)
+    rest = [i for i in range(num_streams) if i not in joined]
+    none = key.new_empty(len(rest), key.shape[1], 0, key.shape[-1]), value.new_empty(
+        len(rest), value.shape[1], 0, value.shape[-1]
+    )
+    plain = run(rest, none)
+    if task_kv is None:
+        return plain.flatten(0, 1)
+    order = [*joined, *rest]
+    return torch.cat([run(joined, task_kv), plain])[[order.index(i) for i in range(num_streams)]].flatten(0, 1)
+
+
+def attend_if(
+    has_tokens: Tensor,
+    task_kv: KeysValues,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """One stream of a task that is not known before it runs, where some tasks have task tokens and some have none.
+
+    Args:
+        has_tokens: (1,) bool, whether the task has.
+        task_kv: (1, H, t, d) each; hidden by a mask where it has none.
+    """
+    num_queries, num_tokens, dtype = query.shape[-2], task_kv[0].shape[-2], query.dtype
+    hidden = query.new_zeros(num_queries, key.shape[-2])
+    if is_causal:
+        hidden = hidden.masked_fill(hidden.new_ones(hidden.shape, dtype=torch.bool).triu(1), -torch.inf)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~attn_mask, -torch.inf)
+        hidden = hidden + attn_mask
+    visible = query.new_zeros(1).masked_fill(~has_tokens, -torch.inf).expand(*hidden.shape[:-1], num_tokens)
+    key, value = (
+        torch.cat([shared, own.expand(len(shared), -1, -1, -1)], -2)
+        for shared, own in zip((key, value), task_kv, strict=True)
+    )
+    mask = torch.cat([hidden, visible], -1)
+    gqa = enable_gqa or query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=gqa)

@@ -1,0 +1,17 @@
+"""Made-up modulations and task tokens by which tasks can be told apart: new ones are the identity, or almost."""
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+
+def probe(parameters: nn.ParameterDict, block: str, task: str, default: Tensor | None) -> Tensor:
+    """What stands in for ``parameters[task]``, the same for every call; ``default`` where the task has none."""
+    if task not in parameters:
+        assert default is not None
+        return default
+    real = parameters[task]
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{block}/{task}/{real.ndim}".encode()))
+    noise = torch.randn(real.shape, generator=generator).to(real)
+    return real + 0.5 * noise
