@@ -28,7 +28,7 @@ def problem(build):
         loader = []
         for i, rows in enumerate((3, 2, 1)):
             x = make_input(client, rows, seed=i)
-            tokens = model.extract(x, TASKS)
+            tokens = model.extract(x, TASKS)["depth"]
             target = {
                 t: torch.randn(*tokens.shape[:2], 2 + k, generator=generator, dtype=torch.float64)
                 for k, t in enumerate(TASKS)

@@ -192,16 +192,18 @@ class BlockAdapter(nn.Module):
         forward.closes_at = self.name
         forward.token = show(forward)
 
-    def _run(self) -> Run:
-        """The run of this block that is in progress."""
+    def _run_with(self, tokens: Tensor | None) -> Run:
+        """The run of this block that is in progress, whose attention reads ``tokens``."""
         if self.folded is not None:
             return self._enter(torch.empty(0))
         forward = running(self.expansion)
         run = forward.runs.get(self.name) if forward is not None else None
         if run is None and recomputing():
-            run = recomputation.last_run(self)
+            run = tokens is not None and recomputation.recall(self, tokens) or recomputation.last_run(self)
         if run is None:
             raise self._lost()
+        if tokens is not None and not recomputing():
+            self._keep(tokens, run)
         return run
 
     def _lost(self) -> RuntimeError:
@@ -360,7 +362,7 @@ class BlockAdapter(nn.Module):
     def attention_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the attention's own forward."""
         assert self.site is not None
-        run = self._run()
+        run = self._run_with(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
         half, run.half = run.half, None
         alone = not any(isinstance(value, Tensor) or value for value in (*args[1:], *kwargs.values()))
         if half is not None and alone and args and half.is_of_norm(args[0]):
