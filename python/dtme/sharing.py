@@ -11,7 +11,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ class Ways:
         same = same and all(a is b for a, b in zip(expansions, self.expansions, strict=True))
         return same and function is self.function
 
-    def way(self, tasks: tuple[str, ...], call: Call) -> Way:
+    def way(self, tasks: tuple[str, ...], call: Call, *, force_eager: bool = False) -> Way:
         """The way for this call, compared now if it is the first of its kind. Inside of traced code: if it is known."""
         settings = {expansion.shared_prefix for expansion in self.expansions}
         if len(tasks) == 1 or False in settings:
@@ -88,7 +88,8 @@ class Ways:
         if torch.compiler.is_compiling():
             return self.known.get(key, ONE_BY_ONE)
         if key not in self.known:
-            way = self._compare(tasks, call, key)
+            with torch.compiler.set_stance("force_eager") if force_eager else nullcontext():
+                way = self._compare(tasks, call, key)
             if not way.shares:
                 self._complain(way.reason, must_share=True in settings)
             return way
@@ -232,9 +233,9 @@ class Opening:
         self.tasks, index = tasks, None
         if is_compiled and not torch.is_grad_enabled():
             index = self._task_index(expansions)
-        self.way = ways.way(tasks, call)
-        self.forward = Forward(expansions, task_index=index)
         self._exposed = has_compiled_parts and not is_compiled
+        self.way = ways.way(tasks, call, force_eager=self._exposed)
+        self.forward = Forward(expansions, task_index=index)
         if self._exposed:
             _compiled_parts.acquire()
             for expansion in expansions:
@@ -253,7 +254,7 @@ class Opening:
 
     def compare_again(self) -> None:
         self.ways.forget(self.tasks, self.call)
-        self.way = self.ways.way(self.tasks, self.call)
+        self.way = self.ways.way(self.tasks, self.call, force_eager=self._exposed)
 
     def close(self) -> None:
         hide(self._token)
