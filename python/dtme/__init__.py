@@ -5,6 +5,7 @@ from .expansion import collapse, expand
 from .model import MultiTaskModel, verify
 from .plan import ExpansionPlan
 from .report import ConflictReport
+from .sharing import sharing_of
 from .streams import is_expanded, split, tasks
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "collapse",
     "expand",
     "is_expanded",
+    "sharing_of",
     "split",
     "tasks",
     "verify",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .streams import Expansion, Forward, Layout, apart, hide, repeat_rows, show, together, traced
-from .trees import map_leaves, structure, tensors
+from .trees import leaves, map_leaves, opaque, structure, tensors
 
 
 class Call(NamedTuple):
@@ -72,7 +72,10 @@ class Ways:
     def __init__(self, owner: nn.Module, expansions: tuple[Expansion, ...], function: Any) -> None:
         self.owner, self.expansions, self.function = owner, expansions, function
         self.known: dict[Any, Way] = {}
-        self.failed: dict[Any, set[int]] = {}
+        self.last: Way | None = None
+        """What was found last."""
+        self._failed: dict[Any, set[int]] = {}
+        self._has_warned = False
 
     def are_for(self, expansions: tuple[Expansion, ...], function: Any) -> bool:
         same = len(expansions) == len(self.expansions)
@@ -81,8 +84,12 @@ class Ways:
 
     def way(self, tasks: tuple[str, ...], call: Call, *, force_eager: bool = False) -> Way:
         """The way for this call, compared now if it is the first of its kind. Inside of traced code: if it is known."""
-        settings = {expansion.shared_prefix for expansion in self.expansions}
-        if len(tasks) == 1 or False in settings:
+        settings = [expansion.shared_prefix for expansion in self.expansions]
+        if len(tasks) == 1:
+            return ONE_BY_ONE
+        if not torch.compiler.is_compiling():
+            _refuse_caches(call)
+        if False in settings:
             return ONE_BY_ONE
         key = (tasks, structure(call[1:], single=True))
         if torch.compiler.is_compiling():
@@ -90,6 +97,7 @@ class Ways:
         if key not in self.known:
             with torch.compiler.set_stance("force_eager") if force_eager else nullcontext():
                 way = self._compare(tasks, call, key)
+            self.last = way
             if not way.shares:
                 self._complain(way.reason, must_share=True in settings)
             return way
@@ -106,7 +114,7 @@ class Ways:
             for task in tasks:
                 rewind()
                 forward.start(together((task,)))
-                alone.append(call())
+                alone.append(self._unchanging(call))
             rewind()
             forward.start(together(tasks))
             forward.learns = True
@@ -120,33 +128,68 @@ class Ways:
         elif way.shares:  # all images are the same: rows that were mixed up would not be seen
             return Way(False)
         else:
-            failed = self.failed.setdefault(key, set())
+            failed = self._failed.setdefault(key, set())
             failed.add(rows or 0)
             if len(failed) >= MOST_TRIES or not rows:
                 self.known[key] = way
         return way
 
+    def _unchanging(self, call: Call) -> Any:
+        inputs = [tensor for tensor in tensors(call[1:]) if not tensor.is_inference()]
+        versions = [tensor._version for tensor in inputs]
+        output = call()
+        if [tensor._version for tensor in inputs] != versions:
+            raise RuntimeError(
+                f"{type(self.owner).__name__} changes its input in place, so that several tasks cannot read the same: "
+                "let it work on a copy"
+            )
+        return output
+
     def _compared(self, shared: Any, alone: Sequence[Any], tasks: tuple[str, ...], forward: Forward) -> Way:
         if any(structure(output) != structure(shared) for output in alone):
             return Way(False, reason="what it returns has another structure then")
-        leaves: list[Leaf] = []
+        if (hidden := opaque(shared)) is not None:
+            return Way(False, reason=f"what it returns holds a {type(hidden).__name__}, in which nobody sees the rows")
+        found: list[Leaf] = []
         for leaf, *own in zip(tensors(shared), *map(tensors, alone), strict=True):
             leaf_way = _leaf(leaf, own, tasks, forward)
             if leaf_way is None:
                 shapes = f"{tuple(leaf.shape)} where each task alone gives {tuple(own[0].shape)}"
                 return Way(False, reason=f"an output of shape {shapes} is not what the tasks have alone")
-            leaves.append(leaf_way)
-        return Way(True, tuple(leaves), dict(forward.arguments), forward.layout.num_streams)
+            found.append(leaf_way)
+        return Way(True, tuple(found), dict(forward.arguments), forward.layout.num_streams)
 
     def _complain(self, reason: str, must_share: bool) -> None:
         where = f"{type(self.owner).__name__}, whose tasks part at block {first_parting(self.expansions)!r},"
         if must_share:
             raise RuntimeError(f"{where} cannot share its first blocks among tasks as shared_prefix=True asks: {reason}")
-        if reason and not self.failed.get("told"):
-            self.failed["told"] = {1}
+        if reason and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 f"{where} runs once for every task instead of sharing its first blocks: {reason}", stacklevel=4
             )
+
+
+def _refuse_caches(call: Call) -> None:
+    for leaf in leaves(call[1:]):
+        if any(base.__name__ == "Cache" for base in type(leaf).__mro__):
+            raise RuntimeError(
+                f"a key-value cache ({type(leaf).__name__}) holds the rows of one task: choose it, by "
+                "`with dtme.tasks(backbone, task)`"
+            )
+
+
+def sharing_of(module: nn.Module) -> str:
+    """How the last call of several tasks ran them: ``"shared prefix"``, ``"one by one: <reason>"``, or ``"unknown"``.
+
+    Args:
+        module: a ``MultiTaskModel`` or an expanded backbone.
+    """
+    known = [vars(module).get("_ways"), *(entry.ways for entry in getattr(vars(module).get("_dtme"), "entries", {}).values())]
+    last = next((ways.last for ways in known if ways is not None and ways.last is not None), None)
+    if last is None:
+        return "unknown"
+    return "shared prefix" if last.shares else f"one by one: {last.reason}".removesuffix(": ")
 
 
 def first_parting(expansions: tuple[Expansion, ...]) -> str:
@@ -321,12 +364,12 @@ def _shared(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> A
 
 def _map_split(way: Way, output: Any, forward: Forward, function: Callable[[Tensor, int, Layout], Tensor]) -> Any:
     """``function(leaf, axis, layout)`` of the leaves that hold streams."""
-    leaves = iter(way.leaves)
+    places = iter(way.leaves)
 
     def part(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        axis, is_split = next(leaves)
+        axis, is_split = next(places)
         if not is_split or forward.num_rows is None:  # no block ran: all of it is shared
             return leaf
         layout = _layout_of(leaf, axis, forward)
@@ -347,7 +390,7 @@ def fold(outputs: Sequence[Any]) -> Any:
     def merged(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else None
-        parts = [next(leaves) for leaves in rest]
+        parts = [next(others) for others in rest]
         return torch.cat(parts) if leaf.ndim else torch.stack(parts).mean(0)
 
     return map_leaves(merged, outputs[0])

@@ -27,14 +27,25 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     """Every tensor of ``tree``, in the order ``map_tensors`` visits them."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
+    yield from (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Everything in ``tree`` that is no sequence and no mapping, in the order ``map_leaves`` visits it."""
+    if isinstance(tree, Mapping):
         for value in tree.values():
-            yield from tensors(value)
+            yield from leaves(value)
     elif isinstance(tree, (list, tuple)):
         for value in tree:
-            yield from tensors(value)
+            yield from leaves(value)
+    else:
+        yield tree
+
+
+def opaque(tree: Any) -> Any:
+    """The first thing in ``tree`` that may hold rows where nobody sees them, such as a key-value cache; else None."""
+    plain = (Tensor, bool, int, float, str, bytes, torch.dtype, torch.device, type(None))
+    return next((leaf for leaf in leaves(tree) if not isinstance(leaf, plain)), None)
 
 
 def structure(tree: Any, *, single: bool = False) -> Any:

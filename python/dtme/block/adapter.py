@@ -284,7 +284,8 @@ class BlockAdapter(nn.Module):
         """Where the rows of a block's argument are, as found out when the first call of its kind was compared."""
         key = (self.name, path)
         if forward.learns:
-            forward.arguments[key] = 0 if tensor.ndim and tensor.shape[0] == batch else None
+            by_row = tensor.ndim > 0 and any(tensor.shape[0] == x.num_streams * batch for x in forward.seen)
+            forward.arguments[key] = 0 if by_row else None
         elif key not in forward.arguments:
             raise UnknownArgument(f"block {self.name!r} got a tensor as {path}, which it did not have at first")
         return forward.arguments[key]

@@ -1,0 +1,492 @@
+"""All tasks at once are each task alone, whatever a backbone does with its rows: shared where that is right, else not."""
+
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+import dtme
+from tests.dtme.clients import TASKS, WIDTH, OwnBlock, OwnTransformer, SDPA, concatenated
+
+DEPTH, HEADS, LENGTH = 3, 3, 5
+
+
+class Masked(SDPA):
+    """Attention with something added to its scores."""
+
+    def forward(self, x, bias=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+
+class Guided(OwnBlock):
+    """A block that takes more than its tokens."""
+
+    def __init__(self):
+        super().__init__(Masked())
+
+    def forward(self, x, bias=None, scale=None, skip=None, shifts=()):
+        x = x if skip is None else x + skip.roll(1, 1)
+        x = x if scale is None else x * scale
+        for shift in shifts:
+            x = x + shift
+        x = x + self.attn(self.norm1(x), bias)
+        return x + self.mlp(self.norm2(x))
+
+
+class Guiding(nn.Module):
+    """Gives every block what ``make`` makes of its input and of earlier tokens."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.blocks, self.make = nn.ModuleList(Guided() for _ in range(DEPTH)), make
+
+    def forward(self, x):
+        states = [x]
+        for block in self.blocks:
+            x = block(x, **self.make(states))
+            states.append(x)
+        return x
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = OwnTransformer(2), OwnTransformer(2)
+
+    def forward(self, x):
+        return self.left(x).mean(1) * self.right(x.flip(1)).amax(1)
+
+
+class Twice(nn.Module):
+    """One encoder for two views of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = OwnTransformer()
+
+    def forward(self, x):
+        return self.encoder(x) - self.encoder(x.flip(0)).flip(0)
+
+
+class Frames(nn.Module):
+    """Every image is two rows of the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = OwnTransformer()
+
+    def forward(self, x):
+        rows = torch.stack([x, -x], 1).flatten(0, 1)
+        return self.encoder(rows).view(len(x), 2, *x.shape[1:]).sum(1)
+
+
+class Mixing(nn.Module):
+    """Rows of one batch are not independent of each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = OwnTransformer()
+
+    def forward(self, x):
+        y = self.encoder(x)
+        return y - y.mean(0)
+
+
+class Maps(nn.Module):
+    """Reshapes its tokens by the batch of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = OwnTransformer()
+
+    def forward(self, x):
+        return self.encoder(x).reshape(len(x), -1, WIDTH).transpose(1, 2)
+
+
+class TokensFirst(nn.Module):
+    """Returns (N, B, p)."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = OwnTransformer()
+
+    def forward(self, x):
+        return self.encoder(x).transpose(0, 1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(OwnBlock(SDPA()), OwnBlock(SDPA()))
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.layers(x)
+        return x
+
+
+class EarlyExit(nn.Module):
+    """Leaves after a number of blocks that depends on its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(OwnBlock(SDPA()) for _ in range(DEPTH))
+
+    def forward(self, x):
+        stop = 1 + int(x[0, 0, 0] > 0) * 2
+        for block in self.layers[:stop]:
+            x = block(x)
+        return x
+
+
+class Table(nn.Module):
+    """Returns a table beside its tokens, which has nothing to do with the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.table = OwnTransformer(), nn.Parameter(torch.randn(9, 2))
+
+    def forward(self, x):
+        return self.encoder(x), self.table
+
+
+def per_image(states):
+    return {"bias": torch.cdist(states[0], states[0])[:, None], "scale": states[0].mean((1, 2), keepdim=True)}
+
+
+BACKBONES = {
+    "plain": (OwnTransformer, True),
+    "a bias per head": (lambda: Guiding(lambda s: {"bias": torch.linspace(0, 1, HEADS * 25).view(HEADS, 5, 5).double()}), True),
+    "a bias per image": (lambda: Guiding(per_image), True),
+    "a table of positions": (lambda: Guiding(lambda s: {"shifts": [torch.linspace(0, 1, 5 * WIDTH).view(5, WIDTH).double()]}), True),
+    "a list of shifts per image": (lambda: Guiding(lambda s: {"shifts": [s[0][:, :1], s[0].new_ones(1, 1, 1)]}), True),
+    "skips of earlier tokens": (lambda: Guiding(lambda s: {"skip": s[len(s) // 2]}), True),
+    "images on the last axis": (lambda: Guiding(lambda s: {"scale": s[0].mean((1, 2)).expand(1, 1, -1).permute(2, 0, 1)}), True),
+    "two towers": (Towers, False),
+    "two views, one encoder": (Twice, False),
+    "frames": (Frames, False),
+    "rows that mix": (Mixing, False),
+    "maps by the batch": (Maps, False),
+    "tokens first": (TokensFirst, True),
+    "a stack that recurs": (Recurrent, True),
+    "early exit": (EarlyExit, None),
+    "a table beside the tokens": (Table, True),
+}  # fmt: skip
+
+
+def expanded(make, partial_plan=True, **options):
+    """A plain model, the same expanded, and what was added."""
+    torch.manual_seed(0)
+    plain = dtme.MultiTaskModel(make(), {task: nn.Identity() for task in TASKS}, features=lambda net, x: net(x))
+    plain = plain.double().eval()
+    model = copy.deepcopy(plain)
+    blocks = [n for n, m in model.backbone.named_modules() if isinstance(m, OwnBlock)]
+    some = TASKS[:1] if partial_plan else TASKS
+    modulation = {blocks[0]: some, blocks[-1]: TASKS}
+    plan = dtme.ExpansionPlan(TASKS, 2, modulation, {})
+    dtme.expand(model, plan, **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".dtme." in name:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    added = {n.removeprefix("backbone."): p.detach() for n, p in model.named_parameters() if ".dtme." in n}
+    return plain, model, added
+
+
+def flat(tree):
+    return torch.cat([part.flatten() for part in (tree if isinstance(tree, tuple) else (tree,))])
+
+
+def worst(plain, model, added, x):
+    """The largest difference between all tasks at once, each alone, and a plain model with hooks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        at_once = model(x)
+    found = 0.0
+    for task in TASKS:
+        with concatenated(plain.backbone, added, task):
+            want = plain(x, task)[task]
+        for got in (at_once[task], model(x, task)[task]):
+            assert [t.shape for t in (got if isinstance(got, tuple) else (got,))] == [
+                t.shape for t in (want if isinstance(want, tuple) else (want,))
+            ]
+            found = max(found, (flat(got) - flat(want)).abs().max().item())
+    return found
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_all_at_once_is_each_alone_for_any_backbone_and_batch(name):
+    make, shares = BACKBONES[name]
+    plain, model, added = expanded(make)
+    for rows in (4, 1, HEADS, LENGTH, 2, 6):  # as many images as heads, or as tokens, decide nothing
+        x = torch.randn(rows, LENGTH, WIDTH).double()
+        assert worst(plain, model, added, x) < 1e-9, rows
+        assert rows == 1 or shares is None or dtme.sharing_of(model).startswith("shared" if shares else "one by one")
+    assert dtme.verify(model, torch.randn(3, LENGTH, WIDTH).double()) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["plain", "two towers", "frames", "skips of earlier tokens"])
+def test_gradients_of_all_at_once_are_the_sums_of_each_alone(name):
+    plain, model, added = expanded(BACKBONES[name][0])
+    x = torch.randn(4, LENGTH, WIDTH).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(x)
+
+    def gradients(*calls):
+        model.zero_grad()
+        sum(p.square().sum() for out in calls for p in out.values()).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for a, b in zip(gradients(model(x)), gradients(*(model(x, task) for task in TASKS)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_the_three_ways_give_the_same_and_say_which_they_are():
+    x = torch.randn(4, LENGTH, WIDTH).double()
+    predictions = []
+    for shared_prefix in ("auto", True, False):
+        _, model, _ = expanded(OwnTransformer, shared_prefix=shared_prefix)
+        rows = []
+        handle = model.backbone.layers[0].mlp.register_forward_pre_hook(lambda m, a, rows=rows: rows.append(len(a[0])))
+        model(x)
+        rows.clear()
+        predictions.append(model(x))
+        assert rows == ([4, 4, 4] if shared_prefix is False else [8])  # depth alone, the others together
+        handle.remove()
+    for other in predictions[1:]:
+        for task in TASKS:
+            torch.testing.assert_close(other[task], predictions[0][task], rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="shared_prefix must be one of"):
+        expanded(OwnTransformer, shared_prefix="yes")
+
+
+def test_what_cannot_share_says_so_once_and_raises_where_it_must():
+    x = torch.randn(4, LENGTH, WIDTH).double()
+    _, model, _ = expanded(Maps)
+    with pytest.warns(UserWarning, match=r"block 'encoder.layers.0'.* runs once for every task .*\(4, 24, 15\)"):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        model(x)
+    _, model, _ = expanded(Maps, shared_prefix=True)
+    with pytest.raises(RuntimeError, match="cannot share its first blocks among tasks as shared_prefix=True asks"):
+        model(x)
+
+
+def test_a_call_of_another_kind_is_compared_anew():
+    """The same backbone with other options returns other things, from other blocks."""
+    _, model, _ = expanded(OwnTransformer)
+    net = model.backbone
+
+    class Taps(nn.Module):
+        def forward(self, states):
+            return states
+
+    def taps(net, x):
+        found, y = [], x["x"]
+        for block in net.layers[: x["stop"]]:
+            y = block(y)
+            found.append(y)
+        return found
+
+    tapped = dtme.MultiTaskModel(net, {task: Taps() for task in TASKS}, features=taps)
+    x = torch.randn(3, LENGTH, WIDTH).double()
+    for stop in (1, 3, 2, 0, 3):
+        at_once = tapped({"x": x, "stop": stop})
+        for task in TASKS:
+            alone = tapped({"x": x, "stop": stop}, task)[task]
+            assert len(alone) == stop and [t.shape for t in alone] == [t.shape for t in at_once[task]]
+            for a, b in zip(at_once[task], alone, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_batch_of_equal_images_teaches_nothing():
+    """Rows that were mixed up could not be told apart: such a batch runs one by one, and the next is compared."""
+    _, model, _ = expanded(OwnTransformer)
+    x = torch.randn(1, LENGTH, WIDTH).double().expand(4, -1, -1)
+    model(x)
+    assert dtme.sharing_of(model) == "one by one"
+    model(torch.randn(4, LENGTH, WIDTH).double())
+    assert dtme.sharing_of(model) == "shared prefix"
+
+
+def test_the_comparison_leaves_no_trace():
+    _, model, _ = expanded(OwnTransformer)
+    model.train()
+    model.backbone.layers[1].eval()
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    out = model(torch.ones(3, LENGTH, WIDTH).double().cumsum(0))
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters()) and all(p.requires_grad for p in out.values())
+
+
+def test_an_input_changed_in_place_is_refused():
+    class InPlace(OwnTransformer):
+        def forward(self, x):
+            return super().forward(x.sub_(x.mean()))
+
+    _, model, _ = expanded(InPlace)
+    with pytest.raises(RuntimeError, match="MultiTaskModel changes its input in place"):
+        model(torch.randn(3, LENGTH, WIDTH).double())
+
+
+# --- dropped, interrupted, recomputed -----------------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """Leaves out whole blocks at random in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(OwnBlock(SDPA()) for _ in range(4))
+
+    def forward(self, x):
+        for block in self.layers:
+            if not self.training or torch.rand([]) > 0.4:
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("shared_prefix", ["auto", False])
+def test_layers_dropped_at_random_are_dropped_for_all_tasks(shared_prefix):
+    plain, model, added = expanded(Dropping, shared_prefix=shared_prefix)
+    plain.train(), model.train()
+    x = torch.randn(3, LENGTH, WIDTH).double()
+    model(x)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        got = model(x)
+        for task in TASKS:
+            torch.manual_seed(seed)
+            with concatenated(plain.backbone, added, task):
+                torch.testing.assert_close(got[task], plain(x, task)[task], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_checkpoints_of_several_blocks_find_their_tasks_again(segments, use_reentrant):
+    class Segmented(OwnTransformer):
+        segments = 0
+
+        def forward(self, x):
+            if not self.segments:
+                return super().forward(x)
+            return checkpoint_sequential(self.layers, self.segments, x, use_reentrant=use_reentrant)
+
+    _, model, _ = expanded(partial(Segmented, 4))
+    model.train()
+    x = torch.randn(3, LENGTH, WIDTH).double().requires_grad_()
+
+    def gradients():
+        model.zero_grad()
+        out = model(x) | {"again": model(x * 2, "depth")["depth"]}
+        sum(p.square().sum() for p in out.values()).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    want = gradients()
+    model.backbone.segments = segments
+    for a, b in zip(gradients(), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_a_part_run_again_on_unknown_tensors_is_an_error():
+    _, model, _ = expanded(OwnTransformer)
+    x = torch.randn(3, LENGTH, WIDTH).double().requires_grad_()
+    block = model.backbone.layers[0]
+    out = model(x)
+    with pytest.raises(RuntimeError, match=r"block 'layers.0'.* again by activation checkpointing on other tensors"):
+        out["depth"].register_hook(lambda gradient: block(x + 1) and None)
+        out["depth"].sum().backward()
+
+
+# --- called in parts ----------------------------------------------------------------------------------------------------
+
+
+def test_one_block_may_be_called_by_itself_and_two_only_for_one_task():
+    plain, model, added = expanded(OwnTransformer, partial_plan=False)
+    net, x = model.backbone, torch.randn(2, LENGTH, WIDTH).double()
+    with dtme.tasks(net, TASKS):
+        parts = dtme.split(net.layers[0](x), TASKS)
+        with pytest.raises(RuntimeError, match=r"block 'layers.2' was called after block 'layers.0' outside of a call"):
+            net.layers[2](x)
+    for task in TASKS:
+        w, b = (added[f"layers.0.dtme.{kind}.{task}"] for kind in ("weight", "bias"))
+        torch.testing.assert_close(parts[task], plain.backbone.layers[0](x * w + b), rtol=1e-10, atol=1e-10)
+    with pytest.raises(RuntimeError, match=r"block 'layers.0' was called outside of a call"):
+        net.layers[0](x)
+    with dtme.tasks(net, "depth"):
+        torch.testing.assert_close(net.layers(x), model(x, "depth")["depth"], rtol=1e-10, atol=1e-10)
+
+
+# --- what says "expanded" -----------------------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_wrapped_unwrapped_copied_and_moved_backbones_keep_predicting():
+    x = torch.randn(4, LENGTH, WIDTH).double()
+    _, model, _ = expanded(lambda: Wrapper(OwnTransformer()))
+    want = model(x)
+    assert dtme.is_expanded(model) and dtme.is_expanded(model.backbone.inner.layers[1])
+    for backbone in (
+        model.backbone.inner,
+        Wrapper(model.backbone),
+        Wrapper(Wrapper(model.backbone.inner)),
+        copy.deepcopy(model.backbone),
+        model.backbone.inner.layers,
+    ):
+        model.backbone = backbone
+        for task, got in model(x).items():
+            torch.testing.assert_close(got, want[task], rtol=1e-10, atol=1e-10)
+        with dtme.tasks(backbone, ["normals", "depth"]):
+            if not isinstance(backbone, nn.Sequential):
+                continue
+        with dtme.tasks(backbone, "depth"):
+            torch.testing.assert_close(backbone(x), want["depth"], rtol=1e-10, atol=1e-10)
+    plain = OwnTransformer().double().eval()
+    model.backbone = plain
+    assert not dtme.is_expanded(model) and torch.equal(model(x)["depth"], plain(x))
+
+
+def test_copies_that_would_never_run_are_refused():
+    """As peft's modules_to_save makes them."""
+    _, model, _ = expanded(OwnTransformer)
+    x, block = torch.randn(2, LENGTH, WIDTH).double(), model.backbone.layers[0]
+    original = block.dtme
+    block.dtme = copy.deepcopy(original)
+    with pytest.raises(RuntimeError, match=r"added to block 'layers.0' were replaced by copies"):
+        model(x)
+    block.dtme = original
+    original.weight = nn.ModuleDict()
+    with pytest.raises(RuntimeError, match=r"added to block 'layers.0' were replaced by copies"):
+        model(x)
+
+
+def test_a_model_whose_forward_somebody_replaced_later_is_not_collapsed_by_half():
+    _, model, _ = expanded(OwnTransformer)
+    net, x = model.backbone, torch.randn(2, LENGTH, WIDTH).double()
+    want, entry = model(x), net.forward
+    net.forward = lambda x: entry(x)
+    with pytest.raises(RuntimeError, match="OwnTransformer.forward was replaced"):
+        dtme.collapse(model)
+    assert dtme.is_expanded(model) and torch.equal(model(x)["depth"], want["depth"])
+    net.forward = entry
+    dtme.collapse(model)
+    assert not dtme.is_expanded(model) and "forward" not in vars(net)
