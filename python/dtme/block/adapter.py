@@ -245,16 +245,16 @@ class BlockAdapter(nn.Module):
         if not recomputing() and self.site is not None:
             self._keep(changed, run)
         if run.after.num_streams > 1:
-            args, kwargs = self._follow(run, tokens, args, kwargs)
+            args, kwargs = self._follow(run, tokens, where, args, kwargs)
         return replace_argument(args, kwargs, where, changed)
 
-    def _follow(self, run: Run, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """Give what else comes by image as many rows as the tokens have."""
+    def _follow(
+        self, run: Run, tokens: Tensor, where: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments:
+        """Give what else comes by image as many rows as the tokens will have."""
         batch = tokens.shape[0] // run.before.num_streams
 
         def follow(tensor: Tensor, path: str) -> Tensor:
-            if tensor is tokens:
-                return tensor
             axis = self._axis(tensor, path, run.forward, batch)
             if axis is None or tensor.shape[axis] == 1 != batch:
                 return tensor
@@ -267,7 +267,11 @@ class BlockAdapter(nn.Module):
                 )
             return repeat_rows(tensor, run.after.sources(layout), layout.num_streams, axis)
 
-        def walk(value: Any, name: str) -> Any:
+        def walk(value: Any, at: int | str) -> Any:
+            if at == where:  # the tokens, which may be given a second time as something else
+                return value
+            is_named = isinstance(at, int) and at < len(self.argument_names)
+            name = self.argument_names[at] if is_named else str(at)  # type: ignore[index]
             paths: list[str] = []
 
             def at_path(tensor: Tensor) -> Tensor:
@@ -276,8 +280,7 @@ class BlockAdapter(nn.Module):
 
             return map_tensors(at_path, value)
 
-        names = [self.argument_names[i] if i < len(self.argument_names) else f"*{i}" for i in range(len(args))]
-        args = tuple([walk(value, name) for name, value in zip(names, args, strict=True)])
+        args = tuple([walk(value, at) for at, value in enumerate(args)])
         return args, {name: walk(value, name) for name, value in kwargs.items()}
 
     def _axis(self, tensor: Tensor, path: str, forward: Forward, batch: int) -> int | None:
