@@ -289,14 +289,15 @@ def survey(module: nn.Module) -> "tuple[list[BlockAdapter], bool]":
     waiting: list[nn.Module] = [module]
     while waiting:  # several times as fast as module.modules(): every forward asks
         module = waiting.pop()
-        if id(module) in seen:
+        compiled = compiled or is_compiled(module)
+        children = module._modules
+        if not children or id(module) in seen:
             continue
         seen.add(id(module))
-        compiled = compiled or is_compiled(module)
-        if module.__dict__.get("is_dtme_adapter"):
+        if "is_dtme_adapter" in module.__dict__:
             found.append(module)  # type: ignore[arg-type]
         else:
-            waiting.extend([child for child in reversed(module._modules.values()) if child is not None])
+            waiting.extend([child for child in reversed(children.values()) if child is not None])
     return found, compiled
 
 

@@ -213,7 +213,7 @@ class BlockAdapter(nn.Module):
         )
 
     def _keep(self, tokens: Tensor, run: Run) -> None:
-        if torch.is_grad_enabled() or self.training:
+        if recomputation.may_run_again(self.training):
             recomputation.remember(self, tokens, run)
 
     def _check_whole(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..streams import Run
-from ..torch_private import graph_task
+from ..torch_private import graph_task, saved_tensors_hooks
 
 Key = tuple[int, int, tuple[int, ...]]
 
@@ -34,10 +34,17 @@ class _Last(threading.local):
 _last = _Last()
 
 
+def may_run_again(training: bool) -> bool:
+    """Whether this may be inside of a checkpointed part: one kind saves tensors in its own way, the other none at all."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return saved_tensors_hooks() is not None if torch.is_grad_enabled() else training
+
+
 def remember(adapter: object, tokens: Tensor, run: Run) -> None:
     """``tokens`` enter a block, or a part of it, in ``run``. Two different runs on the same tensor make it ambiguous."""
     global _inserted
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not _is_plain(tokens):
+    if not _is_plain(tokens):
         return
     key = _key(adapter, tokens)
     with _lock:
