@@ -3,17 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .blocks import find_tokens
-from .seams import NotExpandable, Seam, TransformersSeam, required_parameters, seam_class
+from .blocks import find_tokens, module_like
+from .seams import NotExpandable, Seam, class_of, declared_norm, seam_of
+from .trial import block_options, check_block, check_seam, check_weights, left_as_it_was, unseen
 
 
 def is_layer_norm(module: Any) -> bool:
     """Of the channels, with a weight and a bias."""
-    timm = (type(module).__module__, type(module).__name__) == ("timm.layers.norm", "LayerNorm")
-    if not timm and type(module) is not nn.LayerNorm:
+    if class_of(module) != ("timm.layers.norm", "LayerNorm") and type(module) is not nn.LayerNorm:
         return False
     return len(module.normalized_shape) == 1 and module.weight is not None and module.bias is not None
 
@@ -36,38 +35,63 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
     """The one attention of ``block`` and what feeds it.
 
     The block is called on zeros up to its attention. What arrives there must be the very tokens that went in, or the
-    very output of one of the block's modules: anything in between could not be repeated for the task tokens.
+    very output of one of the block's modules that read them: anything in between could not be repeated for the task
+    tokens. Blocks that rearrange their tokens first, in windows, are declared in their library's file instead. What is
+    found is then tried on random tokens, against the definition where the block can run it (``trial``).
+
+    Raises:
+        NotExpandable: names the block and says what is in the way.
     """
     title = f"block {name!r} ({type(block).__name__})"
-    found = [(module, kind) for module in block.modules() if (kind := seam_class(module))]
-    if len(found) != 1:
-        kinds = ", ".join(type(module).__name__ for module, _ in found) or "none"
-        raise NotExpandable(f"{title} must hold one attention that task tokens can join, found {kinds}")
-    attention, kind = found[0]
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "eager"
-    if kind is TransformersSeam and implementation not in ("eager", "sdpa"):
-        raise NotExpandable(
-            f"{title} uses attn_implementation={implementation!r}, whose masks cannot be extended: load the model with "
-            "attn_implementation='sdpa'"
-        )
-    parameter = next(p for p in block.parameters() if p.is_floating_point())
-    tokens = torch.zeros(1, 2, num_features, dtype=parameter.dtype, device=parameter.device)
+    seam = _seam(name, title, block)
+    like = module_like(block)
+    declared, norm = declared_norm(block)
+    with left_as_it_was(block):
+        if declared:
+            site = Site(seam, norm, is_pre_norm=norm is not None)
+        else:
+            site = _find_site(title, block, seam, like.new_zeros(1, 2, num_features))
+        with unseen(block):
+            check_seam(site, title, num_features, like)
+            if not declared:
+                check_weights(site, title, block, num_features, like)
+                check_block(site, title, block, num_features, like)
+    return site
+
+
+def _seam(name: str, title: str, block: nn.Module) -> Seam:
+    kinds = [(module, kind) for module in block.modules() if (kind := seam_of(module))]
+    if len(kinds) != 1:
+        listed = ", ".join(type(module).__name__ for module, _ in kinds) or "none"
+        raise NotExpandable(f"{title} must hold one attention that task tokens can join, found {listed}")
+    attention, kind = kinds[0]
+    if isinstance(kind, str):
+        raise NotExpandable(f"{title} cannot take task tokens: {kind}; modulate it instead")
+    return kind(name, attention)
+
+
+def _find_site(title: str, block: nn.Module, seam: Seam, tokens: Tensor) -> Site:
     try:
-        arrived, outputs = _probe(block, attention, tokens)
+        arrived, outputs = _probe(block, seam.attention, tokens)
     except Exception as error:
         raise NotExpandable(f"{title} does not run on plain (B, N, p) tokens: {error}") from error
     if arrived is tokens:
-        return Site(kind(name, attention), None)
+        return Site(seam, None)
     for module, read, output in outputs:
-        if output is arrived:
-            return Site(kind(name, attention), module, is_pre_norm=read is tokens)
+        if output is arrived and read is tokens:
+            return Site(seam, module, is_pre_norm=True)
+    if any(output is arrived for _, _, output in outputs):
+        raise NotExpandable(
+            f"{title}: other layers change its tokens before the norm of its attention, which task tokens do not pass; "
+            "modulate it instead"
+        )
     raise NotExpandable(f"{title}: its attention does not read the block's (normalised) tokens directly")
 
 
 def _probe(
     block: nn.Module, attention: nn.Module, tokens: Tensor
 ) -> tuple[Tensor | None, list[tuple[nn.Module, Any, Any]]]:
-    """What arrives at the attention, and what every module before it read and put out; the block is left as it was."""
+    """What arrives at the attention, and what every module before it read and put out."""
     arrived: list[Tensor] = []
     outputs: list[tuple[nn.Module, Any, Any]] = []
 
@@ -78,18 +102,13 @@ def _probe(
         arrived.append(find_tokens(args, kwargs, "")[1])
         raise _Reached
 
-    training = {module: module.training for module in block.modules()}
     hooks = [module.register_forward_hook(remember) for module in block.modules() if module is not attention]
     hooks.append(attention.register_forward_pre_hook(reach, with_kwargs=True))
     try:
-        block.eval()
-        with torch.no_grad():
-            block(tokens, **dict.fromkeys(required_parameters(block.forward)))  # a mask, say
+        block(tokens, **block_options(block, tokens))
     except _Reached:
         pass
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     return arrived[0] if arrived else None, outputs
