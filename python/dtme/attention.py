@@ -95,14 +95,15 @@ def _probe(
     arrived: list[Tensor] = []
     outputs: list[tuple[nn.Module, Any, Any]] = []
 
-    def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append((module, args[0] if args else None, output))
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        outputs.append((module, next(iter([*args, *kwargs.values()]), None), output))
 
     def reach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arrived.append(find_tokens(args, kwargs, "")[1])
         raise _Reached
 
-    hooks = [module.register_forward_hook(remember) for module in block.modules() if module is not attention]
+    others = [module for module in block.modules() if module is not attention]
+    hooks = [module.register_forward_hook(remember, with_kwargs=True) for module in others]
     hooks.append(attention.register_forward_pre_hook(reach, with_kwargs=True))
     try:
         block(tokens, **block_options(block, tokens))
