@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .blocks import find_tokens, module_like
 from .seams import NotExpandable, Seam, class_of, declared_norm, seam_of
-from .trial import block_options, check_block, check_seam, check_weights, left_as_it_was, unseen
+from .trial import block_options, check_block, check_copy, check_seam, check_weights, left_as_it_was, unseen
 
 
 def is_layer_norm(module: Any) -> bool:
@@ -56,6 +56,7 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
             if not declared:
                 check_weights(site, title, block, num_features, like)
                 check_block(site, title, block, num_features, like)
+                check_copy(site, title, block, num_features, like)
     return site
 
 

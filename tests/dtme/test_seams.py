@@ -274,7 +274,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_what_would_not_equal_concatenation_is_refused_by_name(kind, dtype):
     torch.manual_seed(0)
     make, match = REFUSED[kind]
