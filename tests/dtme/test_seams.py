@@ -195,6 +195,14 @@ def test_masks_by_image_and_head_and_shared_ones():
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("masks", [{"key_padding_mask": (2, 5)}, {"attn_mask": (6, 5, 5)}, {"attn_mask": (3, 5, 5)}])
+def test_masks_of_other_rows_are_refused_rather_than_repeated(masks):
+    site = find_attention("b", Multihead(thrown_away), WIDTH)
+    h, masks = torch.randn(4, 5, WIDTH), {name: torch.zeros(shape) for name, shape in masks.items()}
+    with pytest.raises(ValueError, match=rf"block 'b': its attention has 4 rows.*{next(iter(masks))}"):
+        site.seam.run(F.scaled_dot_product_attention, h, h, h, **masks)
+
+
 # --- what reaches the attention -------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,6 @@ class TorchSeam(Seam):
             mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (rows, num_heads))
         if padding is None:
             return mask
-        padding = padding.repeat(rows // len(padding), 1)  # built before the streams parted
         if len(padding) != rows:
             raise self._other_rows("key_padding_mask", padding, f"{rows} rows")
         padding = padding[:, None, None]
