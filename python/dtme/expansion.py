@@ -112,7 +112,11 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 
 def _blocks_of(backbone: nn.Module, plan: ExpansionPlan) -> dict[str, nn.Module]:
-    """Every block that sees task streams, in forward order: those analysed, or found, or at least those of the plan."""
+    """Every block that sees task streams, in forward order: those analysed, or found, or at least those of the plan.
+
+    Blocks that were not analysed but stand in one list with those that were keep the streams apart too: what else they
+    take, a mask say, has to follow their rows. Blocks elsewhere, of a decoder or another tower, are left alone.
+    """
     modules, kind = dict(backbone.named_modules()), type(backbone).__name__
     for name in [*plan.blocks, *plan.num_features]:
         if name not in modules:
@@ -132,6 +136,9 @@ def _blocks_of(backbone: nn.Module, plan: ExpansionPlan) -> dict[str, nn.Module]
             )
     if not plan.num_features.keys() | set(plan.blocks) <= found.keys():
         found = {}  # the plan is about other blocks than those that can be found
+    if plan.num_features:
+        lists = {name.rpartition(".")[0] for name in plan.num_features}
+        found = {name: block for name, block in found.items() if name.rpartition(".")[0] in lists}
     # a report knows the order in which its blocks ran; other blocks are taken in the order they are registered
     known = list(plan.num_features) if found.keys() <= plan.num_features.keys() else []
     names = known or [name for name in modules if name in found or name in plan.num_features or name in plan.blocks]

@@ -6,7 +6,7 @@ from torch import nn
 
 import dtme
 from dtme.blocks import find_blocks, module_like
-from tests.dtme.clients import CLIENTS, WIDTH, OwnTransformer
+from tests.dtme.clients import CLIENTS, SDPA, WIDTH, OwnBlock, OwnTransformer
 from tests.dtme.test_clients import VISION, timm_model, transformers_model
 
 TASKS = ("a", "b")
@@ -162,6 +162,44 @@ def test_blocks_that_only_their_owner_knows_can_be_modulated(by_hand):
     dtme.collapse(model)
     with pytest.raises(ValueError, match=r"block '0'.*found none"):
         dtme.expand(model, dtme.ExpansionPlan(TASKS, 1, {}, {"0": TASKS}))
+
+
+class TwoParts(nn.Module):
+    """A backbone and a decoder, each with blocks that are recognised; the decoder's take a list."""
+
+    class Decoder(OwnBlock):
+        def forward(self, maps):
+            return super().forward(torch.cat(maps, 1)).chunk(len(maps), 1)
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.decoder = OwnTransformer(), nn.ModuleList([self.Decoder(SDPA())])
+        self.heads = nn.ModuleDict({task: nn.Linear(WIDTH, 1) for task in TASKS})
+
+    def forward(self, x):
+        y = self.backbone(x)
+        (maps,) = [decode([y, 2 * y]) for decode in self.decoder]
+        return {task: head(z) for (task, head), z in zip(self.heads.items(), maps, strict=True)}
+
+
+def test_blocks_of_a_list_that_was_not_analysed_are_left_alone():
+    torch.manual_seed(0)
+    net, data = TwoParts(), [torch.randn(4, 5, WIDTH)]
+
+    def step(model, x):
+        return {task: y.square().mean() for task, y in model(x).items()}
+
+    before = net(data[0])
+    report = dtme.analyze(net, data, step, blocks=["backbone.layers.0", "backbone.layers.1"], progress=False)
+    dtme.expand(net, report.plan(modulation=0.5, expansion=0))
+    assert {name.rpartition(".")[0] for name, _ in net.named_modules() if name.endswith(".dtme")} <= {
+        "backbone.layers.0",
+        "backbone.layers.1",
+        "backbone.layers.2",
+    }
+    for task in TASKS:
+        with dtme.tasks(net, task):
+            torch.testing.assert_close(net(data[0])[task], before[task])
 
 
 # --- widths and parameters --------------------------------------------------------------------------------------------

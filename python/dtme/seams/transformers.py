@@ -78,7 +78,10 @@ class TransformersSeam(Seam):
         parameters = inspect.signature(type(self.attention).forward).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return False
-        type(self.attention).forward(self.attention, *args, **{_INNER: attend}, **kwargs)
+        try:
+            type(self.attention).forward(self.attention, *args, **{_INNER: attend}, **kwargs)
+        except TypeError:  # it hands its keywords to somebody who does not take this one
+            return False
         return bool(arrived)
 
     def projection(self) -> Projection | None:
