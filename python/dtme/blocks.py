@@ -168,8 +168,8 @@ def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) ->
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
             return where, value
     raise ValueError(
-        f"block {block!r} was called without tokens: none of its arguments is a floating tensor (B, ..., p); if it is no "
-        "block, name those that are by blocks="
+        f"block {block!r} was called without tokens: none of its arguments is a floating tensor (B, ..., p); if it is "
+        "no block, name those that are by blocks="
     )
 
 

@@ -206,22 +206,26 @@ def _seam(module: nn.Module) -> type[Seam] | str | None:
     return Swinv2Seam if class_of(module) == (_SWIN_V2, "Swinv2SelfAttention") else None
 
 
-# (B, 1 or H, N, N) once the model has made it of the caller's (B, N)
-_MASK = {2: 0, 3: 0, 4: 0}
+_MASK = {2: 0, 3: 0, 4: 0}  # (B, N), (B, N, N) or (B, 1 or H, N, N)
+_ROTARY = {2: None, 3: 0}  # cosines and sines: (N, d) of a grid that all images share, or (B or 1, N, d)
 _PLACES = {1: None, 2: 0}  # (N,), or (B or 1, N)
 _BIAS = {4: 0}  # (B or 1, H, N, N)
+_TOKENS = {3: 0}  # (B, N, p)
+_SLOPES = {3: 0}  # (B * H, 1, N)
 
 LIBRARY = Library(
     "transformers",
     _seam,
     arguments={
-        **dict.fromkeys(("attention_mask", "encoder_attention_mask", "encoder_hidden_states"), _MASK),
-        # cosines and sines: (B or 1, N, d), or (N, d) of a grid that all images share; video models have others
-        "position_embeddings": {2: None, 3: 0},
-        **dict.fromkeys(("position_ids", "cache_position"), _PLACES),
-        **dict.fromkeys(("position_bias", "encoder_decoder_position_bias"), _BIAS),
-        # tables by distance: (N, N, H) or (1 or H, N, N); with four dimensions (1, H, N, N)
-        **all_shared("relative_position_bias", "input_dimensions", "resolution", "layer_head_mask", "head_mask"),
+        **dict.fromkeys(("attention_mask", "encoder_attention_mask", "conv_attention_mask", "causal_mask"), _MASK),
+        **dict.fromkeys(("position_embeddings", "encoder_position_embeddings"), _ROTARY),
+        **dict.fromkeys(("position_ids", "encoder_position_ids", "cache_position"), _PLACES),
+        **dict.fromkeys(("position_bias", "encoder_decoder_position_bias", "rel_pos", "rel_2d_pos"), _BIAS),
+        **dict.fromkeys(("encoder_hidden_states", "per_layer_input", "object_queries"), _TOKENS),
+        **dict.fromkeys(("spatial_position_embeddings", "object_queries_position_embeddings"), _TOKENS),
+        "alibi": _SLOPES,
+        # BEiT's table by distance, and sizes
+        **all_shared("relative_position_bias", "input_dimensions", "resolution"),
     },
     norms={(_SWIN, "SwinLayer"): "layernorm_before", (_SWIN_V2, "Swinv2Layer"): None},
 )
