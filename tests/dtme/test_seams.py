@@ -338,3 +338,30 @@ def test_what_arguments_mean():
             return src
 
     assert argument_axis(Overridden(WIDTH, 3, batch_first=True), 1, square) is UNKNOWN
+
+
+@pytest.mark.parametrize("name", ["Llama", "Ernie4_5", "StableLm", "Persimmon"])
+def test_rotary_attentions_take_task_tokens_without_a_position(name):
+    """Whole or partial rotations, and cosines that the model halves; compiled in one graph."""
+    torch.manual_seed(0)
+    config = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config |= {"vocab_size": 50, "intermediate_size": 48, "head_dim": 8} if name == "Ernie4_5" else {"vocab_size": 50}
+    backbone = transformers_model(
+        name, **config, **({} if "intermediate_size" in config else {"intermediate_size": 48})
+    )
+    model = dtme.MultiTaskModel(backbone.double().eval(), {task: nn.Identity() for task in TASKS})
+    first, second = find_blocks(backbone)
+    randomised(model, dtme.ExpansionPlan(TASKS, 2, {}, {first: ("a",), second: TASKS}))
+    x = {"input_ids": torch.randint(2, 50, (2, 7)), "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3])}
+    together = model(x)
+    for task in TASKS:
+        torch.testing.assert_close(model(x, task)[task], together[task], rtol=1e-9, atol=1e-9)
+    site, tokens = backbone.get_submodule(first).dtme, torch.randn(1, 2, WIDTH).double()
+    key, value = site.seam.keys_values(tokens)
+    torch.compiler.reset()
+    compiled = torch.compile(site.seam.keys_values, fullgraph=True, backend="eager")
+    for got, want in zip(compiled(tokens), (key, value), strict=True):
+        torch.testing.assert_close(got, want)
+    attention = site.seam.attention
+    if hasattr(attention, "k_proj"):
+        torch.testing.assert_close(key, attention.k_proj(tokens).unflatten(-1, (3, -1)).transpose(1, 2))

@@ -48,6 +48,8 @@ class Seam(ABC):
         self.block, self.attention = block, attention
         self._required = required_parameters(attention.forward)
         self._rotary = "position_embeddings" in inspect.signature(attention.forward).parameters
+        # of the cosines and sines of task tokens: some models halve them, and want them as wide as a head
+        self._widths = tuple(dict.fromkeys((1, getattr(attention, "head_dim", None) or 1))) if self._rotary else (1,)
 
     def install(self, forward: Callable[..., Any]) -> None:
         self.attention.forward = forward
@@ -70,14 +72,20 @@ class Seam(ABC):
             return query
 
         options: dict[str, Any] = dict.fromkeys(self._required)
-        if self._rotary:
-            options["position_embeddings"] = no_positions(tokens)
-        try:
-            self.run(catch, tokens, **options)
-        except (TypeError, RuntimeError) as error:
-            raise NotExpandable(
-                f"block {self.block!r}: its attention cannot run on task tokens alone: {error}"
-            ) from error
+        for width in self._widths:
+            if self._rotary:
+                options["position_embeddings"] = no_positions(tokens, width)
+            caught.clear()
+            try:
+                self.run(catch, tokens, **options)
+            except (TypeError, RuntimeError) as error:
+                if width == self._widths[-1]:
+                    problem = f"its attention cannot run on task tokens alone: {error}"
+                    raise NotExpandable(f"block {self.block!r}: {problem}") from error
+                continue
+            if len(self._widths) > 1:  # the first time, when the block is tried
+                self._widths = (width,)
+            break
         if len(caught) != 1:
             raise NotExpandable(f"block {self.block!r}: its attention attends {len(caught)} times, not once")
         ((key, value),) = caught
@@ -142,9 +150,9 @@ class Catch(TorchFunctionMode):
         return run(*args, **(kwargs or {}))
 
 
-def no_positions(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosines and sines of tokens (rows, N, p) without a position, whatever shape those of the others have."""
-    still = tokens.new_ones(1, tokens.shape[1], 1)
+def no_positions(tokens: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
+    """The cosines and sines of tokens (rows, N, p) without a position; one channel is for all of a head to share."""
+    still = tokens.new_ones(1, tokens.shape[1], width)
     return still, torch.zeros_like(still)
 
 
