@@ -121,6 +121,15 @@ def test_nothing_is_left_behind_by_trying():
     assert block.attention.config is backbone.config
 
 
+@pytest.mark.parametrize("name", ["transformers ViT", "timm ViT", "own, generic"])
+def test_models_without_numbers_are_expanded_too(name):
+    with torch.device("meta"):
+        backbone = MODELS[name][0]()
+    first = next(iter(find_blocks(backbone)))
+    dtme.expand(backbone, dtme.ExpansionPlan(TASKS, 1, {first: TASKS}, {first: TASKS}))
+    assert all(parameter.is_meta for parameter in backbone.get_submodule(first).dtme.parameters())
+
+
 # --- nn.MultiheadAttention ------------------------------------------------------------------------------------------
 
 
