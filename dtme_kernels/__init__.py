@@ -3,6 +3,7 @@
 from .attention import expanded_attention, modulate_concat_attention
 from .conflicts import ConflictCounts, count_conflicts, projected_dots
 from .covariance import token_covariance, token_covariance_
+from .flops import register_formulas
 from .modulation import modulate, modulate_layer_norm
 from .registry import load_extension
 from .streaming_covariance import StreamingCovariance
@@ -11,6 +12,7 @@ from .token_space import TokenSpace, split_token_space
 __version__ = "0.1.0"
 
 load_extension()
+register_formulas()
 
 __all__ = [
     "ConflictCounts",

@@ -1,8 +1,9 @@
 """Find the transformer blocks of a backbone, their widths, and the tokens among a block's arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -60,13 +61,20 @@ def check_batch_first(blocks: Mapping[str, nn.Module]) -> None:
 
 
 def _detect(backbone: nn.Module) -> dict[str, nn.Module]:
-    layers = {name: module for name, module in backbone.named_modules() if _is_checkpointing_layer(module)}
-    innermost = {
+    """Layers by transformers' base class or by their children's names: the innermost that hold an attention.
+
+    Audio models' convolutions are of that base class too, and so are whole stages of hierarchical models.
+    """
+    modules = dict(backbone.named_modules())
+    layers = {n: m for n, m in modules.items() if _is_checkpointing_layer(m) and _holds_attention(m)}
+    around = [f"{name}." if name else "" for name in layers] or [""]  # a pooling head has such children as well
+    layers |= {n: m for n, m in modules.items() if n.startswith(tuple(around)) and _has_attention_and_mlp(m)}
+    inner = {id(module) for module in layers.values()}
+    return {
         name: module
-        for name, module in layers.items()
-        if not any(_is_checkpointing_layer(child) for child in module.modules() if child is not module)
+        for name, module in modules.items()
+        if name in layers and not any(id(child) in inner for child in module.modules() if child is not module)
     }
-    return innermost or {name: module for name, module in backbone.named_modules() if _has_attention_and_mlp(module)}
 
 
 def _is_checkpointing_layer(module: nn.Module) -> bool:
@@ -77,21 +85,80 @@ def _is_checkpointing_layer(module: nn.Module) -> bool:
     )
 
 
+def _holds_attention(module: nn.Module) -> bool:
+    names = [f"{name.rpartition('.')[2]} {type(child).__name__}" for name, child in module.named_modules() if name]
+    return any("attention" in name.lower() or "attn" in name.lower() for name in names)
+
+
 def _has_attention_and_mlp(module: nn.Module) -> bool:
-    """The children of timm's blocks, and of torchvision's and torch's own encoder layers."""
-    names = [name for name, _ in module.named_children()]
-    attention = any(name.startswith("attn") or name in ("self_attn", "self_attention") for name in names)
-    return attention and any(name.startswith("mlp") or name == "linear1" for name in names)
+    """The children of timm's blocks, torchvision's and torch's encoder layers, and transformers' hierarchical ones."""
+    names = [name for name, child in module.named_children() if not isinstance(child, (nn.Dropout, nn.Identity))]
+    attention = any(name.startswith("attn") or name in ("self_attn", "self_attention", "attention") for name in names)
+    return attention and any(name.startswith("mlp") or name in ("linear1", "intermediate") for name in names)
 
 
-def block_width(block: nn.Module) -> int | None:
-    """Channels p of a block's tokens: those of its first norm or linear layer; None where it has neither."""
-    for module in block.modules():
-        if isinstance(module, nn.Linear):
-            return module.in_features
-        if isinstance(module, nn.LayerNorm):
-            return module.normalized_shape[-1]
-    return None
+_NEVER_BLOCKS = ("torch.nn.", "timm.layers.")
+
+
+def check_blocks(modules: Mapping[str, nn.Module], planned: Sequence[str], recognised: Mapping[str, nn.Module]) -> None:
+    """Refuse plans about modules that are no blocks.
+
+    A block is what a plan's report calls one, or what ``find_blocks`` recognises. Neither may lie inside another of
+    them, nor around one, or its tokens would be modulated twice in one place; and a lone layer of torch's or timm's, a
+    norm say, is a part of a block wherever it lies.
+
+    Args:
+        modules: all modules of the backbone by name.
+        planned: names out of the plan.
+        recognised: all blocks that are known otherwise.
+
+    Raises:
+        ValueError: names the module that is no block.
+    """
+    everything = dict.fromkeys([*planned, *recognised])
+    for name in sorted(planned, key=lambda name: name in recognised):  # what is least likely a block first
+        module = modules[name]
+        around = [other for other in everything if other.startswith(f"{name}." if name else "") and other != name]
+        inside = [other for other in everything if name.startswith(f"{other}.")]
+        lone = next(module.children(), None) is None and type(module).__module__.startswith(_NEVER_BLOCKS)
+        if around or not name:
+            problem = f"holds the block {around[0]!r}" if around else "is the whole backbone"
+        elif inside:
+            problem = f"is a part of block {inside[0]!r}"
+        elif lone or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            problem = f"is a {type(module).__name__}"
+        else:
+            continue
+        raise ValueError(f"plan names {name!r} as a block, but that {problem}: name the blocks themselves")
+
+
+def module_like(block: nn.Module) -> Tensor:
+    """A plain floating scalar of the dtype that ``block`` computes in and on its device, whatever its weights are.
+
+    Quantised weights are integers, floats of eight bits or subclasses of Tensor; norms and biases beside them are not.
+    """
+    floating = [p for p in block.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2]
+    plain = [p for p in floating if type(p) in (nn.Parameter, Tensor)]
+    for parameter in (*plain, *floating):
+        return torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+    device = next((tensor.device for tensor in (*block.parameters(), *block.buffers())), None)
+    return torch.zeros((), device=device)
+
+
+def block_widths(block: nn.Module) -> list[int]:
+    """Channels that norms and linear layers of the block take, the likeliest width of its tokens first.
+
+    Those are the block's own norms'; a linear layer may belong to a position bias, and a norm inside the attention to
+    one head.
+    """
+    widths = (getattr(m, "in_features", None) for m in block.modules())
+    linear = [width for width in widths if isinstance(width, int)]
+    return _norm_widths(block.children()) + linear + _norm_widths(block.modules())
+
+
+def _norm_widths(modules: Iterable[nn.Module]) -> list[int]:
+    weights = [getattr(m, "weight", None) for m in modules if "norm" in type(m).__name__.lower()]
+    return [w.shape[0] for w in weights if isinstance(w, Tensor) and w.ndim == 1]
 
 
 def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) -> tuple[int | str, Tensor]:
@@ -101,7 +168,8 @@ def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) ->
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
             return where, value
     raise ValueError(
-        f"block {block!r} was called without tokens: none of its arguments is a floating tensor (B, ..., p)"
+        f"block {block!r} was called without tokens: none of its arguments is a floating tensor (B, ..., p); if it is "
+        "no block, name those that are by blocks="
     )
 
 

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from .attention import Site, find_attention
-from .blocks import block_width, check_batch_first, find_blocks
 from .block import BlockAdapter
+from .block.site import Site, find_attention
+from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
 from .entry import Root
 from .plan import ExpansionPlan
 from .sharing import SHARED_PREFIX
@@ -132,33 +131,40 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 
 def _blocks_of(backbone: nn.Module, plan: ExpansionPlan) -> dict[str, nn.Module]:
-    """Every block that sees task streams, in forward order: those analysed, or found, or at least those of the plan."""
-    modules = dict(backbone.named_modules())
+    """Every block that sees task streams, in forward order: those analysed, or else found, or at least the plan's."""
+    modules, kind = dict(backbone.named_modules()), type(backbone).__name__
     for name in [*plan.blocks, *plan.num_features]:
         if name not in modules:
-            raise ValueError(f"plan names block {name!r}, which {type(backbone).__name__} does not have")
+            raise ValueError(f"plan names block {name!r}, which {kind} does not have")
     try:
         found = find_blocks(backbone)
     except ValueError:
         found = {}
-    if not plan.num_features.keys() | set(plan.blocks) <= found.keys():
-        found = {}  # the plan is about other blocks than those that can be found
+    check_blocks(modules, [*plan.blocks, *plan.num_features], found)
+    for name in plan.blocks:
+        if plan.num_features and name not in plan.num_features:
+            raise ValueError(f"plan names block {name!r}, whose width its num_features leave out")
+        if not plan.num_features and found and name not in found:
+            raise ValueError(
+                f"plan names {name!r}, which is not recognised as a block of {kind}; those are {list(found)}. If it is "
+                "one, give its width in plan.num_features, or take the plan from dtme.analyze(..., blocks=[...])"
+            )
     # a report knows the order in which its blocks ran; other blocks are taken in the order they are registered
-    known = list(plan.num_features) if found.keys() <= plan.num_features.keys() else []
-    names = known or [name for name in modules if name in found or name in plan.num_features or name in plan.blocks]
+    names = list(plan.num_features) or list(found) or [name for name in modules if name in plan.blocks]
     check_batch_first({name: modules[name] for name in names})
     return {name: modules[name] for name in names}
 
 
 def _width(name: str, block: nn.Module, plan: ExpansionPlan) -> int:
-    planned, own = plan.num_features.get(name), block_width(block)
-    if planned is None and own is None:
+    """What was measured beats what the block's layers suggest, unless all of them disagree."""
+    planned, own = plan.num_features.get(name), block_widths(block)
+    if planned is None and not own:
         raise ValueError(f"the width of block {name!r} ({type(block).__name__}) is not known: give plan.num_features")
-    if planned is not None and own is not None and planned != own:
+    if planned is not None and own and planned not in own:
         raise ValueError(
-            f"plan is for {planned} channels at block {name!r}, which has {own}: it was made for another model"
+            f"plan is for {planned} channels at block {name!r}, which has {own[0]}: it was made for another model"
         )
-    return planned or own  # type: ignore[return-value]
+    return own[0] if planned is None else planned
 
 
 def _attach(
@@ -171,8 +177,7 @@ def _attach(
         block = blocks[name]
         block.dtme = adapter = BlockAdapter(name, block, expansion)
         if name in widths:
-            parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
-            like = parameter.new_zeros(widths[name])
+            like = module_like(block).new_zeros(widths[name])
             adapter.add_modulation(plan.modulation.get(name, ()), like, expansion.modulator)
             if name in sites:
                 adapter.add_tokens(plan.expansion[name], plan.num_tokens, like, sites[name])

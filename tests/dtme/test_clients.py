@@ -111,18 +111,24 @@ def test_llama_equals_a_prefix_in_its_key_value_cache():
     [
         (
             lambda: transformers_model(
-                "Swin", embed_dim=WIDTH, depths=[2], num_heads=[3], image_size=32, patch_size=4, window_size=4
+                "DonutSwin", embed_dim=WIDTH, depths=[2], num_heads=[3], image_size=32, patch_size=4, window_size=4
             ),
-            "SwinLayer",
+            "DonutSwinLayer",
         ),
         (
             lambda: timm_model(
-                "swin_tiny_patch4_window7_224", img_size=28, embed_dim=WIDTH, depths=(2,), num_heads=(3,), window_size=7
+                "swinv2_cr_tiny_224",
+                img_size=28,
+                embed_dim=WIDTH,
+                depths=(2,),
+                num_heads=(3,),
+                window_size=7,
+                num_classes=0,
             ),
-            "SwinTransformerBlock",
+            "SwinTransformerV2CrBlock",
         ),
     ],
-    ids=["transformers Swin", "timm Swin"],
+    ids=["transformers Donut", "timm Swin v2 (CR)"],
 )
 def test_task_tokens_are_refused_by_name_but_modulation_works(make, says):
     backbone = make().double().eval()

@@ -1,6 +1,5 @@
 """What ``expand`` hangs on a block: its tasks' modulation and tokens, as the child module ``<block>.dtme``."""
 
-import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 import dtme_kernels
 
-from ..attention import Site
 from ..blocks import Arguments, find_tokens, replace_argument
-from ..seams import KeysValues, NotExpandable, Seam
+from ..seams import UNKNOWN, KeysValues, NotExpandable, argument_axis
 from ..sharing import UnknownArgument
 from ..streams import (
     Expansion,
@@ -35,6 +33,7 @@ from . import recomputation
 from .attention import attend, attend_if
 from .first_half import FirstHalf, PlainNorm
 from .probe import probe
+from .site import Site
 
 ADDED = ".dtme."
 """What the name of every added parameter holds, and no other name."""
@@ -76,7 +75,6 @@ class BlockAdapter(nn.Module):
         self.site: Site | None = None
         self.plain_norm: PlainNorm | None = None
         self._block = (block,)
-        self.argument_names = list(inspect.signature(block.forward).parameters)
         self._handles = [
             block.register_forward_pre_hook(self.enter, with_kwargs=True),
             block.register_forward_hook(self.leave, always_call=True),
@@ -135,10 +133,6 @@ class BlockAdapter(nn.Module):
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean = TaskBuffers({task: self.running_mean[task]}) if modulated else None
             self.running_var = TaskBuffers({task: self.running_var[task]}) if modulated else None
-
-    @property
-    def seam(self) -> Seam | None:
-        return self.site.seam if self.site is not None else None
 
     # --- which run this is ----------------------------------------------------------------------------------------
 
@@ -254,43 +248,47 @@ class BlockAdapter(nn.Module):
         """Give what else comes by image as many rows as the tokens will have."""
         batch = tokens.shape[0] // run.before.num_streams
 
-        def follow(tensor: Tensor, path: str) -> Tensor:
-            axis = self._axis(tensor, path, run.forward, batch)
-            if axis is None or tensor.shape[axis] == 1 != batch:
-                return tensor
-            layouts = (run.after, *run.forward.seen)
-            layout = next((x for x in layouts if tensor.shape[axis] == x.num_streams * batch), None)
-            if layout is None:
-                raise RuntimeError(
-                    f"block {self.name!r} got a {tuple(tensor.shape)} tensor as {path}, which does not have the rows of "
-                    f"{run.before.num_streams} task streams of {batch}"
-                )
-            return repeat_rows(tensor, run.after.sources(layout), layout.num_streams, axis)
-
         def walk(value: Any, at: int | str) -> Any:
             if at == where:  # the tokens, which may be given a second time as something else
                 return value
-            is_named = isinstance(at, int) and at < len(self.argument_names)
-            name = self.argument_names[at] if is_named else str(at)  # type: ignore[index]
             paths: list[str] = []
 
-            def at_path(tensor: Tensor) -> Tensor:
-                paths.append(name)
-                return follow(tensor, f"{name}[{len(paths) - 1}]")
+            def follow(tensor: Tensor) -> Tensor:
+                paths.append(f"{at}[{len(paths)}]")
+                axis = self._axis(tensor, at, paths[-1], run.forward, batch)
+                return tensor if axis is None else self._repeated(tensor, axis, run, batch, paths[-1])
 
-            return map_tensors(at_path, value)
+            return map_tensors(follow, value)
 
         args = tuple([walk(value, at) for at, value in enumerate(args)])
         return args, {name: walk(value, name) for name, value in kwargs.items()}
 
-    def _axis(self, tensor: Tensor, path: str, forward: Forward, batch: int) -> int | None:
-        """Where the rows of a block's argument are, as found out when the first call of its kind was compared."""
+    def _repeated(self, tensor: Tensor, axis: int, run: Run, batch: int, path: str) -> Tensor:
+        """``tensor``, whose images lie on ``axis``, for the streams behind this block's modules."""
+        size = tensor.shape[axis]
+        if size == 1 != batch:
+            return tensor
+        layout = next((x for x in (run.after, *run.forward.seen) if size == x.num_streams * batch), None)
+        if layout is None and size % batch:
+            raise RuntimeError(
+                f"block {self.name!r} got a {tuple(tensor.shape)} tensor as argument {path}, which does not have the rows "
+                f"of {run.before.num_streams} task streams of {batch}"
+            )
+        # else several rows of each image side by side, as of heads, made before any stream parted
+        layout = layout or together(run.after.tasks)
+        return repeat_rows(tensor, run.after.sources(layout), layout.num_streams, axis)
+
+    def _axis(self, tensor: Tensor, at: int | str, path: str, forward: Forward, batch: int) -> int | None:
+        """Where the images of a block's argument lie: what its library says, or the first call of a kind has shown."""
         key = (self.name, path)
         if forward.learns:
-            by_row = tensor.ndim > 0 and any(tensor.shape[0] == x.num_streams * batch for x in forward.seen)
-            forward.arguments[key] = 0 if by_row else None
+            axis = argument_axis(self._block[0], at, tensor)
+            if axis is UNKNOWN:
+                by_row = tensor.ndim > 0 and any(tensor.shape[0] == x.num_streams * batch for x in forward.seen)
+                axis = 0 if by_row else None
+            forward.arguments[key] = axis  # type: ignore[assignment]
         elif key not in forward.arguments:
-            raise UnknownArgument(f"block {self.name!r} got a tensor as {path}, which it did not have at first")
+            raise UnknownArgument(f"block {self.name!r} got a tensor as argument {path}, which it did not have at first")
         return forward.arguments[key]
 
     def modulate(self, run: Run, tokens: Tensor) -> Tensor:

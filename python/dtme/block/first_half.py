@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import dtme_kernels
 
-from ..attention import Site, is_layer_norm
 from ..seams import Projection, Seam, is_hooked
 from ..torch_private import saved_tensors_hooks
+from .site import Site, is_layer_norm
 
 
 class FirstHalf(NamedTuple):

@@ -1,0 +1,184 @@
+"""What every way into an attention has in common, and what a library's file tells about its blocks.
+
+A seam answers two questions about one attention module: which keys and values does it make of given tokens, and how
+does it run with its inner product replaced? The attention keeps its own projections, norms and masks. A seam holds no
+state of a running forward: threads share it.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+KeysValues = tuple[Tensor, Tensor]
+"""(T, H, t, d) each: T streams, H heads, t task tokens of d channels."""
+Attend = Callable[..., Tensor]
+"""As ``scaled_dot_product_attention``: query, key, value (rows, H, N, d) → (rows, H, N, d)."""
+
+
+class Projection(NamedTuple):
+    """What is before the inner product of an attention that does nothing else there."""
+
+    weight: Tensor
+    """(3p, p): rows of query, key and value, heads within."""
+    bias: Tensor | None
+    num_heads: int
+    scale: float
+    finish: Callable[[Tensor], Any]
+    """What the attention makes of its heads' merged output (rows, N, p)."""
+
+
+class NotExpandable(ValueError):
+    """A block that task tokens cannot be added to correctly; says why."""
+
+
+class Seam(ABC):
+    """One attention module, seen from its block ``block``."""
+
+    written_out = False
+    """Whether ``run`` is a copy of the attention's forward, which has to be compared with the installed release's."""
+
+    def __init__(self, block: str, attention: Any) -> None:
+        self.block, self.attention = block, attention
+        self._required = required_parameters(attention.forward)
+        self._rotary = "position_embeddings" in inspect.signature(attention.forward).parameters
+        # of the cosines and sines of task tokens: some models halve them, and want them as wide as a head
+        self._widths = tuple(dict.fromkeys((1, getattr(attention, "head_dim", None) or 1))) if self._rotary else (1,)
+
+    def install(self, forward: Callable[..., Any]) -> None:
+        self.attention.forward = forward
+
+    def remove(self) -> None:
+        del self.attention.forward
+
+    def num_tokens(self) -> int:
+        """How many tokens this attention can be tried on: any number, unless it attends in windows."""
+        return 5
+
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        """What the attention makes of (T, t, p) tokens."""
+        caught: list[KeysValues] = []
+
+        def catch(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+            if query.shape[-2] != key.shape[-2]:
+                raise NotExpandable(f"block {self.block!r}: its attention is not of its tokens to each other")
+            caught.append((key, value))
+            return query
+
+        options: dict[str, Any] = dict.fromkeys(self._required)
+        for width in self._widths:
+            if self._rotary:
+                options["position_embeddings"] = no_positions(tokens, width)
+            caught.clear()
+            try:
+                self.run(catch, tokens, **options)
+            except (TypeError, RuntimeError) as error:
+                if width == self._widths[-1]:
+                    problem = f"its attention cannot run on task tokens alone: {error}"
+                    raise NotExpandable(f"block {self.block!r}: {problem}") from error
+                continue
+            if len(self._widths) > 1:  # the first time, when the block is tried
+                self._widths = (width,)
+            break
+        if len(caught) != 1:
+            raise NotExpandable(f"block {self.block!r}: its attention attends {len(caught)} times, not once")
+        ((key, value),) = caught
+        if key.shape[-2] != tokens.shape[1]:
+            kinds = f"{key.shape[-2]} keys of {tokens.shape[1]} task tokens"
+            raise NotExpandable(f"block {self.block!r}: its attention makes {kinds}")
+        return key, value
+
+    @abstractmethod
+    def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        """The attention's own forward, with ``attend`` for its inner product."""
+
+    def projection(self) -> Projection | None:
+        """What the attention projects with, if it projects, attends, projects back and does nothing else; else None."""
+        return None
+
+
+class Unknown(Enum):
+    UNKNOWN = "unknown"
+
+
+UNKNOWN = Unknown.UNKNOWN
+"""No library's file says what this argument means."""
+Axes = Mapping[int, int | None]
+"""By the number of a tensor's dimensions: the axis that its images lie on, or None where all images share it."""
+
+
+def all_shared(*names: str) -> dict[str, Axes]:
+    """Arguments whose tensors, of whatever shape, are the same for all images."""
+    return dict.fromkeys(names, dict.fromkeys(range(9)))
+
+
+@dataclass(frozen=True)
+class Library:
+    """What one file of this package tells about one library."""
+
+    name: str
+    """The top-level module in which the library's blocks are defined."""
+    seam: Callable[[nn.Module], "type[Seam] | str | None"]
+    """For a module itself, not a child of it: its seam; or a sentence why this attention has none; or None."""
+    arguments: Mapping[str, Axes] = field(default_factory=dict)
+    """What the arguments of the library's blocks mean, by name."""
+    norms: Mapping[tuple[str, str], str | None] = field(default_factory=dict)
+    """Blocks, by module and class, between whose norm and attention tokens are only rearranged: the norm's attribute,
+    or None where the attention reads the block's tokens themselves. Such blocks cannot be tried on plain tokens."""
+
+    def defines(self, block: nn.Module) -> bool:
+        """Whether the forward that runs is the library's, rather than a subclass's or a replacement."""
+        module = getattr(inspect.unwrap(type(block).forward), "__module__", None) or ""
+        return "forward" not in vars(block) and module.partition(".")[0] == self.name
+
+
+class Catch(TorchFunctionMode):
+    """Hands every call of ``scaled_dot_product_attention`` under it to ``attend``; torch keeps modes by thread."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = self.attend if func is nn.functional.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))
+
+
+def no_positions(tokens: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
+    """The cosines and sines of tokens (rows, N, p) without a position; one channel is for all of a head to share."""
+    still = tokens.new_ones(1, tokens.shape[1], width)
+    return still, torch.zeros_like(still)
+
+
+def required_parameters(forward: Callable[..., Any]) -> list[str]:
+    """Parameters without a default, but for the first, which takes the tokens."""
+    _, *others = inspect.signature(forward).parameters.values()
+    return [o.name for o in others if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD]
+
+
+def names_in_forward(module: nn.Module) -> set[str]:
+    """All attributes and globals that the class's forward names."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return set(getattr(code, "co_names", ()))
+
+
+def class_of(module: Any) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
+
+
+def is_plain_linear(module: Any) -> bool:
+    """No subclass, nothing that hangs on it, no weight that is quantised or shared among devices."""
+    own = type(module) is nn.Linear and "forward" not in vars(module) and not is_hooked(module)
+    return own and type(module.weight) is nn.Parameter
+
+
+def is_hooked(module: nn.Module, own_before: int = 0, own_after: int = 0) -> bool:
+    """Whether somebody wants to see, or change, what goes in or comes out; not counting as many hooks of our own."""
+    before, after = len(module._forward_pre_hooks), len(module._forward_hooks)
+    return before > own_before or after > own_after or bool(module._backward_hooks or module._backward_pre_hooks)

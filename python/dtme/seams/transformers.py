@@ -1,0 +1,231 @@
+"""transformers: its attention interface, set on one attention module; Swin v2, which has none, is written out.
+
+Tried on transformers 5.23 and 5.24. The library itself is never imported here; its classes are told by where they are
+defined.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import (
+    Attend,
+    Catch,
+    KeysValues,
+    Library,
+    NotExpandable,
+    Projection,
+    Seam,
+    all_shared,
+    class_of,
+    is_plain_linear,
+    names_in_forward,
+)
+from .timm import continuous_bias, cosines, window_bias
+
+_INNER = "dtme_attend"
+"""The keyword that carries the inner product through an attention's own keywords to its attention function."""
+
+
+class TransformersSeam(Seam):
+    """The inner product travels with the call: in the keywords that most attentions hand on, or caught as it is called.
+
+    Which of the two it is, ``_hands_on``, is found by trying when the seam is installed.
+    """
+
+    def __init__(self, block: str, attention: Any) -> None:
+        super().__init__(block, attention)
+        self._hands_on: bool | None = None
+
+    def install(self, forward: Callable[..., Any]) -> None:
+        super().install(forward)
+        self._register()
+        self._config = self.attention.config
+        self.attention.config = copy.deepcopy(self._config)  # setting one below would set its parts', too
+        self.attention.config._attn_implementation = "dtme"
+        self.attention.config._dtme_block = self.block
+
+    def remove(self) -> None:
+        super().remove()
+        self.attention.config = self._config
+
+    def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.attention).forward
+        if self._hands_on is None:
+            self._hands_on = self._arrives(*args, **kwargs)
+        if self._hands_on:
+            return forward(self.attention, *args, **{_INNER: attend}, **kwargs)
+        with Catch(attend):
+            return forward(self.attention, *args, **kwargs)
+
+    def _arrives(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a keyword that the attention does not know reaches the attention function."""
+        arrived: list[bool] = []
+
+        def attend(query: Tensor, *args: Any, **options: Any) -> Tensor:
+            arrived.append(True)
+            return query
+
+        parameters = inspect.signature(type(self.attention).forward).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return False
+        try:
+            type(self.attention).forward(self.attention, *args, **{_INNER: attend}, **kwargs)
+        except TypeError:  # it hands its keywords to somebody who does not take this one
+            return False
+        return bool(arrived)
+
+    def projection(self) -> Projection | None:
+        attention = self.attention
+        if class_of(attention) not in _PLAIN_ATTENTION or attention.is_causal:
+            return None
+        names = names_in_forward(attention)
+        if not names or not names <= _PLAIN_NAMES or (attention.training and attention.attention_dropout):
+            return None
+        linear = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if not all(is_plain_linear(x) and x.out_features == x.in_features for x in linear):
+            return None
+        biases = [x.bias for x in linear if x.bias is not None]
+        if len(biases) not in (0, 3):
+            return None
+        weight, bias = torch.cat([x.weight for x in linear]), torch.cat(biases) if biases else None
+        return Projection(weight, bias, attention.num_attention_heads, attention.scaling, self._finish)
+
+    def _finish(self, attended: Tensor) -> tuple[Tensor, None]:
+        return self.attention.o_proj(attended), None
+
+    @staticmethod
+    def _register() -> None:
+        sys.modules["transformers"].AttentionInterface.register("dtme", _attention)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()  # a copy may be unpickled where nothing was expanded yet
+
+
+# arguments of transformers' attention functions that do not change what is computed; a sliding window is in the mask
+_HARMLESS = {"output_hidden_states", "return_dict", "use_cache", "position_ids", "cache_position", "sliding_window"}
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' contract: (rows, H, N, d) in; (rows, N, H, d) and the attention weights out."""
+    attend = options.pop(_INNER, F.scaled_dot_product_attention)
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if unknown := [name for name in given if name not in _HARMLESS]:
+        raise NotExpandable(
+            f"block {module.config._dtme_block!r} passes {unknown[0]!r} to its attention, which task tokens do not "
+            "support"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    output = attend(query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+# attentions that project, attend and project back, and all that the forward of one names, in case a release adds to it
+_PLAIN_ATTENTION = {
+    (f"transformers.models.{name.lower()}.modeling_{name.lower()}", f"{name.replace('_', '')}Attention")
+    for name in ("ViT", "DeiT", "Dinov2", "Dinov2_With_Registers", "ViT_MAE", "ViT_MSN")
+}
+_PLAIN_NAMES = {
+    *("shape", "head_dim", "view", "transpose", "reshape", "contiguous", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation", "eager_attention_forward"),
+    *("training", "attention_dropout", "scaling"),
+}
+
+
+class Swinv2Seam(Seam):
+    """Windows, cosines for scores, and a bias by distance; task keys join every window, without a bias and unmasked."""
+
+    written_out = True
+
+    def num_tokens(self) -> int:
+        return math.prod(self.attention.window_size)
+
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        return self._project(tokens)[1:]
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention = self.attention
+        projections = (attention.query, attention.key, attention.value)
+        query, key, value = (
+            project(x).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2) for project in projections
+        )
+        return *cosines(query, key, attention.logit_scale), value
+
+    def run(
+        self,
+        attend: Attend,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[Tensor]:
+        if output_attentions:
+            raise NotExpandable(f"block {self.block!r}: output_attentions=True is not supported beside task tokens")
+        attention = self.attention
+        table = attention.continuous_position_bias_mlp(attention.relative_coords_table)
+        bias = continuous_bias(table, attention.relative_position_index, self.num_tokens())
+        if attention_mask is not None:  # which the library adds twice
+            bias = window_bias(bias, 2 * attention_mask, len(hidden_states))
+        dropout = attention.dropout.p if attention.training else 0.0
+        out = attend(*self._project(hidden_states), attn_mask=bias, dropout_p=dropout, scale=1.0)
+        return (out.transpose(1, 2).flatten(2),)
+
+
+_SWIN, _SWIN_V2 = "transformers.models.swin.modeling_swin", "transformers.models.swinv2.modeling_swinv2"
+
+
+def _seam(module: nn.Module) -> type[Seam] | str | None:
+    if "ALL_ATTENTION_FUNCTIONS" in names_in_forward(module) and hasattr(module, "config"):
+        implementation = getattr(module.config, "_attn_implementation", None) or "eager"
+        if implementation not in ("eager", "sdpa"):
+            return (
+                f"it uses attn_implementation={implementation!r}, whose masks cannot be extended: load the model with "
+                "attn_implementation='sdpa'"
+            )
+        return TransformersSeam
+    return Swinv2Seam if class_of(module) == (_SWIN_V2, "Swinv2SelfAttention") else None
+
+
+_MASK = {2: 0, 3: 0, 4: 0}  # (B, N), (B, N, N) or (B, 1 or H, N, N)
+_ROTARY = {2: None, 3: 0}  # cosines and sines: (N, d) of a grid that all images share, or (B or 1, N, d)
+_PLACES = {1: None, 2: 0}  # (N,), or (B or 1, N)
+_BIAS = {4: 0}  # (B or 1, H, N, N)
+_TOKENS = {3: 0}  # (B, N, p)
+_SLOPES = {3: 0}  # (B * H, 1, N)
+
+LIBRARY = Library(
+    "transformers",
+    _seam,
+    arguments={
+        **dict.fromkeys(("attention_mask", "encoder_attention_mask", "conv_attention_mask", "causal_mask"), _MASK),
+        **dict.fromkeys(("position_embeddings", "encoder_position_embeddings"), _ROTARY),
+        **dict.fromkeys(("position_ids", "encoder_position_ids", "cache_position"), _PLACES),
+        **dict.fromkeys(("position_bias", "encoder_decoder_position_bias", "rel_pos", "rel_2d_pos"), _BIAS),
+        **dict.fromkeys(("encoder_hidden_states", "per_layer_input", "object_queries"), _TOKENS),
+        **dict.fromkeys(("spatial_position_embeddings", "object_queries_position_embeddings"), _TOKENS),
+        "alibi": _SLOPES,
+        # BEiT's table by distance, and sizes
+        **all_shared("relative_position_bias", "input_dimensions", "resolution"),
+    },
+    norms={(_SWIN, "SwinLayer"): "layernorm_before", (_SWIN_V2, "Swinv2Layer"): None},
+)
