@@ -1,0 +1,238 @@
+"""The naive way to run one task: plain hooks on a backbone that was never expanded."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .subject import Subject
+
+Added = dict[str, Tensor]
+
+
+class NoOracle(Exception):
+    """Why a model's task tokens cannot be computed independently."""
+
+
+def tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Tensor] | None:
+    """Where a block's tokens are: its first floating tensor of three dimensions or more."""
+    for where, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
+            return where, value
+    return None
+
+
+def with_tokens(
+    args: tuple[Any, ...], kwargs: dict[str, Any], where: int | str, x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(where, int):
+        return (*args[:where], x, *args[where + 1 :]), kwargs
+    return args, {**kwargs, where: x}
+
+
+def channels_first(block: nn.Module, x: Tensor) -> bool:
+    """Whether ``x`` is (B, p, H, W): its block begins with something that reads channels there."""
+    if x.ndim != 4:
+        return False
+    for module in block.modules():
+        size = getattr(module, "in_channels", None) or getattr(module, "num_features", None)
+        if isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+            return size is None or size == x.shape[1]
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            shape = module.in_features if isinstance(module, nn.Linear) else module.normalized_shape[-1]
+            return shape != x.shape[-1] and shape == x.shape[1]
+    return False
+
+
+@contextmanager
+def modulated(backbone: nn.Module, added: Added, task: str) -> Iterator[None]:
+    """x * w + b on the tokens of every block that has a modulation of this task, every time that it runs."""
+    handles = []
+    for name, block in backbone.named_modules():
+        if (weight := added.get(f"{name}.dtme.weight.{task}")) is None:
+            continue
+
+        def enter(block, args, kwargs, weight=weight, bias=added[f"{name}.dtme.bias.{task}"]):
+            where, x = tokens_of(args, kwargs)
+            shape = (-1, 1, 1) if channels_first(block, x) else (-1,)
+            return with_tokens(args, kwargs, where, x * weight.view(shape) + bias.view(shape))
+
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class KeysValues:
+    """What a block's attention makes of task tokens: which of its calls they join, and their keys and values."""
+
+    call: int
+    key: Tensor
+    value: Tensor
+    turned: bool
+    """Whether keys depend on the position, by a rotation that leaves the first as it is."""
+
+
+class _Attentions(TorchFunctionMode):
+    """Counts calls of scaled_dot_product_attention; keeps their keys and values, or adds those of task tokens."""
+
+    def __init__(self, extra: KeysValues | None = None) -> None:
+        super().__init__()
+        self.extra, self.seen, self.count = extra, [], 0
+        self.masked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.count += 1
+        if self.extra is None:
+            self.seen.append((given["key"].detach().clone(), given["value"].detach().clone()))
+            self.masked |= given.get("attn_mask") is not None or bool(given.get("is_causal"))
+        elif self.count - 1 == self.extra.call:
+            given = _joined(given, self.extra)
+        return func(**given)
+
+
+def _joined(given: dict[str, Any], extra: KeysValues) -> dict[str, Any]:
+    """The same call with task keys and values behind the others, which every query sees."""
+    query, key, value = given["query"], given["key"], given["value"]
+    rows, count = key.shape[0], extra.key.shape[-2]
+    mask = given.get("attn_mask")
+    if given.get("is_causal"):
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    if mask is not None:
+        mask = mask.expand(*mask.shape[:-1], key.shape[-2])
+        mask = F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
+    key = torch.cat([key, extra.key.to(key).expand(rows, -1, -1, -1)], -2)
+    value = torch.cat([value, extra.value.to(value).expand(rows, -1, -1, -1)], -2)
+    return {**given, "key": key, "value": value, "attn_mask": mask, "is_causal": False}
+
+
+def keys_values(subject: Subject, backbone: nn.Module, name: str, tokens: Tensor) -> KeysValues:
+    """Put each task token in the place of a block's first token and see which key and value change.
+
+    A token's key is what the block's own norm and projections make of it, whatever their layout; at the first place
+    rotary embeddings leave it as it is.
+    """
+    block = backbone.get_submodule(name)
+    call = _first_call(subject, backbone, block)
+    first = [_replaced(block, *call, token, 0) for token in tokens]
+    second = [_replaced(block, *call, token, 1) for token in tokens]
+    if len({entry[0] for entry in first}) != 1:
+        raise NoOracle("task tokens reach different attentions")
+    key = torch.stack([entry[1] for entry in first], 1)[None]
+    value = torch.stack([entry[2] for entry in first], 1)[None]
+    elsewhere = torch.stack([entry[1] for entry in second], 1)[None]
+    close = _close(key, elsewhere)
+    if not close and not _close(key.norm(dim=-1), elsewhere.norm(dim=-1)):
+        raise NoOracle("keys depend on the position of their token, and not by a rotation")
+    return KeysValues(first[0][0], key, value, not close)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-5 * b.abs().max().clamp_min(1e-12))
+
+
+def _first_call(subject: Subject, backbone: nn.Module, block: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    try:
+        subject.call(backbone, subject.inputs(1))
+    finally:
+        hook.remove()
+    return calls[0]
+
+
+def _replaced(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], token: Tensor, place: int
+) -> tuple[int, Tensor, Tensor]:
+    """Which attention sees ``token`` in the given place, and its key and value there, (H, d)."""
+    where, x = tokens_of(args, kwargs)  # type: ignore[misc]
+    changed = x.clone()
+    if x.ndim == 3:
+        changed[:, place] = token
+    elif channels_first(block, x):
+        changed[:, :, 0, place] = token
+    else:
+        changed[:, 0, place] = token
+    runs = []
+    for tensor in (x, changed):
+        with _Attentions() as attentions:
+            block(*with_tokens(args, kwargs, where, tensor)[0], **with_tokens(args, kwargs, where, tensor)[1])
+        runs.append(attentions.seen)
+    if len(runs[0]) != len(runs[1]) or not runs[0]:
+        raise NoOracle("its attention does not call scaled_dot_product_attention")
+    moved = [i for i, (a, b) in enumerate(zip(*runs, strict=True)) if a[0].shape != b[0].shape or (a[0] != b[0]).any()]
+    if len(moved) != 1:
+        raise NoOracle(f"{len(moved)} of a block's attentions read its tokens")
+    (old, _), (key, value) = runs[0][moved[0]], runs[1][moved[0]]
+    if key.ndim != 4:
+        raise NoOracle(f"keys of shape {tuple(key.shape)}")
+    places = (key != old).any(-1).any(1).nonzero()
+    if len(places) != 1:
+        raise NoOracle(f"one token is read by {len(places)} keys")
+    row, column = places[0].tolist()
+    return moved[0], key[row, :, column], value[row, :, column]
+
+
+@contextmanager
+def joined(backbone: nn.Module, extra: dict[str, KeysValues]) -> Iterator[None]:
+    """Task keys and values in the attention of every block that is named, every time that it runs."""
+    stacks: list[ExitStack] = []
+    handles = []
+    for name, keys in extra.items():
+        block = backbone.get_submodule(name)
+
+        def enter(block, args, keys=keys):
+            stacks.append(ExitStack())
+            stacks[-1].enter_context(_Attentions(keys))
+
+        def leave(block, args, output):
+            stacks.pop().close()
+
+        handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        while stacks:
+            stacks.pop().close()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def concatenated(backbone: nn.Module, added: Added, task: str) -> Iterator[None]:
+    """The definition: append the task's tokens to the block's, run it, drop them."""
+    handles = []
+    for name, block in backbone.named_modules():
+        if (tokens := added.get(f"{name}.dtme.tokens.{task}")) is None:
+            continue
+
+        def enter(block, args, kwargs, tokens=tokens):
+            where, x = tokens_of(args, kwargs)
+            if x.ndim != 3:
+                raise NoOracle("tokens are not (B, N, p)")
+            return with_tokens(args, kwargs, where, torch.cat([x, tokens.expand(len(x), -1, -1)], 1))
+
+        def leave(block, args, output, count=len(tokens)):
+            if isinstance(output, tuple):
+                return (output[0][:, : output[0].shape[1] - count], *output[1:])
+            return output[:, : output.shape[1] - count]
+
+        handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,87 @@
+"""Every model type that transformers' AutoModel knows, built small."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import configs, inputs
+from .subject import NotBuilt, Subject, randomise
+
+LARGEST = 40_000_000
+"""Parameters above which a model does not count as small."""
+
+EXTRA: dict[str, dict[str, Any]] = {}
+"""What single configurations need besides the generic sizes."""
+
+
+def names() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    return [f"transformers/{name}" for name in MODEL_MAPPING_NAMES]
+
+
+def build(name: str) -> Subject:
+    """A small model of the type, and inputs that it takes.
+
+    Raises:
+        NotBuilt: no configuration or no input was found in a few attempts; says why.
+    """
+    model_type = name.split("/", 1)[1]
+    model, config = _model(model_type)
+    randomise(model)
+    for dtype in (torch.float64, torch.float32):
+        model = model.to(dtype)
+        problem: Exception | None = None
+        for make in inputs.candidates(model, config, dtype):
+            subject = Subject(name, model, make, _heads(config), dtype)
+            try:
+                with torch.no_grad():
+                    outputs = subject.call(model, make(3))
+            except Exception as error:
+                problem = problem or error
+                continue
+            if _is_per_row(outputs):
+                return subject
+            problem = problem or NotBuilt("no output of it has one row per input row")
+    raise NotBuilt(f"no input was found that it takes: {type(problem).__name__}: {problem}"[:300])
+
+
+def _is_per_row(outputs: list[torch.Tensor]) -> bool:
+    return bool(outputs) and all(tensor.ndim and len(tensor) == 3 for tensor in outputs)
+
+
+def _model(model_type: str) -> tuple[nn.Module, Any]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    problem: Exception | None = None
+    for skip in (frozenset(), frozenset({"head_dim"}), frozenset({"num_key_value_heads"}), frozenset({"image_size"})):
+        try:
+            config_class = CONFIG_MAPPING[model_type]
+            config = configs.small(config_class, skip, EXTRA.get(model_type))
+            model_class = MODEL_MAPPING[config_class]
+            model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+            configs.without_cache(config)
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in model_class(config).parameters())
+            if size > LARGEST:
+                raise NotBuilt(f"{size:,} parameters with every size that is known made small")
+            torch.manual_seed(0)
+            return model_class(config).eval(), config
+        except NotBuilt:
+            raise
+        except Exception as error:
+            problem = problem or error
+    text = " ".join(str(problem).split())
+    raise NotBuilt(f"no small configuration was found: {type(problem).__name__}: {text}"[:300])
+
+
+def _heads(config: Any) -> int:
+    for holder in (config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", None) or {})):
+        heads = getattr(holder, "num_attention_heads", None)
+        if isinstance(heads, int):
+            return heads
+    return configs.HEADS
+
+
