@@ -2,6 +2,7 @@
 
 import copy
 import math
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -58,6 +59,9 @@ def check(subject: Subject, kind: str) -> Row:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         row |= {"outcome": "refused" if is_refusal(error, list(blocks)) else "crash", "reason": reason[:400]}
+        if row["outcome"] == "crash":
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            row["where"] = f"{last.filename.split('/')[-1]}:{last.lineno} {last.name}"
     return row
 
 
@@ -83,9 +87,10 @@ def _plain(subject: Subject, found: dict[str, nn.Module]) -> tuple[float, dict[s
         handles.append(block.register_forward_pre_hook(seen, with_kwargs=True))
     with torch.no_grad():
         x = subject.inputs(3)
-        full = subject.call(subject.backbone, x)
+        subject.call(subject.backbone, x)
         for handle in handles:
             handle.remove()
+        full = subject.call(subject.backbone, x)
         if not all(torch.equal(a, b) or a.isnan().any() for a, b in zip(full, subject.call(subject.backbone, x))):
             raise Wrong("the plain model does not repeat itself")
         last = _rows(x, 2, 3)

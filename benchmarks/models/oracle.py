@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .subject import Subject
 
@@ -81,27 +80,34 @@ class KeysValues:
     """Whether keys depend on the position, by a rotation that leaves the first as it is."""
 
 
-class _Attentions(TorchFunctionMode):
-    """Counts calls of scaled_dot_product_attention; keeps their keys and values, or adds those of task tokens."""
+class _Attentions:
+    """Counts calls of scaled_dot_product_attention; keeps their keys and values, or adds those of task tokens.
+
+    torch's function is replaced while it is entered: a TorchFunctionMode does not see calls inside of
+    ``multi_head_attention_forward``.
+    """
 
     def __init__(self, extra: KeysValues | None = None) -> None:
-        super().__init__()
-        self.extra, self.seen, self.count = extra, [], 0
-        self.masked = False
+        self.extra, self.count = extra, 0
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+    def __enter__(self) -> "_Attentions":
+        self.original = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self.attend  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        F.scaled_dot_product_attention = self.original  # type: ignore[assignment]
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         self.count += 1
         if self.extra is None:
             self.seen.append((given["key"].detach().clone(), given["value"].detach().clone()))
-            self.masked |= given.get("attn_mask") is not None or bool(given.get("is_causal"))
         elif self.count - 1 == self.extra.call:
             given = _joined(given, self.extra)
-        return func(**given)
+        return self.original(**given)
 
 
 def _joined(given: dict[str, Any], extra: KeysValues) -> dict[str, Any]:

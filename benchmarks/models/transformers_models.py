@@ -11,7 +11,24 @@ from .subject import NotBuilt, Subject, randomise
 LARGEST = 40_000_000
 """Parameters above which a model does not count as small."""
 
-EXTRA: dict[str, dict[str, Any]] = {}
+EXTRA: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), {"image_size": 64, "depths": [1, 2, 1]}),
+    "autoformer": {"prediction_length": 4, "context_length": 16},
+    "informer": {"prediction_length": 4, "context_length": 16},
+    "time_series_transformer": {"prediction_length": 4, "context_length": 16},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "esm": {"vocab_size": configs.VOCABULARY, "pad_token_id": 1, "mask_token_id": 3, "position_embedding_type": "rotary"},
+    "esmc": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "nemotron": {"head_dim": 8},
+    "reformer": {"axial_pos_embds": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
+    "xlnet": {"d_head": 8},
+}
 """What single configurations need besides the generic sizes."""
 
 
