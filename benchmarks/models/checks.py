@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtme
 from dtme.blocks import find_blocks
@@ -18,6 +19,8 @@ from .subject import TASKS, Subject
 
 PLANS = ("modulation", "task tokens")
 NUM_TOKENS = 2
+TOLERANCES = {"float64": (1e-8, 1e-6), "float32 inside": (1e-5, 1e-3), "float32": (1e-4, 1e-2)}
+"""For outputs and gradients; some models round to float32 whatever the dtype of their weights."""
 Row = dict[str, Any]
 Predictions = dict[str, list[Tensor]]
 
@@ -50,8 +53,8 @@ def check(subject: Subject, kind: str) -> Row:
     try:
         found = find_blocks(subject.backbone)
         row["found"] = len(found)
-        noise, blocks = _plain(subject, found)
-        row |= {"noise": noise, "blocks": len(blocks)}
+        noise, blocks, arithmetic = _plain(subject, found)
+        row |= {"noise": noise, "blocks": len(blocks), "arithmetic": arithmetic}
         _Check(subject, kind, blocks, row).run()
         row.setdefault("outcome", "right")
     except Wrong as error:
@@ -73,8 +76,9 @@ def is_refusal(error: Exception, blocks: list[str]) -> bool:
     return isinstance(error, (ValueError, RuntimeError)) and (said or named)
 
 
-def _plain(subject: Subject, found: dict[str, nn.Module]) -> tuple[float, dict[str, int]]:
-    """How far a row's output depends on its batch, and the width of each block that runs, in the order they do."""
+def _plain(subject: Subject, found: dict[str, nn.Module]) -> tuple[float, dict[str, int], str]:
+    """How far a row's output depends on its batch, the width of each block that runs, in their order, and TOLERANCES'
+    name of the arithmetic."""
     widths: dict[str, int] = {}
     handles = []
     for name, block in found.items():
@@ -87,7 +91,8 @@ def _plain(subject: Subject, found: dict[str, nn.Module]) -> tuple[float, dict[s
         handles.append(block.register_forward_pre_hook(seen, with_kwargs=True))
     with torch.no_grad():
         x = subject.inputs(3)
-        subject.call(subject.backbone, x)
+        with _Rounding() as rounding:
+            subject.call(subject.backbone, x)
         for handle in handles:
             handle.remove()
         full = subject.call(subject.backbone, x)
@@ -98,7 +103,19 @@ def _plain(subject: Subject, found: dict[str, nn.Module]) -> tuple[float, dict[s
     if not widths:
         raise ValueError("no transformer blocks were recognised: those found do not run, or take no tokens")
     noise = difference([tensor[2:3] if len(tensor) == 3 else tensor for tensor in full], alone)
-    return noise, widths
+    arithmetic = "float32" if subject.dtype == torch.float32 else "float32 inside" if rounding.seen else "float64"
+    return noise, widths, arithmetic
+
+
+class _Rounding(TorchDispatchMode):
+    """Whether an operation under it returns float32."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.seen |= isinstance(output, Tensor) and output.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return output
 
 
 def _rows(x: Any, start: int, end: int) -> Any:
@@ -118,10 +135,7 @@ class _Check:
         self.subject, self.kind, self.row = subject, kind, row
         self.backbone, self.plan = subject.backbone, make_plan(kind, widths)
         self.naive = copy.deepcopy(subject.backbone)
-        # rounding to float32 inside of a float64 model shows in rows that depend on their batch
-        exact = subject.dtype == torch.float64 and row["noise"] < 1e-11
-        self.tolerance = 1e-8 if exact else 1e-3
-        self.gradient_tolerance = 1e-6 if exact else 1e-2
+        self.tolerance, self.gradient_tolerance = TOLERANCES[row["arithmetic"]]
         row["notes"] = ["rows depend on their batch"] if row["noise"] > 1e-3 else []
 
     def run(self) -> None:

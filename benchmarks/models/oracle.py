@@ -120,9 +120,17 @@ def _joined(given: dict[str, Any], extra: KeysValues) -> dict[str, Any]:
     if mask is not None:
         mask = mask.expand(*mask.shape[:-1], key.shape[-2])
         mask = F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
-    key = torch.cat([key, extra.key.to(key).expand(rows, -1, -1, -1)], -2)
-    value = torch.cat([value, extra.value.to(value).expand(rows, -1, -1, -1)], -2)
+    # without a mask transformers leaves it to torch to repeat the heads of keys; else it repeats them itself
+    key = torch.cat([key, _heads(extra.key.to(key), key.shape[1]).expand(rows, -1, -1, -1)], -2)
+    value = torch.cat([value, _heads(extra.value.to(value), value.shape[1]).expand(rows, -1, -1, -1)], -2)
     return {**given, "key": key, "value": value, "attn_mask": mask, "is_causal": False}
+
+
+def _heads(tensor: Tensor, count: int) -> Tensor:
+    """(1, H, t, d) with as many heads as asked for: each repeated, or one out of every group of equal ones."""
+    if tensor.shape[1] > count:
+        return tensor[:, :: tensor.shape[1] // count]
+    return tensor.repeat_interleave(count // tensor.shape[1], 1)
 
 
 def keys_values(subject: Subject, backbone: nn.Module, name: str, tokens: Tensor) -> KeysValues:

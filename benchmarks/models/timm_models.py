@@ -41,7 +41,6 @@ MODELS: dict[str, tuple[str, Options]] = {
     "eva, mixed RoPE": ("vit_small_patch16_rope_mixed_224", _VIT),
     "eva, RoPE ViT-reg": ("vit_mediumd_patch16_rope_reg1_gap_256", _VIT),
     "eva, perception encoder": ("vit_pe_core_tiny_patch16_384", _VIT),
-    "eva, test": ("test_vit_rope", {"img_size": 64}),
     "naflexvit": ("naflexvit_base_patch16_gap", _VIT),
     "gemma4_vit": ("gemma4_vit_167m_enc", {**_VIT, "img_size": 96, "head_dim": 8, "num_kv_heads": 2, "intermediate_size": 48}),
     "qwen3_vit": ("qwen3_vit_88m", {**_VIT, "img_size": 64}),
@@ -59,7 +58,7 @@ MODELS: dict[str, tuple[str, Options]] = {
     "efficientvit_mit": ("efficientvit_b0", {}),
     "efficientvit_msra": ("efficientvit_m0", {}),
     "fastvit": ("fastvit_sa12", {}),
-    "gcvit": ("gcvit_xxtiny", {"img_size": 64, "window_size": (2, 2, 2, 2), "embed_dim": 16, "depths": (1, 1, 1, 1)}),
+    "gcvit": ("gcvit_xxtiny", {"img_size": 64}),
     "hiera": ("hiera_tiny_224", {"img_size": 64, "embed_dim": 16, "stages": (1, 1, 1, 1)}),
     "hieradet_sam2": ("sam2_hiera_tiny", {"embed_dim": 16, "stages": (1, 1, 2, 1)}),
     "cpubone": ("cpubone_nano", {}),
@@ -71,18 +70,18 @@ MODELS: dict[str, tuple[str, Options]] = {
     "maxxvit, MaxxViT": ("maxxvit_rmlp_nano_rw_256", {"img_size": 64}),
     "maxxvit, tf": ("maxvit_tiny_tf_224", {"img_size": 64}),
     "maxxvit, test": ("test_maxvit", {"img_size": 64}),
-    "metaformer": ("caformer_s18", {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 64)}),
+    "metaformer": ("caformer_s18", {}),
     "mobilenetv3": ("mobilenetv4_hybrid_medium_075", {}),
     "mobilenetv5": ("mobilenetv5_300m_enc", {}),
     "mobilevit": ("mobilevit_xxs", {}),
     "mobilevit, v2": ("mobilevitv2_050", {}),
     "mvitv2": ("mvitv2_tiny", {"img_size": 64}),
-    "nest": ("nest_tiny", {"img_size": 64, "embed_dims": (16, 24, 32), "num_heads": (2, 2, 4), "depths": (1, 1, 2)}),
-    "nextvit": ("nextvit_small", {"depths": (1, 1, 1, 1)}),
+    "nest": ("nest_tiny", {"img_size": 64}),
+    "nextvit": ("nextvit_small", {}),
     "pit": ("pit_ti_224", {"img_size": 64, "depth": (1, 1, 1)}),
     "pit, distilled": ("pit_ti_distilled_224", {"img_size": 64, "depth": (1, 1, 1)}),
     "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}),
-    "pvt_v2, linear": ("pvt_v2_b2_li", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64)}),
+    "pvt_v2, linear": ("pvt_v2_b2_li", {"depths": (1, 1, 1, 1)}),
     "shvit": ("shvit_s1", {}),
     "swiftformer": ("swiftformer_xs", {"img_size": 64}),
     "swin_transformer": ("swin_tiny_patch4_window7_224", _SWIN),
@@ -96,7 +95,7 @@ MODELS: dict[str, tuple[str, Options]] = {
     "twins, PCPVT": ("twins_pcpvt_small", {"img_size": 64, "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "num_heads": (2, 4, 4, 4)}),
     "visformer": ("visformer_tiny", {"img_size": 64, "depth": (1, 1, 1)}),
     "vitamin": ("vitamin_small_224", {"img_size": 64}),
-    "volo": ("volo_d1_224", {"img_size": 64, "layers": (1, 1, 1, 1)}),
+    "volo": ("volo_d1_224", {"img_size": 64}),
     "xcit": ("xcit_nano_12_p8_224", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 4}),
     "byoanet, BoTNet": ("botnet26t_256", {"img_size": 64}),
     "byoanet, HaloNet": ("halonet_h1", {}),
@@ -114,7 +113,7 @@ def build(name: str) -> Subject:
 
     variant, options = MODELS[name.split("/", 1)[1]]
     problem: Exception | None = None
-    for side in (options.get("img_size", 64), 128, 224):
+    for side in (options.get("img_size", 64), 128, 256, 224):
         own = {**options, "img_size": side} if "img_size" in options else options
         try:
             torch.manual_seed(0)
