@@ -4,50 +4,50 @@ from typing import Any
 
 WIDTH, HEADS, DEPTH, VOCABULARY, IMAGE, PATCH = 32, 4, 3, 128, 32, 8
 
-_BY_VALUE: dict[int, tuple[str, ...]] = {
+_NAMES: dict[int, str] = {
     WIDTH: (
         "hidden_size d_model n_embd dim emb_dim embed_dim decoder_hidden_size encoder_hidden_size projection_dim "
         "vision_embed_dim lm_hidden_size text_hidden_size out_hidden_size output_hidden_size encoder_hidden_dim "
         "image_text_hidden_size decoder_n_embd audio_hidden_size vision_hidden_size fusion_hidden_size input_dim "
-        "output_dim hidden_dim_ pooler_output_size neck_dim shared_embedding_dim projector_hidden_size attention_dim "
-        "moe_latent_size lru_width conv_dim_ encoder_embed_dim decoder_hidden_dim fpn_hidden_size rope_dim_ mask_dim "
+        "output_dim pooler_output_size neck_dim shared_embedding_dim projector_hidden_size attention_dim "
+        "moe_latent_size lru_width encoder_embed_dim decoder_hidden_dim fpn_hidden_size mask_dim "
         "feature_size_ mask_feature_size fpn_feature_size output_channels output_num_channels num_filters backbone_dim "
         "mm_hidden_size max_2d_hidden embedding_size pooler_hidden_size decoder_hidden_dim encoder_dim latent_dim "
-        "d_latents d_latents_ memory_attention_hidden_size memory_encoder_hidden_size memory_fuser_embed_dim "
+        "d_latents memory_attention_hidden_size memory_encoder_hidden_size memory_fuser_embed_dim "
         "memory_encoder_output_channels mask_downsampler_embed_dim hidden_channels transformer_hidden_size"
-    ).split(),  # type: ignore[dict-item]
+    ),
     48: (
         "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner dim_feedforward mlp_dim "
         "decoder_intermediate_size moe_intermediate_size shared_expert_intermediate_size dense_intermediate_size "
-        "intermediate_size_mlp feed_forward_size ffn_hidden_size shared_intermediate_size dff d_inner_ "
+        "intermediate_size_mlp feed_forward_size ffn_hidden_size shared_intermediate_size dff "
         "moe_shared_expert_intermediate_size expert_intermediate_size memory_fuser_intermediate_dim ffn_size "
         "encoder_intermediate_size vision_intermediate_size block_ff_dim projection_intermediate_size"
-    ).split(),  # type: ignore[dict-item]
+    ),
     HEADS: (
         "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads "
         "decoder_num_attention_heads encoder_num_attention_heads num_attention_heads_per_layer attention_heads "
         "vision_num_heads decoder_n_head index_n_heads linear_num_key_heads linear_num_value_heads mamba_num_heads "
         "num_self_attention_heads num_cross_attention_heads transformer_num_heads swa_num_attention_heads "
         "linear_num_heads num_linear_heads num_experts n_routed_experts num_local_experts moe_num_experts"
-    ).split(),  # type: ignore[dict-item]
+    ),
     2: (
         "num_key_value_heads decoder_num_key_value_heads encoder_num_key_value_heads num_kv_heads n_kv_heads "
-        "num_experts_per_tok num_experts_per_token moe_topk swa_num_key_value_heads num_hash_layers_ "
-        "num_key_value_groups_ num_global_key_value_heads first_k_dense_replace num_queries_ num_query_tokens_"
-    ).split(),  # type: ignore[dict-item]
+        "num_experts_per_tok num_experts_per_token moe_topk swa_num_key_value_heads "
+        "num_key_value_groups_ num_global_key_value_heads first_k_dense_replace"
+    ),
     DEPTH: (
         "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers depth "
         "num_encoder_layers decoder_num_layers encoder_num_layers vision_layers text_layers decoder_num_hidden_layers "
         "encoder_num_hidden_layers num_blocks memory_attention_num_layers memory_fuser_num_layers l_layers r_layers "
         "x_layers num_self_attends_per_block"
-    ).split(),  # type: ignore[dict-item]
+    ),
     8: ("head_dim d_kv attention_head_size v_head_dim kv_channels swa_head_dim global_head_dim linear_key_head_dim "
-        "linear_value_head_dim attention_head_dim dim_head encoder_head_dim index_head_dim linear_head_dim").split(),
+        "linear_value_head_dim attention_head_dim dim_head encoder_head_dim index_head_dim linear_head_dim"),
     16: ("kv_lora_rank q_lora_rank hidden_size_per_layer_input mamba_d_head mamba_head_dim state_size mamba_d_state "
-         "ssm_state_size time_step_rank num_conv_pos_embedding_groups num_conv_pos_embeddings").split(),
-    1: ("topk_group n_group num_expert_group num_nextn_predict_layers merger_times").split(),
+         "ssm_state_size time_step_rank num_conv_pos_embedding_groups num_conv_pos_embeddings"),
+    1: ("topk_group n_group num_expert_group num_nextn_predict_layers merger_times"),
 }  # fmt: skip
-SIZES: dict[str, int] = {name: value for value, names in _BY_VALUE.items() for name in names}
+SIZES: dict[str, int] = {name: value for value, names in _NAMES.items() for name in names.split()}
 SIZES |= {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 64,
@@ -95,7 +95,7 @@ def smaller(name: str, value: Any, skip: frozenset[str]) -> Any:
         return None
     if is_integer(value):
         if name in SIZES:
-            return min(SIZES[name], value) if name not in ("max_source_positions",) else SIZES[name]
+            return min(SIZES[name], value)
         if ("token_id" in name or "token_index" in name) and value >= VOCABULARY:
             return None  # set by special_tokens
         return None
@@ -129,7 +129,9 @@ def special_tokens(config: Any) -> Overrides:
     return {name: VOCABULARY - 1 - i for i, name in enumerate(found)}
 
 
-def small(config_class: type, skip: frozenset[str] = frozenset(), extra: Overrides | None = None, default: Any = None) -> Any:
+def small(
+    config_class: type, skip: frozenset[str] = frozenset(), extra: Overrides | None = None, default: Any = None
+) -> Any:
     """A small instance of ``config_class``.
 
     Args:

@@ -8,7 +8,12 @@ from . import timm_models, torch_models, transformers_models
 from .checks import PLANS, Row, check
 from .subject import NotBuilt, Subject
 
-LIBRARIES = {"transformers": transformers_models, "timm": timm_models, "torch": torch_models, "torchvision": torch_models}
+LIBRARIES = {
+    "transformers": transformers_models,
+    "timm": timm_models,
+    "torch": torch_models,
+    "torchvision": torch_models,
+}
 
 
 def prepare() -> None:

@@ -239,10 +239,10 @@ def concatenated(backbone: nn.Module, added: Added, task: str) -> Iterator[None]
                 raise NoOracle("tokens are not (B, N, p)")
             return with_tokens(args, kwargs, where, torch.cat([x, tokens.expand(len(x), -1, -1)], 1))
 
-        def leave(block, args, output, count=len(tokens)):
+        def leave(block, args, output, tokens=tokens):
             if isinstance(output, tuple):
-                return (output[0][:, : output[0].shape[1] - count], *output[1:])
-            return output[:, : output.shape[1] - count]
+                return (output[0][:, : output[0].shape[1] - len(tokens)], *output[1:])
+            return output[:, : output.shape[1] - len(tokens)]
 
         handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
     try:

@@ -73,7 +73,12 @@ def _child(name: str, work: Callable[[str], list[Row]], write: int) -> None:
         for row in work(name):
             os.write(write, (json.dumps(row) + "\n").encode())
     except BaseException as error:
-        row = {"model": name, "plan": "rest", "outcome": "no answer", "reason": f"{type(error).__name__}: {error}"[:300]}
+        row = {
+            "model": name,
+            "plan": "rest",
+            "outcome": "no answer",
+            "reason": f"{type(error).__name__}: {error}"[:300],
+        }
         os.write(write, (json.dumps(row) + "\n").encode())
     finally:
         os._exit(0)

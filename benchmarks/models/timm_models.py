@@ -1,5 +1,6 @@
 """One small member, or several, of every module of timm that holds an attention; no pretrained weights."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from .subject import NotBuilt, Subject, randomise
 
 Options = dict[str, Any]
 _VIT: Options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+_HEADS: Options = {"embed_dim": 32, "depth": 3, "num_heads": 4}
+_STAGE_HEADS = (2, 4, 4, 4)
 _SWIN: Options = {"img_size": 64, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
-_FOUR: Options = {"embed_dims": (16, 24, 32, 48), "depths": (1, 1, 2, 1), "img_size": 64}
 
 MODELS: dict[str, tuple[str, Options]] = {
     "vision_transformer": ("vit_tiny_patch16_224", _VIT),
@@ -24,11 +26,13 @@ MODELS: dict[str, tuple[str, Options]] = {
     "vision_transformer, no class token": ("vit_base_patch16_gap_224", _VIT),
     "vision_transformer, AIMv2": ("aimv2_large_patch14_224", _VIT),
     "vision_transformer, test": ("test_vit", {"img_size": 64}),
-    "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 4}),
+    "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", {**_HEADS, "img_size": 64}),
     "vision_transformer_relpos": ("vit_relpos_small_patch16_224", _VIT),
     "vision_transformer_relpos, test": ("test_vit_relpos", {"img_size": 64}),
-    "vision_transformer_sam": ("samvit_base_patch16", {**_VIT, "img_size": 64, "window_size": 4,
-                               "global_attn_indexes": (2,), "neck_chans": 16}),
+    "vision_transformer_sam": (
+        "samvit_base_patch16",
+        {**_VIT, "img_size": 64, "window_size": 4, "global_attn_indexes": (2,), "neck_chans": 16},
+    ),
     "deit": ("deit_tiny_patch16_224", _VIT),
     "deit, distilled": ("deit_tiny_distilled_patch16_224", _VIT),
     "deit, DeiT-3": ("deit3_small_patch16_224", _VIT),
@@ -42,13 +46,19 @@ MODELS: dict[str, tuple[str, Options]] = {
     "eva, RoPE ViT-reg": ("vit_mediumd_patch16_rope_reg1_gap_256", _VIT),
     "eva, perception encoder": ("vit_pe_core_tiny_patch16_384", _VIT),
     "naflexvit": ("naflexvit_base_patch16_gap", _VIT),
-    "gemma4_vit": ("gemma4_vit_167m_enc", {**_VIT, "img_size": 96, "head_dim": 8, "num_kv_heads": 2, "intermediate_size": 48}),
+    "gemma4_vit": (
+        "gemma4_vit_167m_enc",
+        {**_VIT, "img_size": 96, "head_dim": 8, "num_kv_heads": 2, "intermediate_size": 48},
+    ),
     "qwen3_vit": ("qwen3_vit_88m", {**_VIT, "img_size": 64}),
     "deepseek_vit": ("deepseek_vit_412m", {**_VIT, "img_size": 64}),
     "cait": ("cait_xxs24_224", {**_VIT, "depth": 2}),
     "coat": ("coat_tiny", {"img_size": 64}),
     "coat, lite": ("coat_lite_tiny", {"img_size": 64}),
-    "convit": ("convit_tiny", {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 4, "num_heads": 4, "local_up_to_layer": 2}),
+    "convit": (
+        "convit_tiny",
+        {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 4, "num_heads": 4, "local_up_to_layer": 2},
+    ),
     "crossvit": ("crossvit_tiny_240", {}),
     "csatv2": ("csatv2", {}),
     "davit": ("davit_tiny", {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 4)}),
@@ -88,19 +98,41 @@ MODELS: dict[str, tuple[str, Options]] = {
     "swin_transformer, S3": ("swin_s3_tiny_224", {**_SWIN, "window_size": (4, 4)}),
     "swin_transformer_v2": ("swinv2_tiny_window8_256", _SWIN),
     "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", _SWIN),
-    "tiny_vit": ("tiny_vit_5m_224", {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "window_sizes": (2, 2, 2, 2),
-                 "num_heads": (2, 2, 4, 4)}),
-    "tnt": ("tnt_s_patch16_224", {"img_size": 64, "embed_dim": 32, "inner_dim": 8, "depth": 3, "num_heads_inner": 2, "num_heads_outer": 4}),
-    "twins, SVT": ("twins_svt_small", {"img_size": 64, "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "num_heads": (2, 4, 4, 4), "wss": (2, 2, 2, 2)}),
-    "twins, PCPVT": ("twins_pcpvt_small", {"img_size": 64, "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "num_heads": (2, 4, 4, 4)}),
+    "tiny_vit": (
+        "tiny_vit_5m_224",
+        {
+            "embed_dims": (16, 32, 48, 64),
+            "depths": (1, 1, 2, 1),
+            "window_sizes": (2, 2, 2, 2),
+            "num_heads": (2, 2, 4, 4),
+        },
+    ),
+    "tnt": (
+        "tnt_s_patch16_224",
+        {"img_size": 64, "embed_dim": 32, "inner_dim": 8, "depth": 3, "num_heads_inner": 2, "num_heads_outer": 4},
+    ),
+    "twins, SVT": (
+        "twins_svt_small",
+        {
+            "img_size": 64,
+            "embed_dims": (16, 32, 48, 64),
+            "depths": (1, 1, 2, 1),
+            "num_heads": _STAGE_HEADS,
+            "wss": (2, 2, 2, 2),
+        },
+    ),
+    "twins, PCPVT": (
+        "twins_pcpvt_small",
+        {"img_size": 64, "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "num_heads": _STAGE_HEADS},
+    ),
     "visformer": ("visformer_tiny", {"img_size": 64, "depth": (1, 1, 1)}),
     "vitamin": ("vitamin_small_224", {"img_size": 64}),
     "volo": ("volo_d1_224", {"img_size": 64}),
-    "xcit": ("xcit_nano_12_p8_224", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 4}),
+    "xcit": ("xcit_nano_12_p8_224", {**_HEADS, "img_size": 64}),
     "byoanet, BoTNet": ("botnet26t_256", {"img_size": 64}),
     "byoanet, HaloNet": ("halonet_h1", {}),
     "byobnet, BAT": ("bat_resnext26ts", {}),
-}  # fmt: skip
+}
 
 
 def names() -> list[str]:
@@ -123,7 +155,7 @@ def build(name: str) -> Subject:
             problem = problem or error
             continue
         for dtype in (torch.float64, torch.float32):
-            subject = Subject(name, model.to(dtype), lambda rows, side=side, dtype=dtype: _image(rows, side, dtype), 4, dtype)
+            subject = Subject(name, model.to(dtype), partial(_image, side, dtype), 4, dtype)
             try:
                 with torch.no_grad():
                     if subject.call(subject.backbone, subject.inputs(2)):
@@ -134,4 +166,6 @@ def build(name: str) -> Subject:
 
 
 def _image(rows: int, side: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(rows), dtype=torch.float64).to(dtype)
+    return torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(rows), dtype=torch.float64).to(
+        dtype
+    )

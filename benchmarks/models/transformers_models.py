@@ -12,12 +12,17 @@ LARGEST = 40_000_000
 """Parameters above which a model does not count as small."""
 
 EXTRA: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), {"image_size": 64, "depths": [1, 2, 1]}),
+    **{name: {"image_size": 64, "depths": [1, 2, 1]} for name in ("swin", "swinv2", "donut-swin", "maskformer-swin")},
     "autoformer": {"prediction_length": 4, "context_length": 16},
     "informer": {"prediction_length": 4, "context_length": 16},
     "time_series_transformer": {"prediction_length": 4, "context_length": 16},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
-    "esm": {"vocab_size": configs.VOCABULARY, "pad_token_id": 1, "mask_token_id": 3, "position_embedding_type": "rotary"},
+    "esm": {
+        "vocab_size": configs.VOCABULARY,
+        "pad_token_id": 1,
+        "mask_token_id": 3,
+        "position_embedding_type": "rotary",
+    },
     "esmc": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -100,5 +105,3 @@ def _heads(config: Any) -> int:
         if isinstance(heads, int):
             return heads
     return configs.HEADS
-
-
