@@ -165,7 +165,6 @@ def build(name: str) -> Subject:
     raise NotBuilt(f"{type(problem).__name__}: {problem}"[:300])
 
 
-def _image(rows: int, side: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(rows), dtype=torch.float64).to(
-        dtype
-    )
+def _image(side: int, dtype: torch.dtype, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, 3, side, side, generator=generator, dtype=torch.float64).to(dtype)
