@@ -80,6 +80,8 @@ SIZES |= {
     "attention_window": 4,
     "index_topk": 8,
     "conv_depthwise_kernel_size": 3,
+    "moe_k": 2,
+    "mamba_d_ssm": 64,
 }
 
 Overrides = dict[str, Any]
@@ -149,14 +151,30 @@ def small(
         if (new := smaller(name, value, skip)) is not None:
             changes[name] = new
     changes |= special_tokens(default)
+    rope = getattr(default, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        half = int(4 * rope.get("partial_rotary_factor", 1.0))
+        changes["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    if hasattr(default, "qk_rope_head_dim"):  # latent attention: rotary embeddings are as wide as that part alone
+        changes |= {name: value for name, value in (("head_dim", 4), ("num_key_value_heads", HEADS)) if name in changes}
     for name in parts:
         part = getattr(default, name, None)
         if part is None or not hasattr(part, "to_dict"):
             continue
         within = {key.split(".", 1)[1]: value for key, value in extra.items() if key.startswith(name + ".")}
-        changes[name] = small(type(part), skip, within, part).to_dict()
+        changes[name] = small(type(part), skip, {**_kept(part), **within}, part).to_dict()
     own = {name: value for name, value in extra.items() if "." not in name}
     return config_class(**{**changes, **own})
+
+
+def _kept(part: Any) -> Overrides:
+    """What a part of a configuration sets that is not its class's default, a backbone's name for instance."""
+    default = vars(type(part)())
+    return {
+        name: value
+        for name, value in vars(part).items()
+        if isinstance(value, (str, bool, float)) and not name.startswith("_") and value != default.get(name)
+    }
 
 
 def without_cache(config: Any) -> None:

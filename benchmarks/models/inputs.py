@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,25 +19,34 @@ def candidates(model: nn.Module, config: Any, dtype: torch.dtype) -> Iterator[Ca
     known = set(inspect.signature(model.forward).parameters)
     main = getattr(model, "main_input_name", "input_ids")
     for length in (LENGTH, 16):
-        for media in _media(known, main, config):
-            yield lambda rows, length=length, media=media: _make(known, main, config, rows, length, media, dtype)
+        for media, text in _combinations(known, main, config):
+            yield partial(_make, known, config, length, media, text, dtype)
 
 
-def _media(known: set[str], main: str, config: Any) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes, without their rows, of the floating inputs to try, several at a time."""
-    text = "input_ids" in known or "decoder_input_ids" in known
-    found: list[dict[str, tuple[int, ...]]] = []
+Media = dict[str, tuple[int, ...]]
+
+
+def _combinations(known: set[str], main: str, config: Any) -> list[tuple[Media, bool]]:
+    """Shapes, without their rows, of the floating inputs to try, and whether text goes with them."""
+    has_text = "input_ids" in known
+    media: list[Media] = []
     for name in ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values", "waveform"):
         if name in known:
-            found += [{name: shape} for shape in _shapes(name, config)]
-    if text and main in ("input_ids", "decoder_input_ids") and not _is_two_towers(config, known):
-        return [{}, *found]
-    return [*found, {}]
+            media += [{name: shape} for shape in _shapes(name, config)]
+    both = [(one, True) for one in media] if has_text else []
+    alone = [(one, False) for one in media]
+    text: list[tuple[Media, bool]] = [({}, has_text)]
+    if _has_two_towers(config):
+        return [*both, *text, *alone]
+    if main in ("input_ids", "decoder_input_ids") and has_text:
+        return [*text, *both, *alone]
+    return [*alone, *both, *text]
 
 
-def _is_two_towers(config: Any, known: set[str]) -> bool:
+def _has_two_towers(config: Any) -> bool:
     parts = set(getattr(config, "sub_configs", None) or {})
-    return {"text_config", "vision_config"} <= parts and hasattr(config, "projection_dim") and "pixel_values" in known
+    other = parts & {"vision_config", "audio_config", "speech_config"}
+    return "text_config" in parts and bool(other) and hasattr(config, "projection_dim")
 
 
 def _shapes(name: str, config: Any) -> list[tuple[int, ...]]:
@@ -76,15 +86,7 @@ def _parts(config: Any, kind: str) -> list[Any]:
     return [part for name in names if kind in name and (part := getattr(config, name, None)) is not None]
 
 
-def _make(
-    known: set[str],
-    main: str,
-    config: Any,
-    rows: int,
-    length: int,
-    media: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
-) -> Inputs:
+def _make(known: set[str], config: Any, length: int, media: Media, text: bool, dtype: torch.dtype, rows: int) -> Inputs:
     generator = torch.Generator().manual_seed(rows)
 
     def normal(*shape: int) -> Tensor:
@@ -94,9 +96,9 @@ def _make(
         return torch.randint(low, high, shape, generator=generator)
 
     made: Inputs = {name: normal(rows, *shape) for name, shape in media.items()}
-    text = "input_ids" in known and (main == "input_ids" or not media or _is_two_towers(config, known))
+    high = _vocabulary(config)
     if text:
-        made["input_ids"] = numbers(6, VOCABULARY - 40, rows, length)
+        made["input_ids"] = numbers(6, high, rows, length)
         # the end token, from which CLIP pools
         made["input_ids"][:, -1] = 2
         if "attention_mask" in known:
@@ -110,14 +112,36 @@ def _make(
     if "visual_embeds" in known:
         made |= {"visual_embeds": normal(rows, 5, config.visual_embedding_dim)}
     if "decoder_input_ids" in known and getattr(config, "is_encoder_decoder", True):
-        made["decoder_input_ids"] = numbers(6, VOCABULARY - 40, rows, DECODED)
-    if "states" in known:
+        made["decoder_input_ids"] = numbers(6, high, rows, DECODED)
+    return made | _unusual(known, config, media, rows, normal)
+
+
+def _vocabulary(config: Any) -> int:
+    """One more than the largest word that a text may have: special tokens lie beyond."""
+    holders = [config, *_parts(config, "text"), *_parts(config, "encoder"), *_parts(config, "decoder")]
+    sizes = [size for holder in holders if isinstance(size := getattr(holder, "vocab_size", None), int) and size > 8]
+    return min(VOCABULARY - 40, *[size - 1 for size in sizes], VOCABULARY)
+
+
+def _unusual(known: set[str], config: Any, media: Media, rows: int, normal: Callable[..., Tensor]) -> Inputs:
+    """Inputs that only one kind of model has."""
+    made: Inputs = {}
+    if "states" in known:  # the decision transformer's
         made |= {"states": normal(rows, 4, config.state_dim), "actions": normal(rows, 4, config.act_dim)}
         made |= {"rewards": normal(rows, 4, 1), "returns_to_go": normal(rows, 4, 1)}
         made |= {"timesteps": torch.arange(4).expand(rows, 4), "attention_mask": torch.ones(rows, 4).long()}
     if "prompt_pixel_values" in known:  # SegGPT's example and its answer
-        image = next(iter(media.values()))
+        image = next(iter(media.values()), (3, IMAGE, IMAGE))
         made |= {"prompt_pixel_values": normal(rows, *image), "prompt_masks": normal(rows, *image)}
-    if "freq" in known and main == "past_values":
-        made |= {"freq": torch.zeros(rows, 1).long()}
+    if "query_embeds" in known:
+        made |= {"query_embeds": normal(rows, 4, config.hidden_size)}
+        made |= {"encoder_hidden_states": normal(rows, 5, getattr(config, "encoder_hidden_size", 0))}
+    if "input_features_mask" in known and "input_features" in media:
+        made |= {"input_features_mask": torch.ones(rows, max(media["input_features"])).long()}
+    if "past_time_features" in known:
+        past = config.context_length + max(config.lags_sequence)
+        made |= {"past_values": normal(rows, past), "past_observed_mask": torch.ones(rows, past)}
+        made |= {"past_time_features": normal(rows, past, config.num_time_features)}
+        made |= {"future_values": normal(rows, config.prediction_length)}
+        made |= {"future_time_features": normal(rows, config.prediction_length, config.num_time_features)}
     return made
