@@ -200,6 +200,12 @@ def _replaced(
     return moved[0], key[row, :, column], value[row, :, column]
 
 
+def eager_configs(backbone: nn.Module) -> list[Any]:
+    """Configurations of transformers' modules whose attention is written out rather than torch's own."""
+    configs = {id(config): config for module in backbone.modules() if (config := getattr(module, "config", None))}
+    return [config for config in configs.values() if getattr(config, "_attn_implementation", None) == "eager"]
+
+
 @contextmanager
 def joined(backbone: nn.Module, extra: dict[str, KeysValues]) -> Iterator[None]:
     """Task keys and values in the attention of every block that is named, every time that it runs."""
