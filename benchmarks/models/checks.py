@@ -19,9 +19,9 @@ from .oracle import (
     NoOracle,
     channels_first,
     concatenated,
-    eager_configs,
     joined,
     keys_values,
+    let_torch_attend,
     modulated,
     tokens_of,
 )
@@ -230,17 +230,15 @@ class _Check:
 
     def projected(self, added: dict[str, Tensor]) -> dict[str, dict[str, KeysValues]]:
         """{task: {block: its keys and values there}}"""
-        if eager := eager_configs(self.naive):
-            # the same attention, written out in transformers, where this library's own interface lets torch do it
-            x, before = self.subject.inputs(3), self.subject.call(self.naive, self.subject.inputs(3))
-            for config in eager:
-                config._attn_implementation = "sdpa"
-            try:
-                same = difference(self.subject.call(self.naive, x), before) <= self.tolerance
-            except Exception:
-                same = False
-            for config in () if same else eager:
-                config._attn_implementation = "eager"
+        x = self.subject.inputs(3)
+        before = self.subject.call(self.naive, x)
+        undo = let_torch_attend(self.naive)
+        try:
+            same = difference(self.subject.call(self.naive, x), before) <= self.tolerance
+        except Exception:
+            same = False
+        if not same:
+            undo()
         return {
             task: {
                 block: keys_values(self.subject, self.naive, block, added[f"{block}.dtme.tokens.{task}"])

@@ -1,6 +1,6 @@
 """The naive way to run one task: plain hooks on a backbone that was never expanded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +113,7 @@ class _Attentions:
 def _joined(given: dict[str, Any], extra: KeysValues) -> dict[str, Any]:
     """The same call with task keys and values behind the others, which every query sees."""
     query, key, value = given["query"], given["key"], given["value"]
-    rows, count = key.shape[0], extra.key.shape[-2]
+    count = extra.key.shape[-2]
     mask = given.get("attn_mask")
     if given.get("is_causal"):
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
@@ -121,16 +121,18 @@ def _joined(given: dict[str, Any], extra: KeysValues) -> dict[str, Any]:
         mask = mask.expand(*mask.shape[:-1], key.shape[-2])
         mask = F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
     # without a mask transformers leaves it to torch to repeat the heads of keys; else it repeats them itself
-    key = torch.cat([key, _heads(extra.key.to(key), key.shape[1]).expand(rows, -1, -1, -1)], -2)
-    value = torch.cat([value, _heads(extra.value.to(value), value.shape[1]).expand(rows, -1, -1, -1)], -2)
+    key = torch.cat([key, _spread(extra.key, key)], -2)
+    value = torch.cat([value, _spread(extra.value, value)], -2)
     return {**given, "key": key, "value": value, "attn_mask": mask, "is_causal": False}
 
 
-def _heads(tensor: Tensor, count: int) -> Tensor:
-    """(1, H, t, d) with as many heads as asked for: each repeated, or one out of every group of equal ones."""
-    if tensor.shape[1] > count:
-        return tensor[:, :: tensor.shape[1] // count]
-    return tensor.repeat_interleave(count // tensor.shape[1], 1)
+def _spread(extra: Tensor, like: Tensor) -> Tensor:
+    """Task keys for every row, and with as many heads: each repeated, or one out of every group of equal ones."""
+    if like.ndim == 4 and extra.shape[1] > like.shape[1]:
+        extra = extra[:, :: extra.shape[1] // like.shape[1]]
+    elif like.ndim == 4 and extra.shape[1] < like.shape[1]:
+        extra = extra.repeat_interleave(like.shape[1] // extra.shape[1], 1)
+    return extra.to(like).expand(*like.shape[:-2], *extra.shape[-2:])
 
 
 def keys_values(subject: Subject, backbone: nn.Module, name: str, tokens: Tensor) -> KeysValues:
@@ -145,9 +147,9 @@ def keys_values(subject: Subject, backbone: nn.Module, name: str, tokens: Tensor
     second = [_replaced(block, *call, token, 1) for token in tokens]
     if len({entry[0] for entry in first}) != 1:
         raise NoOracle("task tokens reach different attentions")
-    key = torch.stack([entry[1] for entry in first], 1)[None]
-    value = torch.stack([entry[2] for entry in first], 1)[None]
-    elsewhere = torch.stack([entry[1] for entry in second], 1)[None]
+    key = torch.cat([entry[1] for entry in first], -2)
+    value = torch.cat([entry[2] for entry in first], -2)
+    elsewhere = torch.cat([entry[1] for entry in second], -2)
     close = _close(key, elsewhere)
     if not close and not _close(key.norm(dim=-1), elsewhere.norm(dim=-1)):
         raise NoOracle("keys depend on the position of their token, and not by a rotation")
@@ -171,7 +173,7 @@ def _first_call(subject: Subject, backbone: nn.Module, block: nn.Module) -> tupl
 def _replaced(
     block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], token: Tensor, place: int
 ) -> tuple[int, Tensor, Tensor]:
-    """Which attention sees ``token`` in the given place, and its key and value there, (H, d)."""
+    """Which attention sees ``token`` in the given place, and its key and value there, (1, H, 1, d)."""
     where, x = tokens_of(args, kwargs)  # type: ignore[misc]
     changed = x.clone()
     if x.ndim == 3:
@@ -191,19 +193,33 @@ def _replaced(
     if len(moved) != 1:
         raise NoOracle(f"{len(moved)} of a block's attentions read its tokens")
     (old, _), (key, value) = runs[0][moved[0]], runs[1][moved[0]]
-    if key.ndim != 4:
-        raise NoOracle(f"keys of shape {tuple(key.shape)}")
-    places = (key != old).any(-1).any(1).nonzero()
-    if len(places) != 1:
+    index = _place(key != old)
+    return moved[0], key[index], value[index]
+
+
+def _place(different: Tensor) -> tuple[slice, ...]:
+    """The one place (..., M) in which keys (..., M, d) differ, with all heads: (1, H, 1, d) of (B, H, M, d)."""
+    places = different.any(-1).nonzero()
+    extent = [column.unique() for column in places.T]
+    heads = [i for i, values in enumerate(extent[:-1]) if len(values) > 1]
+    all_heads = len(heads) <= 1 and all(len(extent[i]) == different.shape[i] for i in heads)
+    if len(extent[-1]) != 1 or not all_heads or (different.ndim < 4 and heads):
         raise NoOracle(f"one token is read by {len(places)} keys")
-    row, column = places[0].tolist()
-    return moved[0], key[row, :, column], value[row, :, column]
+    return tuple(slice(None) if i in heads else slice(int(v[0]), int(v[0]) + 1) for i, v in enumerate(extent))
 
 
-def eager_configs(backbone: nn.Module) -> list[Any]:
-    """Configurations of transformers' modules whose attention is written out rather than torch's own."""
-    configs = {id(config): config for module in backbone.modules() if (config := getattr(module, "config", None))}
-    return [config for config in configs.values() if getattr(config, "_attn_implementation", None) == "eager"]
+def let_torch_attend(backbone: nn.Module) -> Callable[[], None]:
+    """Switch attention that is written out to torch's own, where the library has both; returns how to undo it."""
+    switched: list[tuple[Any, str, Any]] = []
+    for module in backbone.modules():
+        if getattr(module, "fused_attn", None) is False:  # timm's
+            switched.append((module, "fused_attn", False))
+            module.fused_attn = True
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "eager":  # transformers'
+            switched.append((config, "_attn_implementation", "eager"))
+            config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+    return lambda: [setattr(*entry) for entry in switched] and None
 
 
 @contextmanager

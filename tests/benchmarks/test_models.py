@@ -132,8 +132,19 @@ def test_keys_that_read_several_tokens_have_no_oracle() -> None:
 
     model = nn.Sequential(Mixing()).double()
     subject = Subject("own", model, lambda rows: torch.randn(rows, 5, 8, dtype=torch.float64), 2)
-    with pytest.raises(oracle.NoOracle, match="read by 5 keys"), torch.no_grad(), checks._slow_path():
+    with pytest.raises(oracle.NoOracle, match="read by 10 keys"), torch.no_grad(), checks._slow_path():
         oracle.keys_values(subject, model, "0", torch.randn(2, 8, dtype=torch.float64))
+
+
+def test_a_key_is_found_whatever_the_order_of_its_heads() -> None:
+    for shape, heads in (((2, 4, 7, 8), 1), ((2, 3, 4, 7, 8), 2), ((2, 4, 3, 7, 8), 1)):
+        different = torch.zeros(shape, dtype=torch.bool)
+        index = [1] * len(shape)
+        different[tuple(slice(None) if i == heads else at for i, at in enumerate(index))] = True
+        assert different[oracle._place(different)].sum() == shape[heads]
+        different[0] = True
+        with pytest.raises(oracle.NoOracle):
+            oracle._place(different)
 
 
 def test_a_child_that_hangs_or_dies_is_a_row(tmp_path: Path) -> None:
