@@ -11,6 +11,7 @@ from .subject import NotBuilt, Subject, randomise
 LARGEST = 40_000_000
 """Parameters above which a model does not count as small."""
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 EXTRA: dict[str, dict[str, Any]] = {
     **{name: {"image_size": 64, "depths": [1, 2, 1]} for name in ("swin", "swinv2", "donut-swin", "maskformer-swin")},
     "autoformer": {"prediction_length": 4, "context_length": 16},
@@ -33,6 +34,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
     "xlnet": {"d_head": 8},
+    **{name: {"text_config.rope_parameters": _ROPE} for name in ("glm46v", "glm4v", "glm_image", "glm_ocr", "glmga")},
+    **{name: {"rope_parameters": _ROPE} for name in ("glm4v_text", "glm_image_text", "glm_ocr_text")},
 }
 """What single configurations need besides the generic sizes."""
 
