@@ -153,7 +153,18 @@ def keys_values(subject: Subject, backbone: nn.Module, name: str, tokens: Tensor
     close = _close(key, elsewhere)
     if not close and not _close(key.norm(dim=-1), elsewhere.norm(dim=-1)):
         raise NoOracle("keys depend on the position of their token, and not by a rotation")
+    if not close and _begins_turned(call[1], tokens_of(*call)):
+        raise NoOracle("positions do not begin at zero: no key is as it is without them")
     return KeysValues(first[0][0], key, value, not close)
+
+
+def _begins_turned(kwargs: dict[str, Any], tokens: tuple[int | str, Tensor] | None) -> bool:
+    """Whether rotary embeddings for all tokens (not patches alone) turn the first, as those that count from one do."""
+    rotary = kwargs.get("position_embeddings")
+    if not isinstance(rotary, tuple) or len(rotary) != 2 or not isinstance(rotary[1], Tensor) or tokens is None:
+        return False
+    sine = rotary[1]
+    return sine.ndim > 1 and sine.shape[-2] == tokens[1].shape[1] and bool(sine[..., 0, :].abs().max() > 1e-6)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
