@@ -12,13 +12,14 @@ BUDGET ?= 300
 OUT ?= out/gpu
 STAGES ?=
 RESUME ?=
+ONLY ?=
 GPU_WORKERS ?= 14
 GPU_TRITON ?= 3.6.0
 GPU_PYTHON ?= python3.12
 THERE = out/triton-$(GPU_TRITON)-there
 HERE = out/triton-$(GPU_TRITON)-here
 
-.PHONY: demo test fuzz aot bench gpu gpu-test gpu-cache lint clean
+.PHONY: demo test fuzz aot bench sweep gpu gpu-test gpu-cache lint clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks.paper demo $(DEMO)
@@ -41,6 +42,11 @@ aot: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks.kernels --cpu
+
+# every transformer of timm, transformers and torchvision that can be built small, expanded and checked: ONLY picks by a
+# regular expression, RESUME=1 goes on; `python -m benchmarks.models table` writes the README's table
+sweep: $(READY)
+	$(RUN) -m benchmarks.models --only '$(ONLY)' $(if $(RESUME),--resume)
 
 # with the python3 that is given, which has the torch and Triton of its GPU: nothing is installed. What is worth most in
 # BUDGET seconds, every figure written to OUT as it comes; STAGES picks by a regular expression, RESUME=1 goes on
