@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,58 +11,77 @@ from torch import nn
 
 from . import nested_tensors
 from .sharing import Call, Opening, UnknownArgument, Ways, run_folded
-from .streams import Expansion, chosen, running, survey
+from .streams import Expansion, chosen, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, stay_eager
 
 _STANDS_IN = re.compile(r"forward\w*|(encode|extract)_\w+|get_(intermediate|image|text|audio|video)\w*")
 
 
 class Root:
-    """What ``expand`` hangs on the module it was given; ``root._dtme``."""
+    """What ``expand`` hangs on the module it was given, as ``root._dtme``: the places where a forward may begin.
 
-    def __init__(self, module: nn.Module, expansion: Expansion) -> None:
+    Args:
+        module: the backbone.
+        blocks: names of the blocks that have adapters. Modules that hold some of them may be called by themselves.
+    """
+
+    def __init__(self, module: nn.Module, expansion: Expansion, blocks: Iterable[str]) -> None:
         self.module, self.expansion = (module,), expansion
-        self.entries: dict[str, Entry] = {}
+        names = [name for name in dir(type(module)) if _STANDS_IN.fullmatch(name)]
+        self.entries = [Entry(module, name, expansion) for name in names if _is_method(module, name)]
+        paths = [block.split(".") for block in blocks]
+        holders = dict.fromkeys(".".join(path[:i]) for path in paths for i in range(1, len(path)))
+        self.entries += [
+            Entry(part, "forward", expansion, name)
+            for name in holders
+            if _is_method(part := module.get_submodule(name), "forward")
+        ]
         self.nested: list[tuple[nn.Module, str, bool]] = []
 
     def attach(self) -> None:
-        module = self.module[0]
-        for name in dir(type(module)):
-            if not _STANDS_IN.fullmatch(name) or not inspect.isfunction(inspect.getattr_static(type(module), name)):
-                continue
-            if getattr(nn.Module, name, None) is getattr(type(module), name):
-                continue
-            self.entries[name] = Entry(module, name, self.expansion)
-            setattr(module, name, self.entries[name])
-        self.nested = nested_tensors.switch_off(module)
-        module._dtme = self  # type: ignore[assignment]
+        for entry in self.entries:
+            setattr(entry.module, entry.name, entry)
+        self.nested = nested_tensors.switch_off(self.module[0])
+        self.module[0]._dtme = self  # type: ignore[assignment]
+
+    def check(self) -> None:
+        """RuntimeError where somebody has put something else over an entry."""
+        for entry in self.entries:
+            if vars(entry.module).get(entry.name) is not entry:
+                raise RuntimeError(
+                    f"{type(entry.module).__name__}.{entry.name} was replaced after it was expanded: undo that first, or "
+                    "go on with the expanded model"
+                )
 
     def detach(self) -> None:
-        module = self.module[0]
-        for name, entry in self.entries.items():
-            if vars(module).get(name) is not entry:
-                raise RuntimeError(
-                    f"{type(module).__name__}.{name} was replaced after it was expanded: undo that first, or go on with "
-                    "the expanded model"
-                )
-        for name, entry in self.entries.items():
+        for entry in self.entries:
             if entry.replaced is None:
-                delattr(module, name)
+                delattr(entry.module, entry.name)
             else:
-                setattr(module, name, entry.replaced)
+                setattr(entry.module, entry.name, entry.replaced)
         nested_tensors.switch_back(self.nested)
-        del module._dtme
+        del self.module[0]._dtme
+
+
+def _is_method(module: nn.Module, name: str) -> bool:
+    """Of the module's own class, and no name that every module has."""
+    method = getattr(type(module), name)
+    return inspect.isfunction(inspect.getattr_static(type(module), name)) and method is not getattr(nn.Module, name, None)
 
 
 class Entry:
-    """Stands in for one method of an expanded backbone; opens a forward around it, if none is open yet."""
+    """Stands in for one method of an expanded backbone; opens a forward around it, if none is open yet.
 
-    def __init__(self, module: nn.Module, name: str, expansion: Expansion) -> None:
-        self.module, self.name, self.expansion = module, name, expansion
+    Args:
+        part: the name of ``module``, where it is a part of the backbone.
+    """
+
+    def __init__(self, module: nn.Module, name: str, expansion: Expansion, part: str | None = None) -> None:
+        self.module, self.name, self.expansion, self.part = module, name, expansion, part
         self.replaced = vars(module).get(name)  # somebody's own, as accelerate's hooks
         self.ways = Ways(module, (expansion,), name)
-        function = self.replaced or getattr(type(module), name)
-        self.__signature__ = inspect.signature(function if self.replaced else getattr(module, name))
+        function = self.replaced or getattr(module, name)
+        self.__signature__ = inspect.signature(function)
         self.__doc__, self.__name__ = getattr(function, "__doc__", None), name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +109,10 @@ class Entry:
     def _open(self, call: Call, is_compiled: bool) -> Opening | None:
         if running(self.expansion) is not None:
             return None
-        tasks, _ = chosen(self.expansion)
+        if self.part is None:
+            tasks, _ = chosen(self.expansion)
+        else:
+            tasks = chosen_for_part(self.expansion, self.part)
         parts = survey(self.module)[1]
         return Opening(
             self.ways, (self.expansion,), tasks, call, has_compiled_parts=parts, is_compiled=is_compiled

@@ -70,7 +70,7 @@ def expand(
     expansion = Expansion(tasks, plan, modulator, shared_prefix, frozen)
     try:
         _attach(blocks, sites, widths, expansion)
-        Root(backbone, expansion).attach()
+        Root(backbone, expansion, [adapter.name for adapter in adapters(backbone)]).attach()
     except BaseException:
         _detach(backbone, expansion)
         raise
@@ -89,6 +89,9 @@ def collapse(model_or_backbone: nn.Module) -> Any:
     found = expansions(backbone)
     if not found:
         raise RuntimeError(f"{type(backbone).__name__} is not expanded: there is nothing to collapse")
+    for expansion in found:
+        if (root := _root_of(backbone, expansion)) is not None:
+            root.check()
     for expansion in found:
         root = _detach(backbone, expansion)
         for name in expansion.frozen:

@@ -185,7 +185,8 @@ def sharing_of(module: nn.Module) -> str:
     Args:
         module: a ``MultiTaskModel`` or an expanded backbone.
     """
-    known = [vars(module).get("_ways"), *(entry.ways for entry in getattr(vars(module).get("_dtme"), "entries", {}).values())]
+    entries = getattr(vars(module).get("_dtme"), "entries", ())
+    known = [vars(module).get("_ways"), *(entry.ways for entry in entries)]
     last = next((ways.last for ways in known if ways is not None and ways.last is not None), None)
     if last is None:
         return "unknown"

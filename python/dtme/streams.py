@@ -216,8 +216,8 @@ class _Choice:
 
     def __init__(self, expansions: tuple[Expansion, ...], names: tuple[str, ...]) -> None:
         self.expansions, self.names = expansions, names
-        self.block: str | None = None
-        """The block that was called by itself."""
+        self.part: str | None = None
+        """The part of the backbone that was called by itself."""
 
 
 def chosen(expansion: Expansion) -> tuple[tuple[str, ...], _Choice | None]:
@@ -226,6 +226,26 @@ def chosen(expansion: Expansion) -> tuple[tuple[str, ...], _Choice | None]:
         if any(known is expansion for known in choice.expansions):
             return choice.names, choice
     return expansion.tasks, None
+
+
+def chosen_for_part(expansion: Expansion, part: str) -> tuple[str, ...]:
+    """The tasks for which ``part`` of the backbone is called by itself.
+
+    Of several tasks the rows that go in must be those of one stream. A second part may go on with what the first put
+    out, and nothing tells: so there is one part in every ``with dtme.tasks``.
+    """
+    names, choice = chosen(expansion)
+    if len(names) == 1:
+        return names
+    if choice is None or choice.part is not None:
+        before = "" if choice is None else f" after {choice.part!r}"
+        raise RuntimeError(
+            f"{part!r} was called{before} outside of a call of the expanded backbone, so that dtme cannot know where a "
+            f"forward of the tasks {list(names)} begins: call the backbone itself (or one of its forward_* methods), a "
+            "MultiTaskModel with a function for features, one part in every `with dtme.tasks(...)`, or one task"
+        )
+    choice.part = part
+    return names
 
 
 def choose(tasks: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:

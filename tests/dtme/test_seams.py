@@ -365,7 +365,7 @@ def test_rotary_attentions_take_task_tokens_without_a_position(name):
     together = model(x)
     for task in TASKS:
         torch.testing.assert_close(model(x, task)[task], together[task], rtol=1e-9, atol=1e-9)
-    site, tokens = backbone.get_submodule(first).dtme, torch.randn(1, 2, WIDTH).double()
+    site, tokens = backbone.get_submodule(first).dtme.site, torch.randn(1, 2, WIDTH).double()
     key, value = site.seam.keys_values(tokens)
     torch.compiler.reset()
     compiled = torch.compile(site.seam.keys_values, fullgraph=True, backend="eager")

@@ -19,7 +19,7 @@ from ..streams import (
     Layout,
     Run,
     apart,
-    chosen,
+    chosen_for_part,
     hide,
     repeat_rows,
     running,
@@ -160,17 +160,7 @@ class BlockAdapter(nn.Module):
         """The forward of a block that somebody calls by itself; it ends with the block."""
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()  # the forward that runs is not known to the compiler: go on without it
-        names, choice = chosen(self.expansion)
-        if len(names) > 1:
-            if choice is None or choice.block is not None:
-                before = "" if choice is None else f" after block {choice.block!r}"
-                raise RuntimeError(
-                    f"block {self.name!r} was called{before} outside of a call of the expanded backbone, so that dtme "
-                    f"cannot know where a forward of the tasks {list(names)} begins: call the backbone itself (or one of "
-                    "its forward_* methods), a MultiTaskModel with a function for features, one block in every "
-                    "`with dtme.tasks(...)`, or one task"
-                )
-            choice.block = self.name
+        names = chosen_for_part(self.expansion, self.name)
         forward = Forward((self.expansion,))
         forward.start(together(names))
         forward.learns = True
@@ -283,6 +273,11 @@ class BlockAdapter(nn.Module):
         key = (self.name, path)
         if forward.learns:
             axis = argument_axis(self._block[0], at, tensor)
+            if axis is UNKNOWN and forward.closes_at is not None:
+                raise RuntimeError(
+                    f"block {self.name!r} is called by itself for several tasks with a {tuple(tensor.shape)} tensor as "
+                    f"argument {path}, which may come by image or not: call the backbone, or choose one task"
+                )
             if axis is UNKNOWN:
                 by_row = tensor.ndim > 0 and any(tensor.shape[0] == x.num_streams * batch for x in forward.seen)
                 axis = 0 if by_row else None
