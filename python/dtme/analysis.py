@@ -249,7 +249,7 @@ class _Analysis:
                 for run in runs:
                     gradient = next(rest)
                     if gradient is not None and (not run.layout.tasks or task in run.layout.tasks):
-                        own = run.layout.index(task) if run.layout.tasks else 0
+                        own = run.layout.index_of(task) if run.layout.tasks else 0
                         found[d][i] = unfold(gradient, run.layout.num_streams)[own]
         return found
 

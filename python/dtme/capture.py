@@ -1,16 +1,15 @@
 """Look into a model without changing it: record its blocks' inputs, and put everything back."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import nested_tensors
 from .blocks import find_tokens, replace_argument
+from .randomness import rewinder
 from .streams import Layout, running, unfold
 from .torch_private import recomputing
 
@@ -111,8 +110,7 @@ def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    rewind = rewinder()
     nested = nested_tensors.switch_off(model)
     try:
         model.train(train_mode)
@@ -128,8 +126,4 @@ def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer.copy_(value))
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        rewind()

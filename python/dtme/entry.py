@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from . import nested_tensors
-from .sharing import Call, Opening, UnknownArgument, Ways, run_folded
+from .forwards import Opening, run_folded
+from .sharing import Call, UnknownArgument, Ways
 from .streams import Expansion, chosen, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, stay_eager
 
@@ -49,8 +50,8 @@ class Root:
         for entry in self.entries:
             if vars(entry.module).get(entry.name) is not entry:
                 raise RuntimeError(
-                    f"{type(entry.module).__name__}.{entry.name} was replaced after it was expanded: undo that first, or "
-                    "go on with the expanded model"
+                    f"{type(entry.module).__name__}.{entry.name} was replaced after it was expanded: undo that first, "
+                    "or go on with the expanded model"
                 )
 
     def detach(self) -> None:
@@ -66,7 +67,9 @@ class Root:
 def _is_method(module: nn.Module, name: str) -> bool:
     """Of the module's own class, and no name that every module has."""
     method = getattr(type(module), name)
-    return inspect.isfunction(inspect.getattr_static(type(module), name)) and method is not getattr(nn.Module, name, None)
+    return inspect.isfunction(inspect.getattr_static(type(module), name)) and method is not getattr(
+        nn.Module, name, None
+    )
 
 
 class Entry:
@@ -114,6 +117,4 @@ class Entry:
         else:
             tasks = chosen_for_part(self.expansion, self.part)
         parts = survey(self.module)[1]
-        return Opening(
-            self.ways, (self.expansion,), tasks, call, has_compiled_parts=parts, is_compiled=is_compiled
-        )
+        return Opening(self.ways, tasks, call, has_compiled_parts=parts, is_compiled=is_compiled)

@@ -37,7 +37,8 @@ def expand(
         freeze_backbone: train only what is added, and the heads (Table 12).
         shared_prefix: ``"auto"``: the blocks before the first difference run once for all tasks where the first call of
             its kind showed that all tasks then predict what each does alone; elsewhere the backbone runs once for every
-            task, and a warning says why. ``True``: where that is not so, the call raises. ``False``: once for every task.
+            task, and a warning says why. ``True``: where that is not so, the call raises. ``False``: once for every
+            task, always.
 
     Returns:
         The same object.
@@ -93,9 +94,9 @@ def collapse(model_or_backbone: nn.Module) -> Any:
         if (root := _root_of(backbone, expansion)) is not None:
             root.check()
     for expansion in found:
-        root = _detach(backbone, expansion)
+        module = _detach(backbone, expansion) or backbone
         for name in expansion.frozen:
-            (root or backbone).get_parameter(name).requires_grad_(True)
+            module.get_parameter(name).requires_grad_(True)
     return model_or_backbone
 
 
@@ -170,9 +171,7 @@ def _width(name: str, block: nn.Module, plan: ExpansionPlan) -> int:
     return own[0] if planned is None else planned
 
 
-def _attach(
-    blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], expansion: Expansion
-) -> None:
+def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], expansion: Expansion) -> None:
     """An adapter on every block from the first that the plan changes: later ones keep the streams apart too."""
     plan, names = expansion.plan, list(blocks)
     first = min((names.index(name) for name in plan.blocks), default=len(names) - 1)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from . import saving
 from .block.adapter import is_added
 from .expansion import fold
+from .forwards import ANY_TASK, Opening, run
 from .plan import check_tasks
-from .sharing import ANY_TASK, ONE_BY_ONE, Call, Opening, UnknownArgument, Way, Ways, evaluating, run
+from .randomness import evaluating
+from .sharing import ONE_BY_ONE, Call, UnknownArgument, Way, Ways
 from .streams import Expansion, Forward, choose, expansions, expansions_of, running, split, survey
 from .streams import tasks as streams_of
 from .torch_private import calls_compiler, eagerly, stay_eager
@@ -90,7 +92,7 @@ class MultiTaskModel(nn.Module):
         for expansion in expansions:
             choose(selected, expansion.tasks)
         ways, call = self._ways_of(expansions), self._call(x)
-        return Opening(ways, expansions, selected, call, has_compiled_parts=parts, is_compiled=is_compiled)
+        return Opening(ways, selected, call, has_compiled_parts=parts, is_compiled=is_compiled)
 
     def _ways_of(self, expansions: tuple[Expansion, ...]) -> Ways:
         if self._ways is None or not self._ways.are_for(expansions, self.features):
@@ -126,7 +128,7 @@ class MultiTaskModel(nn.Module):
             if not expansions or expansions[0].traced is not None:
                 return dict.fromkeys(selected, self._features_of(x))
             call = self._call(x)
-            return run(Forward(expansions), self._ways_of(expansions).way(selected, call), selected, call)
+            return run(Forward(expansions), self._ways_of(expansions).find(selected, call), selected, call)
         opening = self._open(selected, x, False)
         if opening is None:
             return dict.fromkeys(selected, self._features_of(x))

@@ -1,4 +1,4 @@
-"""``nn.TransformerEncoder`` packs padded batches into nested tensors, which blocks with anything hung on them cannot take."""
+"""``nn.TransformerEncoder`` packs padded batches into nested tensors, which blocks with hooks cannot take."""
 
 from torch import nn
 
@@ -7,11 +7,12 @@ ATTRIBUTES = ("enable_nested_tensor", "use_nested_tensor")
 
 def switch_off(model: nn.Module) -> list[tuple[nn.Module, str, bool]]:
     """Let every encoder in ``model`` keep padded batches as they are; what ``switch_back`` takes."""
-    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
-    before = [(encoder, name, getattr(encoder, name)) for encoder in encoders for name in ATTRIBUTES]
-    before = [(encoder, name, value) for encoder, name, value in before if value]
-    for encoder, name, _ in before:
-        setattr(encoder, name, False)
+    before: list[tuple[nn.Module, str, bool]] = []
+    for encoder in model.modules():
+        for name in ATTRIBUTES:
+            if isinstance(encoder, nn.TransformerEncoder) and getattr(encoder, name):
+                before.append((encoder, name, getattr(encoder, name)))
+                setattr(encoder, name, False)
     return before
 
 

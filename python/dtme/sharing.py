@@ -1,25 +1,25 @@
-"""How several tasks run through one expanded backbone: together behind a shared prefix where that is known to be right,
-else one after the other, which is right for every backbone.
+"""May several tasks share the first blocks of an expanded backbone? It is found out, once for every kind of call.
 
-Together, all tasks share one stream until a block treats them differently; the backbone's own code then meets more rows
-than it was given. Whether it minds cannot be told from shapes. So the first call of its kind is compared, on probe values
-in evaluation mode, with every task alone; what is learned then (which tensors come by image, and on which axis) holds
-for later calls of the kind, whatever their batch.
+Where they share, the backbone's own code meets more rows than it was given. Whether it minds cannot be told from
+shapes. So the first call of its kind is compared, on probe values in evaluation mode, with every task alone; what is
+learned then (which tensors come by image, and on which axis) holds for later calls of the kind, whatever their batch.
 """
 
-import random
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .streams import Expansion, Forward, Layout, apart, hide, repeat_rows, show, together, traced
-from .trees import leaves, map_leaves, opaque, structure, tensors
+from .randomness import evaluating
+from .streams import Expansion, Forward, Layout, hide, show, together
+from .trees import leaves, opaque, structure, tensors
+
+SHARED_PREFIX = ("auto", True, False)
+MOST_TRIES = 3
+"""Failed comparisons, at batches of different sizes, after which a kind of call is no longer compared."""
 
 
 class Call(NamedTuple):
@@ -31,11 +31,6 @@ class Call(NamedTuple):
 
     def __call__(self) -> Any:
         return self.function(*self.args, **self.kwargs)
-
-
-SHARED_PREFIX = ("auto", True, False)
-MOST_TRIES = 3
-"""Failed comparisons after which a kind of call is no longer compared: a coincidence of sizes does not come thrice."""
 
 
 class Leaf(NamedTuple):
@@ -51,22 +46,29 @@ class Way(NamedTuple):
     """How the tasks of one kind of call run."""
 
     shares: bool
+    reason: str = ""
+    """Why they do not share."""
     leaves: tuple[Leaf, ...] = ()
     arguments: Any = None
     """``{(block, argument): batch axis or None}``."""
     num_streams: int = 1
     """How many the forward ended with: one that ends with more has run other blocks."""
-    reason: str = ""
-    """Why they do not share."""
 
 
 ONE_BY_ONE = Way(False)
 
 
-class Ways:
-    """What is known of the calls of one caller; they differ by tasks, input structure, and one row or several.
+class UnknownArgument(RuntimeError):
+    """A call that shares met a tensor that the first call of its kind did not have: it has to be compared again."""
 
-    The caller makes it anew where something else is called: other expansions, another function for features.
+
+class Ways:
+    """What is known of the calls of one caller, which differ by tasks, by what is given, and by one row or several.
+
+    Args:
+        owner: the module that is called.
+        expansions: those whose adapters it meets.
+        function: what it calls; for other expansions or another function, other ``Ways`` are needed.
     """
 
     def __init__(self, owner: nn.Module, expansions: tuple[Expansion, ...], function: Any) -> None:
@@ -82,34 +84,41 @@ class Ways:
         same = same and all(a is b for a, b in zip(expansions, self.expansions, strict=True))
         return same and function is self.function
 
-    def way(self, tasks: tuple[str, ...], call: Call, *, force_eager: bool = False) -> Way:
-        """The way for this call, compared now if it is the first of its kind. Inside of traced code: if it is known."""
+    def find(self, tasks: tuple[str, ...], call: Call) -> Way:
+        """The way for this call if it is known; else the slower one, which is always right."""
         settings = [expansion.shared_prefix for expansion in self.expansions]
+        if len(tasks) == 1 or False in settings:
+            return ONE_BY_ONE
+        return self.known.get(_kind(tasks, call), ONE_BY_ONE)
+
+    def find_out(self, tasks: tuple[str, ...], call: Call, *, force_eager: bool = False) -> Way:
+        """The way for this call, which is compared now if it is the first of its kind.
+
+        Args:
+            force_eager: parts of the model are compiled, and would be compiled for the comparison too.
+        """
         if len(tasks) == 1:
             return ONE_BY_ONE
-        if not torch.compiler.is_compiling():
-            _refuse_caches(call)
+        _refuse_caches(call)
+        settings = [expansion.shared_prefix for expansion in self.expansions]
         if False in settings:
             return ONE_BY_ONE
-        key = (tasks, structure(call[1:], single=True))
-        if torch.compiler.is_compiling():
-            return self.known.get(key, ONE_BY_ONE)
-        if key not in self.known:
+        kind = _kind(tasks, call)
+        if kind not in self.known:
             with torch.compiler.set_stance("force_eager") if force_eager else nullcontext():
-                way = self._compare(tasks, call, key)
-            self.last = way
+                self.last = way = self._compare(tasks, call, kind)
             if not way.shares:
                 self._complain(way.reason, must_share=True in settings)
             return way
-        return self.known[key]
+        return self.known[kind]
 
     def forget(self, tasks: tuple[str, ...], call: Call) -> None:
-        """The next call of this kind is compared again: it met an argument that the first one did not have."""
-        self.known.pop((tasks, structure(call[1:], single=True)), None)
+        """Compare the next call of this kind again."""
+        self.known.pop(_kind(tasks, call), None)
 
-    def _compare(self, tasks: tuple[str, ...], call: Call, key: Any) -> Way:
+    def _compare(self, tasks: tuple[str, ...], call: Call, kind: Any) -> Way:
         forward = Forward(self.expansions, probes=True)
-        with evaluating(self.owner) as rewind, shown(forward):
+        with evaluating(self.owner) as rewind, _shown(forward):
             alone: list[Any] = []
             for task in tasks:
                 rewind()
@@ -119,19 +128,18 @@ class Ways:
             forward.start(together(tasks))
             forward.learns = True
             try:
-                way = self._compared(call(), alone, tasks, forward)
+                way = _compared(call(), alone, tasks, forward)
             except Exception as error:  # whatever the backbone raises when it meets more rows than it was given
-                way = Way(False, reason=f"{type(error).__name__}: {error}")
+                way = Way(False, f"{type(error).__name__}: {error}")
         rows = forward.num_rows
-        if way.shares and (forward.distinct or rows in (None, 1)):
-            self.known[key] = way
-        elif way.shares:  # all images are the same: rows that were mixed up would not be seen
-            return Way(False)
-        else:
-            failed = self._failed.setdefault(key, set())
+        if way.shares and not forward.distinct and rows not in (None, 1):
+            return ONE_BY_ONE  # all images are the same: rows that were mixed up would not be seen
+        if not way.shares:
+            failed = self._failed.setdefault(kind, set())
             failed.add(rows or 0)
-            if len(failed) >= MOST_TRIES or not rows:
-                self.known[key] = way
+            if len(failed) < MOST_TRIES and rows:  # sizes may have coincided
+                return way
+        self.known[kind] = way
         return way
 
     def _unchanging(self, call: Call) -> Any:
@@ -145,29 +153,30 @@ class Ways:
             )
         return output
 
-    def _compared(self, shared: Any, alone: Sequence[Any], tasks: tuple[str, ...], forward: Forward) -> Way:
-        if any(structure(output) != structure(shared) for output in alone):
-            return Way(False, reason="what it returns has another structure then")
-        if (hidden := opaque(shared)) is not None:
-            return Way(False, reason=f"what it returns holds a {type(hidden).__name__}, in which nobody sees the rows")
-        found: list[Leaf] = []
-        for leaf, *own in zip(tensors(shared), *map(tensors, alone), strict=True):
-            leaf_way = _leaf(leaf, own, tasks, forward)
-            if leaf_way is None:
-                shapes = f"{tuple(leaf.shape)} where each task alone gives {tuple(own[0].shape)}"
-                return Way(False, reason=f"an output of shape {shapes} is not what the tasks have alone")
-            found.append(leaf_way)
-        return Way(True, tuple(found), dict(forward.arguments), forward.layout.num_streams)
-
     def _complain(self, reason: str, must_share: bool) -> None:
-        where = f"{type(self.owner).__name__}, whose tasks part at block {first_parting(self.expansions)!r},"
+        first = next((block for expansion in self.expansions for block in expansion.plan.blocks), "")
+        where = f"{type(self.owner).__name__}, whose tasks part at block {first!r},"
         if must_share:
-            raise RuntimeError(f"{where} cannot share its first blocks among tasks as shared_prefix=True asks: {reason}")
+            raise RuntimeError(
+                f"{where} cannot share its first blocks among tasks as shared_prefix=True asks: {reason}"
+            )
         if reason and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"{where} runs once for every task instead of sharing its first blocks: {reason}", stacklevel=4
-            )
+            message = f"{where} runs once for every task instead of sharing its first blocks: {reason}"
+            warnings.warn(message, stacklevel=5)
+
+
+def _kind(tasks: tuple[str, ...], call: Call) -> Any:
+    return tasks, structure(call[1:], single=True)
+
+
+@contextmanager
+def _shown(forward: Forward) -> Iterator[None]:
+    token = show(forward)
+    try:
+        yield
+    finally:
+        hide(token)
 
 
 def _refuse_caches(call: Call) -> None:
@@ -180,10 +189,10 @@ def _refuse_caches(call: Call) -> None:
 
 
 def sharing_of(module: nn.Module) -> str:
-    """How the last call of several tasks ran them: ``"shared prefix"``, ``"one by one: <reason>"``, or ``"unknown"``.
+    """How several tasks ran when their call was last compared: ``"shared prefix"``, ``"one by one: <reason>"``.
 
     Args:
-        module: a ``MultiTaskModel`` or an expanded backbone.
+        module: a ``MultiTaskModel`` or an expanded backbone. ``"unknown"`` before its first call of several tasks.
     """
     entries = getattr(vars(module).get("_dtme"), "entries", ())
     known = [vars(module).get("_ways"), *(entry.ways for entry in entries)]
@@ -193,18 +202,33 @@ def sharing_of(module: nn.Module) -> str:
     return "shared prefix" if last.shares else f"one by one: {last.reason}".removesuffix(": ")
 
 
-def first_parting(expansions: tuple[Expansion, ...]) -> str:
-    return next((block for expansion in expansions for block in expansion.plan.blocks), "")
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def _leaf(leaf: Tensor, own: list[Tensor], tasks: tuple[str, ...], forward: Forward) -> Leaf | None:
+def _compared(shared: Any, alone: Sequence[Any], tasks: tuple[str, ...], forward: Forward) -> Way:
+    """Whether ``shared`` holds what the tasks have alone, and where."""
+    if any(structure(output) != structure(shared) for output in alone):
+        return Way(False, "what it returns has another structure then")
+    if (hidden := opaque(shared)) is not None:
+        return Way(False, f"what it returns holds a {type(hidden).__name__}, in which nobody sees the rows")
+    found: list[Leaf] = []
+    for leaf, *own in zip(tensors(shared), *map(tensors, alone), strict=True):
+        place = _place(leaf, own, tasks, forward)
+        if place is None:
+            shapes = f"{tuple(leaf.shape)} where each task alone gives {tuple(own[0].shape)}"
+            return Way(False, f"an output of shape {shapes} is not what the tasks have alone")
+        found.append(place)
+    return Way(True, "", tuple(found), dict(forward.arguments), forward.layout.num_streams)
+
+
+def _place(leaf: Tensor, own: list[Tensor], tasks: tuple[str, ...], forward: Forward) -> Leaf | None:
     """How ``leaf`` holds the tensors that the tasks have alone, if it does."""
     if all(leaf.shape == tensor.shape and same(leaf, tensor) for tensor in own):
         return Leaf(0, False)
-    num_rows = forward.num_rows
-    axes = [d for d in range(leaf.ndim) if own[0].ndim == leaf.ndim and own[0].shape[d] == num_rows]
-    for axis in axes:
-        layout = _layout_of(leaf, axis, forward)
+    for axis in range(leaf.ndim):
+        if own[0].ndim != leaf.ndim or own[0].shape[axis] != forward.num_rows:
+            continue
+        layout = layout_of(leaf, axis, forward)
         if layout is not None:
             parts = [rows_of(leaf, axis, layout, task) for task in tasks]
             if all(a.shape == b.shape and same(a, b) for a, b in zip(parts, own, strict=True)):
@@ -217,221 +241,22 @@ def same(a: Tensor, b: Tensor) -> bool:
     if not (a.is_floating_point() or a.is_complex()):
         return a.numel() == 0 or (a == b).double().mean().item() > 0.95
     low = torch.is_autocast_enabled(a.device.type) or a.dtype.itemsize < 4
-    tolerance = 0.1 if low else 1e-3 if a.dtype != torch.float64 else 1e-7
-    a, b = a.detach().double(), b.detach().double()
+    tolerance = 0.1 if low else 1e-3 if a.dtype != torch.float64 else 1e-6
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.detach().to(wide), b.detach().to(wide)
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False
-    a, b = (torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in (a, b))
+    a, b = (torch.where(x.isfinite(), x, torch.zeros_like(x)) for x in (a, b))
     return bool((a - b).norm() <= tolerance * b.norm().clamp(min=1e-30))
 
 
-def _layout_of(leaf: Tensor, axis: int, forward: Forward) -> Layout | None:
+def layout_of(leaf: Tensor, axis: int, forward: Forward) -> Layout | None:
     """The streams that ``leaf`` holds: those that the forward had at some block, of as many rows."""
     rows = leaf.shape[axis]
     return next((layout for layout in forward.seen if rows == layout.num_streams * (forward.num_rows or 0)), None)
 
 
 def rows_of(leaf: Tensor, axis: int, layout: Layout, task: str) -> Tensor:
+    """The rows of ``task``; a view."""
     rows = leaf.shape[axis] // layout.num_streams
-    return leaf.narrow(axis, layout.index(task) * rows, rows)
-
-
-@contextmanager
-def shown(forward: Forward) -> Iterator[None]:
-    token = show(forward)
-    try:
-        yield
-    finally:
-        hide(token)
-
-
-# --- running ------------------------------------------------------------------------------------------------------------
-
-_compiled_parts = threading.RLock()
-"""Held by a forward some of whose blocks are compiled by themselves: they find its state on the expansion."""
-
-ANY_TASK = ("*",)
-"""Stands for the task that ``Forward.task_index`` names: a compiled graph must not know which."""
-
-
-class Opening:
-    """A forward of some tasks, opened for one call: the part that ``torch.compile`` does not see.
-
-    Args:
-        expansions: those whose adapters the call will meet.
-        has_compiled_parts: whether some of the blocks are compiled by themselves.
-        is_compiled: whether what follows is handed to ``torch.compile``.
-    """
-
-    def __init__(
-        self,
-        ways: Ways,
-        expansions: tuple[Expansion, ...],
-        tasks: tuple[str, ...],
-        call: Call,
-        *,
-        has_compiled_parts: bool,
-        is_compiled: bool,
-    ) -> None:
-        self.ways, self.call, self.asked = ways, call, tasks
-        self.tasks, index = tasks, None
-        if is_compiled and not torch.is_grad_enabled():
-            index = self._task_index(expansions)
-        self._exposed = has_compiled_parts and not is_compiled
-        self.way = ways.way(tasks, call, force_eager=self._exposed)
-        self.forward = Forward(expansions, task_index=index)
-        if self._exposed:
-            _compiled_parts.acquire()
-            for expansion in expansions:
-                expansion.traced = self.forward
-        self._token = show(self.forward)
-
-    def _task_index(self, expansions: tuple[Expansion, ...]) -> Tensor | None:
-        """One task, as a tensor, if all may share one graph."""
-        (task, *others), known = self.asked, expansions[0].tasks
-        affine = all(expansion.modulator == "affine" and expansion.tasks == known for expansion in expansions)
-        if others or not affine or len(known) == 1:
-            return None
-        self.tasks = ANY_TASK
-        device = next((p.device for p in self.ways.owner.parameters()), torch.device("cpu"))
-        return torch.tensor([known.index(task)], device=device)
-
-    def compare_again(self) -> None:
-        self.ways.forget(self.tasks, self.call)
-        self.way = self.ways.way(self.tasks, self.call, force_eager=self._exposed)
-
-    def close(self) -> None:
-        hide(self._token)
-        if self._exposed:
-            for expansion in self.forward.expansions:
-                expansion.traced = None
-            _compiled_parts.release()
-
-
-
-def run(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> dict[str, Any]:
-    """``{task: what call returns for it}``; views of one output where the tasks share."""
-    with traced(forward):
-        if not way.shares:
-            return _one_by_one(forward, tasks, call)
-        output = _shared(forward, way, tasks, call)
-        return {task: _map_split(way, output, forward, lambda x, axis, at, t=task: rows_of(x, axis, at, t)) for task in tasks}
-
-
-def run_folded(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> Any:
-    """What ``call`` returns, its tensors task-major: the rows of all tasks, also where they share them."""
-    with traced(forward):
-        if len(tasks) == 1:
-            return _one_by_one(forward, tasks, call)[tasks[0]]
-        if not way.shares:
-            return fold(list(_one_by_one(forward, tasks, call).values()))
-        output = _shared(forward, way, tasks, call)
-        whole = apart(tasks)
-
-        def complete(leaf: Tensor, axis: int, layout: Layout) -> Tensor:
-            return repeat_rows(leaf, whole.sources(layout), layout.num_streams, axis)
-
-        folded = _map_split(way, output, forward, complete)
-        states = iter(way.leaves)
-
-        def unsplit(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf if next(states).is_split or not leaf.ndim else torch.cat([leaf] * len(tasks))
-
-        return map_leaves(unsplit, folded)
-
-
-def _one_by_one(forward: Forward, tasks: tuple[str, ...], call: Call) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    # every task draws the random numbers that it would draw alone: blocks left out by chance are left out for all
-    rewind = rewinder() if len(tasks) > 1 else None
-    for task in tasks:
-        if rewind is not None:
-            rewind()
-        forward.start(together((task,)))
-        found[task] = call()
-    return found
-
-
-def _shared(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> Any:
-    forward.start(together(tasks))
-    forward.arguments = way.arguments
-    output = call()
-    if len(list(tensors(output))) != len(way.leaves) or forward.layout.num_streams > way.num_streams:
-        raise UnknownArgument("what the backbone returns has another structure than at its first call")
-    return output
-
-
-def _map_split(way: Way, output: Any, forward: Forward, function: Callable[[Tensor, int, Layout], Tensor]) -> Any:
-    """``function(leaf, axis, layout)`` of the leaves that hold streams."""
-    places = iter(way.leaves)
-
-    def part(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        axis, is_split = next(places)
-        if not is_split or forward.num_rows is None:  # no block ran: all of it is shared
-            return leaf
-        layout = _layout_of(leaf, axis, forward)
-        if layout is None:
-            raise RuntimeError(
-                f"an output of shape {tuple(leaf.shape)} does not hold the rows of {forward.layout.num_streams} task streams of "
-                f"{forward.num_rows}"
-            )
-        return function(leaf, axis, layout)
-
-    return map_leaves(part, output)
-
-
-def fold(outputs: Sequence[Any]) -> Any:
-    """Outputs of one structure as one whose tensors are task-major; what is no tensor and differs becomes None."""
-    rest = [iter(list(tensors(output))) for output in outputs]
-
-    def merged(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else None
-        parts = [next(others) for others in rest]
-        return torch.cat(parts) if leaf.ndim else torch.stack(parts).mean(0)
-
-    return map_leaves(merged, outputs[0])
-
-
-class UnknownArgument(RuntimeError):
-    """A call that shares met a tensor that the first call of its kind did not have: it has to be compared again."""
-
-
-# --- probing ------------------------------------------------------------------------------------------------------------
-
-
-def rewinder() -> Callable[[], None] | None:
-    """A function that winds the random numbers back to where they are now; None where they cannot be read."""
-    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return None
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-    def rewind() -> None:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return rewind
-
-
-@contextmanager
-def evaluating(owner: nn.Module) -> Iterator[Callable[[], None]]:
-    """Evaluation mode, no gradients; yields a function that winds random numbers back; all is as before afterwards."""
-    training = [module for module in owner.modules() if module.training]
-    rewind = rewinder() or (lambda: None)
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield rewind
-    finally:
-        for module in training:
-            module.training = True
-        rewind()
+    return leaf.narrow(axis, layout.index_of(task) * rows, rows)

@@ -11,6 +11,7 @@ thread (or asyncio task) that opened it, and gone when it closes. Nothing about 
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -41,9 +42,9 @@ class Layout(NamedTuple):
 
     def sources(self, before: "Layout") -> list[int]:
         """For every stream, the stream of ``before`` that its tokens come from."""
-        return [before.index(stream[0]) for stream in self.streams]
+        return [before.index_of(stream[0]) for stream in self.streams]
 
-    def index(self, task: str) -> int:
+    def index_of(self, task: str) -> int:
         """The stream that ``task`` is in."""
         return next(i for i, stream in enumerate(self.streams) if task in stream)
 
@@ -89,7 +90,7 @@ class Expansion:
         self.plan, self.modulator, self.shared_prefix, self.frozen = plan, modulator, shared_prefix, frozen
         # Where torch.compile, which cannot read a ContextVar, finds the forward that it traces. Set inside of traced
         # code, where it is a name and no state: it is None again when the compiled code has run. For compiled parts of
-        # an eager forward it is set while that one runs, and threads wait for each other (``sharing.Opening``).
+        # an eager forward it is set while that one runs, and threads wait for each other (``forwards.Opening``).
         self.traced: Forward | None = None
 
 
@@ -178,8 +179,8 @@ def running(expansion: Expansion) -> Forward | None:
         if any(known is expansion for known in forward.expansions):
             return forward
     # a larger compiled function, whose graph broke, goes on here
-    forward = expansion.traced
-    return forward if forward is not None and forward.thread in (None, threading.get_ident()) else None
+    found = expansion.traced
+    return found if found is not None and found.thread in (None, threading.get_ident()) else None
 
 
 def show(forward: Forward) -> Any:
@@ -208,7 +209,7 @@ class traced:
                 expansion.traced = None
 
 
-# --- the tasks somebody asked for ---------------------------------------------------------------------------------------
+# --- the tasks somebody asked for -------------------------------------------------------------------------------------
 
 
 class _Choice:
@@ -293,7 +294,7 @@ class tasks:
         _choices.reset(self._tokens.pop())
 
 
-# --- adapters are what says "expanded" ----------------------------------------------------------------------------------
+# --- adapters are what says "expanded" --------------------------------------------------------------------------------
 
 
 def adapters(module: nn.Module) -> "list[BlockAdapter]":
@@ -358,4 +359,4 @@ def split(output: Any, tasks: str | Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"output of shape {tuple(tensor.shape)} does not hold the rows of {len(names)} tasks")
         return tensor[index * num_rows : (index + 1) * num_rows]
 
-    return {task: map_tensors(lambda tensor, i=i: part(i, tensor), output) for i, task in enumerate(names)}
+    return {task: map_tensors(partial(part, i), output) for i, task in enumerate(names)}

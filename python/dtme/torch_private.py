@@ -29,7 +29,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def stay_eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``torch.compile`` begin not at ``function`` but at the functions it calls; inlined, it is traced as any other.
+    """Let ``torch.compile`` begin not at ``function`` but at what it calls; inlined, it is traced as any other.
 
     ``torch.compiler.disable`` would break the graph of whoever compiles more than ``function``.
     """

@@ -1,4 +1,4 @@
-"""All tasks at once are each task alone, whatever a backbone does with its rows: shared where that is right, else not."""
+"""All tasks at once are each task alone, whatever a backbone does with its rows."""
 
 import copy
 import warnings
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 import dtme
-from tests.dtme.clients import TASKS, WIDTH, OwnBlock, OwnTransformer, SDPA, concatenated
+from tests.dtme.clients import SDPA, TASKS, WIDTH, OwnBlock, OwnTransformer, concatenated
 
 DEPTH, HEADS, LENGTH = 3, 3, 5
 
@@ -30,9 +30,10 @@ class Guided(OwnBlock):
     def __init__(self):
         super().__init__(Masked())
 
-    def forward(self, x, bias=None, scale=None, skip=None, shifts=()):
+    def forward(self, x, bias=None, scale=None, skip=None, shifts=(), last=None):
         x = x if skip is None else x + skip.roll(1, 1)
         x = x if scale is None else x * scale
+        x = x if last is None else x * last.permute(2, 0, 1)
         for shift in shifts:
             x = x + shift
         x = x + self.attn(self.norm1(x), bias)
@@ -156,18 +157,22 @@ class Table(nn.Module):
         return self.encoder(x), self.table
 
 
+def ramp(*shape):
+    return torch.linspace(0, 1, torch.Size(shape).numel()).view(shape).double()
+
+
 def per_image(states):
     return {"bias": torch.cdist(states[0], states[0])[:, None], "scale": states[0].mean((1, 2), keepdim=True)}
 
 
 BACKBONES = {
     "plain": (OwnTransformer, True),
-    "a bias per head": (lambda: Guiding(lambda s: {"bias": torch.linspace(0, 1, HEADS * 25).view(HEADS, 5, 5).double()}), True),
+    "a bias per head": (lambda: Guiding(lambda s: {"bias": ramp(HEADS, 5, 5)}), True),
     "a bias per image": (lambda: Guiding(per_image), True),
-    "a table of positions": (lambda: Guiding(lambda s: {"shifts": [torch.linspace(0, 1, 5 * WIDTH).view(5, WIDTH).double()]}), True),
+    "a table of positions": (lambda: Guiding(lambda s: {"shifts": [ramp(5, WIDTH)]}), True),
     "a list of shifts per image": (lambda: Guiding(lambda s: {"shifts": [s[0][:, :1], s[0].new_ones(1, 1, 1)]}), True),
     "skips of earlier tokens": (lambda: Guiding(lambda s: {"skip": s[len(s) // 2]}), True),
-    "images on the last axis": (lambda: Guiding(lambda s: {"scale": s[0].mean((1, 2)).expand(1, 1, -1).permute(2, 0, 1)}), True),
+    "images on the last axis": (lambda: Guiding(lambda s: {"last": s[0].mean((1, 2)).expand(1, 1, -1)}), False),
     "two towers": (Towers, False),
     "two views, one encoder": (Twice, False),
     "frames": (Frames, False),
@@ -233,7 +238,7 @@ def test_all_at_once_is_each_alone_for_any_backbone_and_batch(name):
 
 @pytest.mark.parametrize("name", ["plain", "two towers", "frames", "skips of earlier tokens"])
 def test_gradients_of_all_at_once_are_the_sums_of_each_alone(name):
-    plain, model, added = expanded(BACKBONES[name][0])
+    _, model, _ = expanded(BACKBONES[name][0])
     x = torch.randn(4, LENGTH, WIDTH).double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 import dtme_kernels
 
 from ..blocks import Arguments, find_tokens, replace_argument
-from ..seams import UNKNOWN, KeysValues, NotExpandable, argument_axis
-from ..sharing import UnknownArgument
+from ..seams import KeysValues, NotExpandable
 from ..streams import (
     Expansion,
     Forward,
@@ -30,6 +29,7 @@ from ..streams import (
 from ..torch_private import recomputing
 from ..trees import map_tensors
 from . import recomputation
+from .arguments import follow
 from .attention import attend, attend_if
 from .first_half import FirstHalf, PlainNorm
 from .probe import probe
@@ -140,16 +140,16 @@ class BlockAdapter(nn.Module):
         """The run of this block that begins with ``tokens``."""
         self._check_whole()
         if self.folded is not None:
-            forward = Forward((self.expansion,))
-            forward.start(self.folded)
-            return Run(self.name, self.folded, self.folded, forward)
+            alone = Forward((self.expansion,))
+            alone.start(self.folded)
+            return Run(self.name, self.folded, self.folded, alone)
         if recomputing():
             if (run := recomputation.recall(self, tokens)) is None:
                 raise self._lost()
             self._open(run)
             return run
         forward = running(self.expansion)
-        if forward is not None and forward.closes_at is not None and not self.name.startswith(f"{forward.closes_at}."):
+        if forward is not None and forward.closes_at is not None:
             hide(forward.token)  # the block that should have closed it was interrupted
             forward = running(self.expansion)
         run = (forward or self._called_alone()).run_block(self.name, tokens, self.own_tasks)
@@ -183,7 +183,8 @@ class BlockAdapter(nn.Module):
         forward = running(self.expansion)
         run = forward.runs.get(self.name) if forward is not None else None
         if run is None and recomputing():
-            run = tokens is not None and recomputation.recall(self, tokens) or recomputation.last_run(self)
+            run = None if tokens is None else recomputation.recall(self, tokens)
+            run = run or recomputation.last_run(self)
         if run is None:
             raise self._lost()
         if tokens is not None and not recomputing():
@@ -205,8 +206,8 @@ class BlockAdapter(nn.Module):
         mine = self._block[0]._modules.get("dtme") is self
         if not mine or not all(type(x) is nn.ParameterDict for x in (self.weight, self.bias, self.tokens)):
             raise RuntimeError(
-                f"the modules that dtme added to block {self.name!r} were replaced by copies or wrapped, which would be "
-                "trained without ever running: leave them out (peft: modules_to_save) and let them train as they are"
+                f"the modules that dtme added to block {self.name!r} were replaced by copies or wrapped, which would "
+                "be trained without ever running: leave them out (peft: modules_to_save) and let them train as they are"
             )
 
     # --- the block's input: streams and modulation ----------------------------------------------------------------
@@ -224,67 +225,15 @@ class BlockAdapter(nn.Module):
             run.half = None
             index = run.after.sources(run.before)
             changed = (
-                self.modulate(run, tokens) if modulated and self.weight else repeat_rows(tokens, index, run.before.num_streams)
+                self.modulate(run, tokens)
+                if modulated and self.weight
+                else repeat_rows(tokens, index, run.before.num_streams)
             )
         if not recomputing() and self.site is not None:
             self._keep(changed, run)
         if run.after.num_streams > 1:
-            args, kwargs = self._follow(run, tokens, where, args, kwargs)
+            args, kwargs = follow(block, run, tokens.shape[0], where, args, kwargs)
         return replace_argument(args, kwargs, where, changed)
-
-    def _follow(
-        self, run: Run, tokens: Tensor, where: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Arguments:
-        """Give what else comes by image as many rows as the tokens will have."""
-        batch = tokens.shape[0] // run.before.num_streams
-
-        def walk(value: Any, at: int | str) -> Any:
-            if at == where:  # the tokens, which may be given a second time as something else
-                return value
-            paths: list[str] = []
-
-            def follow(tensor: Tensor) -> Tensor:
-                paths.append(f"{at}[{len(paths)}]")
-                axis = self._axis(tensor, at, paths[-1], run.forward, batch)
-                return tensor if axis is None else self._repeated(tensor, axis, run, batch, paths[-1])
-
-            return map_tensors(follow, value)
-
-        args = tuple([walk(value, at) for at, value in enumerate(args)])
-        return args, {name: walk(value, name) for name, value in kwargs.items()}
-
-    def _repeated(self, tensor: Tensor, axis: int, run: Run, batch: int, path: str) -> Tensor:
-        """``tensor``, whose images lie on ``axis``, for the streams behind this block's modules."""
-        size = tensor.shape[axis]
-        if size == 1 != batch:
-            return tensor
-        layout = next((x for x in (run.after, *run.forward.seen) if size == x.num_streams * batch), None)
-        if layout is None and size % batch:
-            raise RuntimeError(
-                f"block {self.name!r} got a {tuple(tensor.shape)} tensor as argument {path}, which does not have the rows "
-                f"of {run.before.num_streams} task streams of {batch}"
-            )
-        # else several rows of each image side by side, as of heads, made before any stream parted
-        layout = layout or together(run.after.tasks)
-        return repeat_rows(tensor, run.after.sources(layout), layout.num_streams, axis)
-
-    def _axis(self, tensor: Tensor, at: int | str, path: str, forward: Forward, batch: int) -> int | None:
-        """Where the images of a block's argument lie: what its library says, or the first call of a kind has shown."""
-        key = (self.name, path)
-        if forward.learns:
-            axis = argument_axis(self._block[0], at, tensor)
-            if axis is UNKNOWN and forward.closes_at is not None:
-                raise RuntimeError(
-                    f"block {self.name!r} is called by itself for several tasks with a {tuple(tensor.shape)} tensor as "
-                    f"argument {path}, which may come by image or not: call the backbone, or choose one task"
-                )
-            if axis is UNKNOWN:
-                by_row = tensor.ndim > 0 and any(tensor.shape[0] == x.num_streams * batch for x in forward.seen)
-                axis = 0 if by_row else None
-            forward.arguments[key] = axis  # type: ignore[assignment]
-        elif key not in forward.arguments:
-            raise UnknownArgument(f"block {self.name!r} got a tensor as argument {path}, which it did not have at first")
-        return forward.arguments[key]
 
     def modulate(self, run: Run, tokens: Tensor) -> Tensor:
         """(T_before * B, ..., p) → (T_after * B, ..., p); a stream without a map of its own keeps its bits."""
@@ -310,13 +259,13 @@ class BlockAdapter(nn.Module):
     def _of_streams(self, run: Run, parameters: nn.ParameterDict, default: Tensor | None = None) -> Tensor:
         """A row for every stream: its task's parameter; without a ``default``, only of streams that have one."""
         if run.forward.task_index is not None:
-            every = [task for task in self.expansion.tasks if default is not None or task in parameters]
-            rows = torch.stack([parameters[task] if task in parameters else default for task in every])
-            return rows.index_select(0, run.forward.task_index)
-        names = [task for task, *_ in run.after.streams if default is not None or task in parameters]
-        if run.forward.probes:
-            return torch.stack([probe(parameters, self.name, task, default) for task in names])
-        return torch.stack([parameters[task] if task in parameters else default for task in names])
+            names = self.expansion.tasks
+        else:
+            names = tuple([task for task, *_ in run.after.streams])
+        names = tuple([task for task in names if default is not None or task in parameters])
+        take = partial(probe, self.name) if run.forward.probes else nn.ParameterDict.get
+        rows = torch.stack([take(parameters, task, default) for task in names])  # type: ignore[misc]
+        return rows if run.forward.task_index is None else rows.index_select(0, run.forward.task_index)
 
     def _batch_norm(self, layout: Layout, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
@@ -370,7 +319,9 @@ class BlockAdapter(nn.Module):
         joined = self._joined(run)
         task_kv = self.task_keys_values(run) if joined else None
         if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.tasks) and task_kv is not None:
-            has = torch.tensor([task in self.tokens for task in self.expansion.tasks], device=run.forward.task_index.device)
+            has = torch.tensor(
+                [task in self.tokens for task in self.expansion.tasks], device=run.forward.task_index.device
+            )
             return partial(attend_if, has.index_select(0, run.forward.task_index), task_kv)
         return partial(attend, self.name, run.after.num_streams, joined, task_kv)
 

@@ -35,9 +35,8 @@ def attend(
         task_kv: their keys and values, (len(joined), H, t, d) each.
     """
     if query.shape[-2] != key.shape[-2] or query.shape[0] % num_streams:
-        raise NotExpandable(
-            f"block {block!r}: its attention is not over its own tokens: {query.shape[-2]} queries, {key.shape[-2]} keys"
-        )
+        sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
+        raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
     if attn_mask is not None and attn_mask.ndim < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
 
@@ -56,8 +55,9 @@ def attend(
     if task_kv is not None and len(joined) == num_streams:
         return run(joined, task_kv).flatten(0, 1)
     rest = [i for i in range(num_streams) if i not in joined]
-    none = key.new_empty(len(rest), key.shape[1], 0, key.shape[-1]), value.new_empty(
-        len(rest), value.shape[1], 0, value.shape[-1]
+    none = (
+        key.new_empty(len(rest), key.shape[1], 0, key.shape[-1]),
+        value.new_empty(len(rest), value.shape[1], 0, value.shape[-1]),
     )
     plain = run(rest, none)
     if task_kv is None:

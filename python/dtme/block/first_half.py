@@ -1,4 +1,4 @@
-"""Plain pre-norm blocks run their first half at once: modulate, layer norm, projections and attention in one operation."""
+"""Plain pre-norm blocks run their first half, from modulation to attention, in one operation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

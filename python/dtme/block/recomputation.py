@@ -1,8 +1,8 @@
 """Find a block's run again where activation checkpointing runs the block, or a part of it, during the backward pass.
 
 The forward is over then, and the backward pass may be in another thread. What is left of it is the tensor that entered
-the checkpointed part: it, or a view of its memory, enters again. So every tensor on its way into a block, its norm or its
-attention is remembered by where it lies, for as long as its memory is held by somebody.
+the checkpointed part: it, or a view of its memory, enters again. So every tensor on its way into a block, its norm or
+its attention is remembered by where it lies, for as long as its memory is held by somebody.
 """
 
 import threading
@@ -35,14 +35,14 @@ _last = _Last()
 
 
 def may_run_again(training: bool) -> bool:
-    """Whether this may be inside of a checkpointed part: one kind saves tensors in its own way, the other none at all."""
+    """Whether this may be in a checkpointed part: one kind saves tensors in its own way, the other none at all."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
     return saved_tensors_hooks() is not None if torch.is_grad_enabled() else training
 
 
 def remember(adapter: object, tokens: Tensor, run: Run) -> None:
-    """``tokens`` enter a block, or a part of it, in ``run``. Two different runs on the same tensor make it ambiguous."""
+    """``tokens`` enter a block, or a part of it, in ``run``. Two different runs on one tensor make it ambiguous."""
     global _inserted
     if not _is_plain(tokens):
         return
@@ -81,7 +81,9 @@ def last_run(adapter: object) -> Run | None:
 
 
 def _same(a: Run | None, b: Run) -> bool:
-    return a is not None and a.before == b.before and a.after == b.after and a.forward.task_index is b.forward.task_index
+    return (
+        a is not None and a.before == b.before and a.after == b.after and a.forward.task_index is b.forward.task_index
+    )
 
 
 def _is_plain(tokens: Tensor) -> bool:
