@@ -178,8 +178,7 @@ class _Check:
         naive = self.oracle(values)
         for rows in self.subject.sizes:
             self.outputs(model, rows, naive)
-        if hasattr(dtme, "sharing_of"):
-            self.row["sharing"] = dtme.sharing_of(self.backbone)
+        self.row["sharing"] = dtme.sharing_of(model)
         self.trained(model, reached, list(added))
 
     # --- outputs --------------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def totals(rows: Iterable[Row]) -> dict[str, dict[str, Counter[str]]]:
 
 def sharing(plans: dict[str, Row]) -> str:
     """How the backbone's first blocks are shared among tasks, as far as the package says."""
-    return " / ".join(dict.fromkeys(str(row["sharing"]) for row in plans.values() if row.get("sharing"))) or "?"
+    said = (str(row["sharing"]).partition(":")[0] for row in plans.values() if row.get("sharing"))
+    return " / ".join(dict.fromkeys(said)) or "-"
 
 
 def largest_error(plans: dict[str, Row]) -> float | None:

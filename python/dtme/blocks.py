@@ -173,6 +173,30 @@ def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) ->
     )
 
 
+def check_channels(block: nn.Module, name: str, tokens: Tensor, num_features: int | None) -> None:
+    """Tokens are (B, ..., p): refuse maps (B, p, H, W), and tokens of another width than the block was expanded for.
+
+    Args:
+        num_features: p, where it is known.
+
+    Raises:
+        ValueError: names the block.
+    """
+    widths, width = [num_features] if num_features else block_widths(block), tokens.shape[-1]
+    if tokens.ndim == 4 and tokens.shape[1] in widths:
+        convolves = any(isinstance(module, nn.Conv2d) for module in block.modules())
+        if width not in widths or (convolves and width == tokens.shape[1]):
+            raise ValueError(
+                f"block {name!r} ({type(block).__name__}) takes maps {tuple(tokens.shape)}, whose channels are on the "
+                "second axis; dtme needs them on the last: leave it out by blocks="
+            )
+    if num_features and width != num_features:
+        raise ValueError(
+            f"block {name!r} ({type(block).__name__}) got tokens {tuple(tokens.shape)}, whose last axis is not the "
+            f"{num_features} channels it was expanded for"
+        )
+
+
 def replace_argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: int | str, value: Any) -> Arguments:
     if isinstance(where, int):
         return (*args[:where], value, *args[where + 1 :]), kwargs

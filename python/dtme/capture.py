@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import nested_tensors
-from .blocks import find_tokens, replace_argument
+from .blocks import check_channels, find_tokens, replace_argument
 from .randomness import rewinder
 from .streams import Layout, running, unfold
 from .torch_private import recomputing
@@ -64,6 +64,7 @@ class BlockInputs:
                 if is_probe:
                     return None
                 where, tokens = find_tokens(args, kwargs, name)
+                check_channels(block, name, tokens, None)
                 if tokens.is_inference():  # made under inference_mode: takes part in no graph
                     tokens = tokens.clone()
                 if gradients and not tokens.requires_grad:

@@ -177,7 +177,7 @@ def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[s
     first = min((names.index(name) for name in plan.blocks), default=len(names) - 1)
     for name in names[first:]:
         block = blocks[name]
-        block.dtme = adapter = BlockAdapter(name, block, expansion)
+        block.dtme = adapter = BlockAdapter(name, block, expansion, widths.get(name))
         if name in widths:
             like = module_like(block).new_zeros(widths[name])
             adapter.add_modulation(plan.modulation.get(name, ()), like, expansion.modulator)

@@ -14,7 +14,6 @@ pytest.importorskip("transformers")
 from benchmarks.models import checks, models, oracle, runner, table
 from benchmarks.models.subject import Subject
 
-OLD_STREAMS = "two stacks of blocks, or a mask made before the streams part, do not get their rows"
 ROWS = {
     "timm/vision_transformer": "right",
     "timm/swin_transformer": "refused",
@@ -32,13 +31,6 @@ ROWS = {
     "torch/TransformerEncoder, padding mask": "right",
 }
 """The least that task tokens must come to: right, or refused, where right is as good."""
-CRASHED = {
-    "transformers/clip",
-    "transformers/t5",
-    "transformers/bart",
-    "torch/TransformerEncoder, padding mask",
-}
-"""What crashes with the streams of the first version; a strict mark, so that it goes with them."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,12 +41,7 @@ def _libraries() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _marked(name: str) -> Any:
-    marks = [pytest.mark.xfail(reason=OLD_STREAMS, strict=True)] if name in CRASHED else []
-    return pytest.param(name, marks=marks, id=name)
-
-
-@pytest.mark.parametrize("name", [_marked(name) for name in ROWS])
+@pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_each_kind(name: str) -> None:
     rows = {row["plan"]: row for row in models.rows(name)}
     assert rows["modulation"]["outcome"] in ("right", "refused"), rows["modulation"]

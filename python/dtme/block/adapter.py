@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dtme_kernels
 
-from ..blocks import Arguments, find_tokens, replace_argument
+from ..blocks import Arguments, check_channels, find_tokens, replace_argument
 from ..seams import KeysValues, NotExpandable
 from ..streams import (
     Expansion,
@@ -55,12 +55,13 @@ class BlockAdapter(nn.Module):
     Args:
         name: the block's name, for messages.
         expansion: what all adapters of one ``expand`` share.
+        num_features: p, where the block has modules of its own.
     """
 
-    def __init__(self, name: str, block: nn.Module, expansion: Expansion) -> None:
+    def __init__(self, name: str, block: nn.Module, expansion: Expansion, num_features: int | None = None) -> None:
         super().__init__()
         self.is_dtme_adapter = True
-        self.name, self.expansion = name, expansion
+        self.name, self.expansion, self.num_features = name, expansion, num_features
         self.own_tasks: frozenset[str] = frozenset()
         """Tasks that this block treats in a way of their own."""
         self.weight, self.bias, self.tokens = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
@@ -215,6 +216,8 @@ class BlockAdapter(nn.Module):
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Split the streams that part here, modulate, and repeat what else comes by image (a mask, say)."""
         where, tokens = find_tokens(args, kwargs, self.name)
+        if self.num_features is not None and (tokens.ndim == 4 or tokens.shape[-1] != self.num_features):
+            check_channels(block, self.name, tokens, self.num_features)
         run = self._enter(tokens)
         others = [value for value in (*args, *kwargs.values()) if value is not tokens]
         plain = tokens.ndim == 3 and not any(isinstance(value, Tensor) or value for value in others)

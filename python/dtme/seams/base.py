@@ -78,7 +78,9 @@ class Seam(ABC):
             caught.clear()
             try:
                 self.run(catch, tokens, **options)
-            except (TypeError, RuntimeError) as error:
+            except NotExpandable:
+                raise
+            except Exception as error:  # whatever an attention raises that was not made for tokens alone
                 if width == self._widths[-1]:
                     problem = f"its attention cannot run on task tokens alone: {error}"
                     raise NotExpandable(f"block {self.block!r}: {problem}") from error
