@@ -5,9 +5,11 @@ shapes. So the first call of its kind is compared, on probe values in evaluation
 learned then (which tensors come by image, and on which axis) holds for later calls of the kind, whatever their batch.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +165,16 @@ class Ways:
         if reason and not self._has_warned:
             self._has_warned = True
             message = f"{where} runs once for every task instead of sharing its first blocks: {reason}"
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, stacklevel=_caller())
+
+
+def _caller() -> int:
+    """The stack level of whoever called the model, as ``warnings.warn`` counts from the function that calls this."""
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _kind(tasks: tuple[str, ...], call: Call) -> Any:

@@ -16,11 +16,11 @@ from benchmarks.models.subject import Subject
 
 ROWS = {
     "timm/vision_transformer": "right",
-    "timm/swin_transformer": "refused",
+    "timm/swin_transformer": "right",
     "transformers/vit": "right",
     "transformers/bert": "right",
     "transformers/llama": "right",
-    "transformers/swin": "refused",
+    "transformers/swin": "right",
     "transformers/clip": "refused",
     "transformers/wav2vec2": "refused",
     "transformers/t5": "refused",
@@ -69,16 +69,16 @@ def test_the_oracles_of_task_tokens_agree() -> None:
 
 def test_a_wrong_prediction_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that get each other's rows, and a modulation that is not the oracle's."""
-    from dtme import MultiTaskModel
+    import dtme.model
 
-    split = MultiTaskModel.split_features
+    together = dtme.model.run
 
-    def mixed(self: MultiTaskModel, features: Any, selected: tuple[str, ...]) -> dict[str, Any]:
-        parts = split(self, features, selected)
+    def mixed(*args: Any) -> dict[str, Any]:
+        parts = together(*args)
         return dict(zip(parts, [*list(parts.values())[1:], *list(parts.values())[:1]], strict=True))
 
     with monkeypatch.context() as patch:
-        patch.setattr(MultiTaskModel, "split_features", mixed)
+        patch.setattr(dtme.model, "run", mixed)
         row = checks.check(_subject(), "modulation")
         assert row["outcome"] == "wrong" and "together and alone differ" in row["reason"]
 
@@ -173,4 +173,4 @@ def test_the_table_counts_each_library_and_plan() -> None:
     assert counts["transformers"]["task tokens"]["no answer"] == 1
     markdown = table.markdown(rows)
     assert "| timm | 1 | modulation | 1 | 0 | 0 | 0 | 0 |" in markdown
-    assert "| timm/vision_transformer | right | right (no oracle) | ? | 1e-15 |" in markdown
+    assert "| timm/vision_transformer | right | right (no oracle) | - | 1e-15 |" in markdown
