@@ -46,7 +46,7 @@ class Opening:
                 _compiled_parts.release()
             raise
         self._expose(self.forward)
-        self._token = show(self.forward)
+        show(self.forward)
 
     def _task_index(self) -> Tensor | None:
         """The one task that was asked for, as a tensor, if all tasks may share a graph."""
@@ -71,7 +71,7 @@ class Opening:
         self._expose(self.forward)
 
     def close(self) -> None:
-        hide(self._token)
+        hide(self.forward)
         self._expose(None)
         if self._is_exposed:
             _compiled_parts.release()

@@ -183,11 +183,11 @@ def _kind(tasks: tuple[str, ...], call: Call) -> Any:
 
 @contextmanager
 def _shown(forward: Forward) -> Iterator[None]:
-    token = show(forward)
+    show(forward)
     try:
         yield
     finally:
-        hide(token)
+        hide(forward)
 
 
 def _refuse_caches(call: Call) -> None:

@@ -124,7 +124,6 @@ class Forward:
         """Whether ``arguments`` are being found out; else an argument that is not in it is an error."""
         self.closes_at: str | None = None
         """The block that opened it, being called by itself, and closes it."""
-        self.token: Any = None
         self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def start(self, layout: Layout) -> None:
@@ -183,13 +182,14 @@ def running(expansion: Expansion) -> Forward | None:
     return found if found is not None and found.thread in (None, threading.get_ident()) else None
 
 
-def show(forward: Forward) -> Any:
-    """Make ``forward`` the one that runs in this thread; ``hide`` takes what this returns."""
-    return _forwards.set((*_forwards.get(), forward))
+def show(forward: Forward) -> None:
+    """Make ``forward`` the one that runs in this thread, until it is hidden."""
+    _forwards.set((*_forwards.get(), forward))
 
 
-def hide(token: Any) -> None:
-    _forwards.reset(token)
+def hide(forward: Forward) -> None:
+    # not by a token, which is worth nothing in another asyncio task that inherited what an interrupted one left
+    _forwards.set(tuple(one for one in _forwards.get() if one is not forward))
 
 
 class traced:
@@ -284,14 +284,16 @@ class tasks:
         if not self.expansions:
             raise RuntimeError(f"{type(backbone).__name__} is not expanded: call dtme.expand(backbone, plan) first")
         self.names = choose(names, self.expansions[0].tasks)
-        self._tokens: list[Any] = []
+        self._choices: list[_Choice] = []
 
     def __enter__(self) -> tuple[str, ...]:
-        self._tokens.append(_choices.set((*_choices.get(), _Choice(self.expansions, self.names))))
+        self._choices.append(_Choice(self.expansions, self.names))
+        _choices.set((*_choices.get(), self._choices[-1]))
         return self.names
 
     def __exit__(self, *error: object) -> None:
-        _choices.reset(self._tokens.pop())
+        ended = self._choices.pop()
+        _choices.set(tuple(choice for choice in _choices.get() if choice is not ended))
 
 
 # --- adapters are what says "expanded" --------------------------------------------------------------------------------

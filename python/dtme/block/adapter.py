@@ -151,7 +151,7 @@ class BlockAdapter(nn.Module):
             return run
         forward = running(self.expansion)
         if forward is not None and forward.closes_at is not None:
-            hide(forward.token)  # the block that should have closed it was interrupted
+            hide(forward)  # the block that should have closed it was interrupted
             forward = running(self.expansion)
         run = (forward or self._called_alone()).run_block(self.name, tokens, self.own_tasks)
         self._keep(tokens, run)
@@ -166,7 +166,7 @@ class BlockAdapter(nn.Module):
         forward.start(together(names))
         forward.learns = True
         forward.closes_at = self.name
-        forward.token = show(forward)
+        show(forward)
         return forward
 
     def _open(self, run: Run) -> None:
@@ -175,7 +175,7 @@ class BlockAdapter(nn.Module):
         forward.start(run.after)
         forward.runs[self.name] = run
         forward.closes_at = self.name
-        forward.token = show(forward)
+        show(forward)
 
     def _run_with(self, tokens: Tensor | None) -> Run:
         """The run of this block that is in progress, whose attention reads ``tokens``."""
@@ -373,7 +373,7 @@ class BlockAdapter(nn.Module):
         forward = running(self.expansion)
         if forward is None or forward.closes_at != self.name:
             return None
-        hide(forward.token)
+        hide(forward)
         if output is None or recomputing():
             return None
         index = apart(forward.layout.tasks).sources(forward.layout)
