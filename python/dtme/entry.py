@@ -23,7 +23,7 @@ class Root:
 
     Args:
         module: the backbone.
-        blocks: names of the blocks that have adapters. Modules that hold some of them may be called by themselves.
+        blocks: names of the blocks that have modules of tasks. What holds some of them may be called by itself.
     """
 
     def __init__(self, module: nn.Module, expansion: Expansion, blocks: Iterable[str]) -> None:

@@ -71,7 +71,7 @@ def expand(
     expansion = Expansion(tasks, plan, modulator, shared_prefix, frozen)
     try:
         _attach(blocks, sites, widths, expansion)
-        Root(backbone, expansion, [adapter.name for adapter in adapters(backbone)]).attach()
+        Root(backbone, expansion, plan.blocks).attach()
     except BaseException:
         _detach(backbone, expansion)
         raise

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import dtme
-from tests.dtme.clients import TASKS, make_input
+from tests.dtme.clients import SDPA, TASKS, WIDTH, make_input
 
 MANY = tuple(f"t{i}" for i in range(11))
 
@@ -132,3 +133,44 @@ def test_a_graph_that_breaks_in_the_middle(expanded, compiler):
         for task, got in compiled(x, names).items():
             torch.testing.assert_close(got, want[task], rtol=1e-10, atol=1e-10)
     assert compiler.frame_count > 1
+
+
+class SavesMemory(nn.Module):
+    """A block that checkpoints itself, as transformers' do: the hooks on it stay outside."""
+
+    saves = False
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.attn, self.mlp = nn.LayerNorm(WIDTH), SDPA(), nn.Linear(WIDTH, WIDTH)
+
+    def run(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(x)
+
+    def forward(self, x):
+        return checkpoint(self.run, x, use_reentrant=False) if self.saves else self.run(x)
+
+
+@pytest.mark.parametrize("names", [None, "depth"])
+def test_compiled_blocks_that_checkpoint_themselves(compiler, names):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(SavesMemory(), SavesMemory(), SavesMemory())
+    model = dtme.MultiTaskModel(blocks, {task: nn.Linear(WIDTH, 2) for task in TASKS}).double().train()
+    plan = dtme.ExpansionPlan(TASKS, 2, {"1": TASKS, "2": TASKS[:1]}, {"1": TASKS}, dict.fromkeys("012", WIDTH))
+    dtme.expand(model, plan)
+    x = torch.randn(4, 5, WIDTH).double()
+
+    def gradients(run):
+        model.zero_grad()
+        sum((i + 1) * p.square().sum() for i, p in enumerate(run(x, names).values())).backward()
+        return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    want = gradients(model)
+    for block in blocks:
+        block.saves = True
+    for run in (model, torch.compile(model, backend=compiler)):
+        for a, b in zip(gradients(run), want, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)

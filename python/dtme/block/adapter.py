@@ -161,7 +161,8 @@ class BlockAdapter(nn.Module):
         """The forward of a block that somebody calls by itself; it ends with the block."""
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()  # the forward that runs is not known to the compiler: go on without it
-        names = chosen_for_part(self.expansion, self.name)
+        # a block without modules of its own does the same for all tasks
+        names = chosen_for_part(self.expansion, self.name) if self.own_tasks else self.expansion.tasks[:1]
         forward = Forward((self.expansion,))
         forward.start(together(names))
         forward.learns = True
