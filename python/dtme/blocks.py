@@ -93,8 +93,12 @@ def _holds_attention(module: nn.Module) -> bool:
 def _has_attention_and_mlp(module: nn.Module) -> bool:
     """The children of timm's blocks, torchvision's and torch's encoder layers, and transformers' hierarchical ones."""
     names = [name for name, child in module.named_children() if not isinstance(child, (nn.Dropout, nn.Identity))]
-    attention = any(name.startswith("attn") or name in ("self_attn", "self_attention", "attention") for name in names)
-    return attention and any(name.startswith("mlp") or name in ("linear1", "intermediate") for name in names)
+    attention = any(name.startswith("attn") or name in _ATTENTIONS for name in names)
+    return attention and any(name.startswith(("mlp", "ff")) or name in _FEED_FORWARDS for name in names)
+
+
+_ATTENTIONS = ("self_attn", "self_attention", "self_att", "attention", "multi_head_attention")
+_FEED_FORWARDS = ("linear1", "fc1", "intermediate", "feed_forward")
 
 
 _NEVER_BLOCKS = ("torch.nn.", "timm.layers.")
