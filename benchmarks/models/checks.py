@@ -25,7 +25,7 @@ from .oracle import (
     modulated,
     tokens_of,
 )
-from .subject import TASKS, Subject
+from .subject import TASKS, NotBuilt, Subject
 
 PLANS = ("modulation", "task tokens")
 NUM_TOKENS = 2
@@ -67,6 +67,8 @@ def check(subject: Subject, kind: str) -> Row:
         row |= {"noise": noise, "blocks": len(blocks), "arithmetic": arithmetic}
         _Check(subject, kind, blocks, row).run()
         row.setdefault("outcome", "right")
+    except NotBuilt:
+        raise
     except Wrong as error:
         row |= {"outcome": "wrong", "reason": str(error)}
     except Exception as error:
@@ -106,6 +108,8 @@ def _plain(subject: Subject, found: dict[str, nn.Module]) -> tuple[float, dict[s
         for handle in handles:
             handle.remove()
         full = subject.call(subject.backbone, x)
+        if not any(tensor.isfinite().any() for tensor in full):
+            raise NotBuilt("what the plain model returns is not finite")
         if difference(full, subject.call(subject.backbone, x)) > 0:
             raise Wrong("the plain model does not repeat itself")
         try:
@@ -179,7 +183,8 @@ class _Check:
         for rows in self.subject.sizes:
             self.outputs(model, rows, naive)
         self.row["sharing"] = dtme.sharing_of(model)
-        self.trained(model, reached, list(added))
+        blocks = {name for name in self.plan.num_features if any(other.startswith(f"{name}.") for other in reached)}
+        self.trained(model, reached, [name for name in added if name.partition(".dtme.")[0] in blocks])
 
     # --- outputs --------------------------------------------------------------------------------------------------
 
