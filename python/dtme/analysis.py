@@ -113,7 +113,7 @@ class _Analysis:
             self._forward(to_device(batch, self.device))
         self.inputs.check(inputs)
         self.names = list(inputs)  # in the order they ran
-        tokens = [torch.cat([entered.by_image() for entered in inputs[name]], 1) for name in self.names]
+        tokens = [torch.cat([run.by_image(num_tasks(inputs[name])) for run in inputs[name]], 1) for name in self.names]
         widths = [x.shape[-1] for x in tokens]
         if not self.moments:
             self.widths = widths
@@ -285,6 +285,11 @@ class _Analysis:
             num_samples=next(iter(self.moments.values())).num_samples,
             ratio=float(self.ratio),
         )
+
+
+def num_tasks(runs: list[Entered]) -> int:
+    """How many tasks' tokens all runs of a block hold together; 1 where the backbone is not expanded."""
+    return sum(len(run.layout.tasks) for run in runs) or 1
 
 
 def _batches(loader: Iterable[Any], limit: int | None, name: str, progress: bool) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import nested_tensors
 from .blocks import check_channels, find_tokens, replace_argument
 from .randomness import rewinder
-from .streams import Layout, running, unfold
+from .streams import Layout, innermost, unfold
 from .torch_private import recomputing
 
 SHARED = Layout((), ((),))
@@ -26,16 +26,21 @@ class Entered(NamedTuple):
     """Their T streams."""
     version: int
 
-    def by_image(self) -> Tensor:
-        """(B, n, p): all tokens that each image has here."""
-        tokens, num_streams = self.tokens.flatten(1, -2), self.layout.num_streams
-        return unfold(tokens, num_streams).transpose(0, 1).flatten(1, 2) if num_streams > 1 else tokens
+    def by_image(self, num_tasks: int) -> Tensor:
+        """(B, n, p): all tokens that each image has here, so weighted that each of ``num_tasks`` tasks counts the same.
+
+        A second moment of them is the mean of the tasks' own, however many of them share a stream.
+        """
+        streams = unfold(self.tokens.flatten(1, -2), self.layout.num_streams)
+        sizes = torch.tensor([len(stream) or num_tasks for stream in self.layout.streams])
+        if (sizes != num_tasks).any():
+            streams = streams * (sizes / num_tasks).sqrt().to(streams)[:, None, None, None]
+        return streams.transpose(0, 1).flatten(1, 2)
 
 
-def layout_into(block: nn.Module) -> tuple[Layout, bool]:
-    """The streams of the tokens that are about to enter ``block``, and whether the forward is only a comparison."""
-    adapter = block._modules.get("dtme")
-    forward = running(adapter.expansion) if adapter is not None else None  # type: ignore[arg-type]
+def _running_layout() -> tuple[Layout, bool]:
+    """The streams of the tokens on their way now, and whether the forward is only a comparison."""
+    forward = innermost()
     return (SHARED, False) if forward is None else (forward.layout, forward.probes)
 
 
@@ -60,7 +65,7 @@ class BlockInputs:
 
         def hook(name: str) -> Any:
             def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                layout, is_probe = layout_into(block)
+                layout, is_probe = _running_layout()
                 if is_probe:
                     return None
                 where, tokens = find_tokens(args, kwargs, name)

@@ -182,6 +182,11 @@ def running(expansion: Expansion) -> Forward | None:
     return found if found is not None and found.thread in (None, threading.get_ident()) else None
 
 
+def innermost() -> Forward | None:
+    """The forward that was opened last in this thread, of whatever backbone."""
+    return next(reversed(_forwards.get()), None)
+
+
 def show(forward: Forward) -> None:
     """Make ``forward`` the one that runs in this thread, until it is hidden."""
     _forwards.set((*_forwards.get(), forward))

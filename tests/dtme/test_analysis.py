@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import dtme
+import dtme_kernels
 from dtme.blocks import find_blocks
 from tests.dtme.clients import SDPA, TASKS, OwnBlock, make_input
 
@@ -188,6 +189,48 @@ def test_an_expanded_model_is_analysed_in_its_own_streams(problem):
     got = dtme.analyze(model, loader, LOSSES, progress=False)
     for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+@pytest.mark.parametrize("shared_prefix", ["auto", False], ids=["shared", "one by one"])
+def test_an_expanded_model_is_analysed_as_its_tasks_are_alone(problem, randomise, shared_prefix):
+    """Streams part at the second block, some of them at the third: each task's tokens and gradients are those it has
+    alone, and the token space is of the mean of all tasks' second moments."""
+    model, loader = problem()
+    _, second, third = find_blocks(model.backbone)
+    plan = dtme.ExpansionPlan(TASKS, 2, {second: TASKS[:1]}, {third: TASKS[1:]})
+    dtme.expand(model, plan, shared_prefix=shared_prefix)
+    randomise(model)
+    report = dtme.analyze(model, loader, LOSSES, ratio=3.0, progress=False)
+    seen, moments, grads = {}, dict.fromkeys(report.blocks, 0), []
+    handles = [
+        model.backbone.get_submodule(name).register_forward_pre_hook(
+            lambda m, a, name=name: seen.update({name: a[0]}), prepend=True
+        )
+        for name in report.blocks
+    ]
+    for x, targets in loader:
+        own = {name: [] for name in report.blocks}
+        for task in TASKS:
+            loss = LOSSES[task](model(x.clone().requires_grad_(), task)[task], targets[task])
+            for name, gradient in zip(
+                report.blocks, torch.autograd.grad(loss, [seen[n] for n in report.blocks]), strict=True
+            ):
+                tokens = seen[name].detach().flatten(0, 1)
+                moments[name] = moments[name] + tokens.mT @ tokens / len(TASKS)
+                own[name].append(gradient)
+        grads.append(own)
+    for handle in handles:
+        handle.remove()
+    for d, name in enumerate(report.blocks):
+        space = dtme_kernels.split_token_space(moments[name] / report.num_samples, 3.0)
+        assert space.rank == report.ranks[d]
+        torch.testing.assert_close(space.eigenvalues, report.eigenvalues[d], rtol=1e-6, atol=1e-9)
+        counts = [dtme_kernels.count_conflicts(torch.stack(own[name]), space.basis, space.rank) for own in grads]
+        for kind in ("range", "null", "valid"):
+            assert torch.equal(sum(getattr(c, kind) for c in counts), getattr(report, f"{kind}_counts")[d]), (
+                name,
+                kind,
+            )
 
 
 # --- the model stays as it was ----------------------------------------------------------------------------------------
