@@ -298,7 +298,9 @@ class _Check:
         for name in [*reached, *added]:
             if name not in together:
                 raise Wrong(f"{name} has no gradient")
-            if not together[name].isfinite().all() and (name in added or reached[name].isfinite().all()):
+            beside = [g for other, g in reached.items() if other.startswith(f"{name.partition('.dtme.')[0]}.")]
+            plain = beside if name in added else [reached[name]]
+            if not together[name].isfinite().all() and all(gradient.isfinite().all() for gradient in plain):
                 raise Wrong(f"the gradient of {name} is not finite")
         scale = max((float(g.abs().nan_to_num().max()) for g in total.values() if g.numel()), default=1.0)
         for name, gradient in together.items():

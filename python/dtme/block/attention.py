@@ -37,6 +37,9 @@ def attend(
     if query.shape[-2] != key.shape[-2] or query.shape[0] % num_streams:
         sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
         raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
+    if key.shape[1] != value.shape[1]:
+        sizes = f"{key.shape[1]} heads of keys for {value.shape[1]} of values"
+        raise NotExpandable(f"block {block!r}: its attention has {sizes}, which task tokens do not support")
     if attn_mask is not None and attn_mask.ndim < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
 
