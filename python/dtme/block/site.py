@@ -61,14 +61,25 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
 
 
 def _seam(name: str, title: str, block: nn.Module) -> Seam:
-    kinds = [(module, kind) for module in block.modules() if (kind := seam_of(module))]
+    kinds = {path: (module, kind) for path, module in block.named_modules() if (kind := seam_of(module))}
+    own = [path for path in kinds if not _is_cross_attention(path)]
+    # a decoder's block also attends to an encoder, whose tokens are not its own: that stays as it is
+    kinds = {path: kinds[path] for path in (own if len(own) == 1 else kinds)}
     if len(kinds) != 1:
-        listed = ", ".join(type(module).__name__ for module, _ in kinds) or "none"
+        listed = ", ".join(type(module).__name__ for module, _ in kinds.values()) or "none"
         raise NotExpandable(f"{title} must hold one attention that task tokens can join, found {listed}")
-    attention, kind = kinds[0]
+    ((attention, kind),) = kinds.values()
     if isinstance(kind, str):
         raise NotExpandable(f"{title} cannot take task tokens: {kind}; modulate it instead")
     return kind(name, attention)
+
+
+_CROSS_ATTENTION = ("cross", "encoder_attn", "encdec", "enc_attn", "encoder_decoder", "multihead_attn")
+
+
+def _is_cross_attention(path: str) -> bool:
+    """By the names that transformers, torch and timm give it."""
+    return any(name in path.lower() for name in _CROSS_ATTENTION)
 
 
 def _find_site(title: str, block: nn.Module, seam: Seam, tokens: Tensor) -> Site:
