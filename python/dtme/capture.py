@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import nested_tensors
 from .blocks import check_channels, find_tokens, replace_argument
-from .randomness import rewinder
+from .randomness import random_state, wind_back
 from .streams import Layout, innermost, unfold
 from .torch_private import recomputing
 
@@ -25,6 +25,8 @@ class Entered(NamedTuple):
     layout: Layout
     """Their T streams."""
     version: int
+    attempt: int
+    """Of the forward: an earlier one was given up."""
 
     def by_image(self, num_tasks: int) -> Tensor:
         """(B, n, p): all tokens that each image has here, so weighted that each of ``num_tasks`` tasks counts the same.
@@ -36,12 +38,6 @@ class Entered(NamedTuple):
         if (sizes != num_tasks).any():
             streams = streams * (sizes / num_tasks).sqrt().to(streams)[:, None, None, None]
         return streams.transpose(0, 1).flatten(1, 2)
-
-
-def _running_layout() -> tuple[Layout, bool]:
-    """The streams of the tokens on their way now, and whether the forward is only a comparison."""
-    forward = innermost()
-    return (SHARED, False) if forward is None else (forward.layout, forward.probes)
 
 
 class BlockInputs:
@@ -65,9 +61,10 @@ class BlockInputs:
 
         def hook(name: str) -> Any:
             def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                layout, is_probe = _running_layout()
-                if is_probe:
+                forward = innermost()
+                if forward is not None and forward.probes:  # a comparison
                     return None
+                layout, attempt = (SHARED, 0) if forward is None else (forward.layout, forward.attempt)
                 where, tokens = find_tokens(args, kwargs, name)
                 check_channels(block, name, tokens, None)
                 if tokens.is_inference():  # made under inference_mode: takes part in no graph
@@ -76,10 +73,10 @@ class BlockInputs:
                     started.append(tokens.requires_grad_())
                 args, kwargs = replace_argument(args, kwargs, where, tokens)
                 if not recomputing():  # else it is recorded already
-                    before = seen.setdefault(name, [])
+                    before = [known for known in seen.get(name, []) if known.attempt == attempt]
                     if any(set(known.layout.tasks) & set(layout.tasks) or not layout.tasks for known in before):
                         raise ValueError(f"block {name!r} runs more than once in a forward: its tokens are ambiguous")
-                    before.append(Entered(tokens, layout, tokens._version))
+                    seen[name] = [*before, Entered(tokens, layout, tokens._version, attempt)]
                 return args, kwargs
 
             return enter
@@ -116,7 +113,7 @@ def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    rewind = rewinder()
+    state = random_state()
     nested = nested_tensors.switch_off(model)
     try:
         model.train(train_mode)
@@ -132,4 +129,4 @@ def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer.copy_(value))
-        rewind()
+        wind_back(state)

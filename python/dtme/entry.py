@@ -13,9 +13,9 @@ from . import nested_tensors
 from .forwards import Opening, run_folded
 from .sharing import Call, UnknownArgument, Ways
 from .streams import Expansion, chosen, chosen_for_part, running, survey
-from .torch_private import calls_compiler, eagerly, stay_eager
+from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
 
-_STANDS_IN = re.compile(r"forward\w*|(encode|extract)_\w+|get_(intermediate|image|text|audio|video)\w*")
+_STANDS_IN = re.compile(r"(?!forward_head)forward\w*|(encode|extract)_\w+|get_(intermediate|image|text|audio|video)\w*")
 
 
 class Root:
@@ -96,10 +96,11 @@ class Entry:
         if opening is None:
             return self._function()(*args, **kwargs)
         try:
-            return run_folded(opening.forward, opening.way, opening.tasks, opening.call)
-        except UnknownArgument:
-            eagerly(opening.compare_again)
-            return run_folded(opening.forward, opening.way, opening.tasks, opening.call)
+            while True:
+                try:
+                    return run_folded(opening.forward, opening.way, opening.tasks, opening.call)
+                except UnknownArgument:
+                    eagerly(opening.compare_again)
         finally:
             eagerly(opening.close)
 
@@ -110,11 +111,10 @@ class Entry:
         return self.replaced or partial(getattr(type(self.module), self.name), self.module)
 
     def _open(self, call: Call, is_compiled: bool) -> Opening | None:
-        if running(self.expansion) is not None:
+        if running(self.expansion) is not None or recomputing():
             return None
         if self.part is None:
             tasks, _ = chosen(self.expansion)
         else:
             tasks = chosen_for_part(self.expansion, self.part)
-        parts = survey(self.module)[1]
-        return Opening(self.ways, tasks, call, has_compiled_parts=parts, is_compiled=is_compiled)
+        return Opening(self.ways, tasks, call, survey(self.module), is_compiled=is_compiled)

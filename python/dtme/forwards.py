@@ -1,5 +1,6 @@
 """Run a forward of several tasks through an expanded backbone: behind a shared prefix, or one task after the other."""
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .randomness import rewinder
-from .sharing import Call, UnknownArgument, Way, Ways, layout_of, rows_of
-from .streams import Forward, Layout, apart, hide, repeat_rows, show, together, traced
-from .trees import map_leaves, tensors
+from .randomness import random_state, wind_back
+from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, is_cache, layout_of, rows_of
+from .streams import Forward, Layout, Survey, apart, hide, repeat_rows, show, together, traced
+from .trees import leaves, map_leaves, opaque, tensors
 
 ANY_TASK = ("*",)
 """Stands for the task that ``Forward.task_index`` names: a compiled graph must not know which."""
 
+ATTEMPTS = 3
+"""As it is known, as it is compared again, and one task after the other."""
+
+MOST_GROWTH = 4
+"""A batch so many times as large as the one that was compared is compared too."""
 _compiled_parts = threading.RLock()
 """Held by a forward some of whose blocks are compiled by themselves: they find its state on the expansion."""
 
@@ -25,22 +31,20 @@ class Opening:
     Args:
         ways: what is known of such calls.
         tasks: those that were asked for.
-        has_compiled_parts: whether some of the blocks are compiled by themselves.
+        state: of what is called.
         is_compiled: whether what follows is handed to ``torch.compile``.
     """
 
-    def __init__(
-        self, ways: Ways, tasks: tuple[str, ...], call: Call, *, has_compiled_parts: bool, is_compiled: bool
-    ) -> None:
-        self.ways, self.call, self.asked = ways, call, tasks
+    def __init__(self, ways: Ways, tasks: tuple[str, ...], call: Call, state: Survey, *, is_compiled: bool) -> None:
+        self.ways, self.call, self.asked, self.state = ways, call, tasks, state
         index = self._task_index() if is_compiled and not torch.is_grad_enabled() else None
         self.tasks = tasks if index is None else ANY_TASK
-        self._is_exposed = has_compiled_parts and not is_compiled
+        self._is_exposed = state.has_compiled_parts and not is_compiled
         self.forward = Forward(ways.expansions, task_index=index)
         if self._is_exposed:
             _compiled_parts.acquire()
         try:
-            self.way = ways.find_out(self.tasks, call, force_eager=self._is_exposed)
+            self.way = ways.find_out(self.tasks, call, state, force_eager=self._is_exposed)
         except BaseException:
             if self._is_exposed:
                 _compiled_parts.release()
@@ -64,10 +68,13 @@ class Opening:
                 expansion.traced = forward
 
     def compare_again(self) -> None:
-        """The call met something that the first one of its kind did not."""
-        self.ways.forget(self.tasks, self.call)
+        """The call met something that the first one of its kind did not. The second time it no longer shares."""
+        self.forward.attempt += 1
+        self.ways.forget(self.tasks, self.call, self.state)
         self._expose(None)
-        self.way = self.ways.find_out(self.tasks, self.call, force_eager=self._is_exposed)
+        self.way = ONE_BY_ONE
+        if self.forward.attempt < ATTEMPTS - 1:
+            self.way = self.ways.find_out(self.tasks, self.call, self.state, force_eager=self._is_exposed)
         self._expose(self.forward)
 
     def close(self) -> None:
@@ -97,13 +104,17 @@ def run_folded(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -
 
 def _one_by_one(forward: Forward, tasks: tuple[str, ...], call: Call) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    if len(tasks) == 1 or torch.compiler.is_compiling():
+        for task in tasks:
+            forward.start(together((task,)))
+            found[task] = call()
+        return found
     # every task draws the random numbers that it would draw alone: blocks left out by chance are left out for all
-    rewind = rewinder() if len(tasks) > 1 and not torch.compiler.is_compiling() else None
+    state = random_state()
     for task in tasks:
-        if rewind is not None:
-            rewind()
+        wind_back(state)
         forward.start(together((task,)))
-        found[task] = call()
+        found[task] = call.on_fresh_inputs()
     return found
 
 
@@ -111,12 +122,22 @@ def _shared(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> A
     forward.start(together(tasks))
     forward.arguments = way.arguments
     output = call()
-    if len(list(tensors(output))) != len(way.leaves) or forward.layout.num_streams > way.num_streams:
-        raise UnknownArgument("what the backbone returns has another structure than at its first call")
+    found = list(tensors(output))
+    known = len(found) == len(way.leaves) and forward.layout.num_streams <= way.num_streams
+    known = known and (forward.num_rows or 0) <= MOST_GROWTH * way.num_rows  # large batches may take other branches
+    if not known or not all(_is_as_ever(leaf, place, forward) for leaf, place in zip(found, way.leaves, strict=True)):
+        raise UnknownArgument("what the backbone returns, or is given, is of another kind than at its first call")
     return output
 
 
-def _map_places(way: Way, output: Any, function: Callable[[Tensor, int, bool], Tensor]) -> Any:
+def _is_as_ever(leaf: Tensor, place: Leaf, forward: Forward) -> bool:
+    """Whether a tensor that all tasks shared when calls were compared still has the rows of one stream."""
+    if place.is_split or place.axis is None or forward.num_rows is None:
+        return True
+    return leaf.ndim > place.axis and leaf.shape[place.axis] == forward.num_rows
+
+
+def _map_places(way: Way, output: Any, function: Callable[[Tensor, int | None, bool], Tensor]) -> Any:
     """``function(leaf, axis, is_split)`` of every tensor."""
     places = iter(way.leaves)
 
@@ -137,8 +158,8 @@ def _layout_of(leaf: Tensor, axis: int, forward: Forward) -> Layout:
 
 
 def _rows_of_task(way: Way, output: Any, forward: Forward, task: str) -> Any:
-    def part(leaf: Tensor, axis: int, is_split: bool) -> Tensor:
-        if not is_split or forward.num_rows is None:  # no block ran: all of it is shared
+    def part(leaf: Tensor, axis: int | None, is_split: bool) -> Tensor:
+        if not is_split or axis is None or forward.num_rows is None:  # no block ran: all of it is shared
             return leaf
         return rows_of(leaf, axis, _layout_of(leaf, axis, forward), task)
 
@@ -146,26 +167,41 @@ def _rows_of_task(way: Way, output: Any, forward: Forward, task: str) -> Any:
 
 
 def _complete(way: Way, output: Any, forward: Forward, tasks: tuple[str, ...]) -> Any:
-    def whole(leaf: Tensor, axis: int, is_split: bool) -> Tensor:
-        if not is_split or forward.num_rows is None:
+    if not way.num_rows:  # a method that runs no block, and may have been given the rows of all tasks
+        return output
+
+    def whole(leaf: Tensor, axis: int | None, is_split: bool) -> Tensor:
+        if not is_split or axis is None or forward.num_rows is None:
             return torch.cat([leaf] * len(tasks)) if leaf.ndim else leaf
         layout = _layout_of(leaf, axis, forward)
-        return repeat_rows(leaf, apart(tasks).sources(layout), layout.num_streams, axis)
+        if axis:  # task-major on the first axis all the same, where split looks
+            return torch.cat([rows_of(leaf, axis, layout, task) for task in tasks])
+        return repeat_rows(leaf, apart(tasks).sources(layout), layout.num_streams)
 
     return _map_places(way, output, whole)
 
 
 def _fold(outputs: Sequence[Any]) -> Any:
-    """Outputs of one structure as one whose tensors are task-major.
+    """Outputs of one structure as one whose tensors are task-major. A key-value cache becomes None.
 
-    What has no rows is the mean of the tasks' (a loss, say), and what is no tensor and no option, a cache say, is None.
+    Raises:
+        RuntimeError: something in it is no tensor with rows, and not the same for all tasks.
     """
-    rest = [iter(list(tensors(output))) for output in outputs]
+    rest = [iter(list(leaves(output))) for output in outputs]
 
     def folded(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf if isinstance(leaf, (bool, int, float, str)) else None
-        parts = [next(others) for others in rest]
-        return torch.cat(parts) if leaf.ndim else torch.stack(parts).mean(0)
+        parts = [next(others, None) for others in rest]
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return torch.cat(parts)  # type: ignore[arg-type]
+        if is_cache(leaf):
+            return None
+        equal: Callable[[Any, Any], bool] = torch.equal if isinstance(leaf, Tensor) else operator.eq
+        if opaque(leaf) is None and all(type(part) is type(leaf) and equal(part, leaf) for part in parts):
+            return leaf
+        kind = "a tensor without rows" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+        raise RuntimeError(
+            f"the expanded backbone returns {kind} that is not the same for all tasks: choose one task, or use a "
+            "MultiTaskModel"
+        )
 
     return map_leaves(folded, outputs[0])

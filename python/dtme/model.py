@@ -13,7 +13,7 @@ from .block.adapter import is_added
 from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .plan import check_tasks
-from .randomness import evaluating
+from .randomness import left_as_it_was
 from .sharing import ONE_BY_ONE, Call, UnknownArgument, Way, Ways
 from .streams import Expansion, Forward, choose, expansions, expansions_of, running, split, survey
 from .streams import tasks as streams_of
@@ -75,24 +75,25 @@ class MultiTaskModel(nn.Module):
         try:
             if opening.tasks is ANY_TASK:
                 return {selected[0]: run_head(self.heads[selected[0]], self._stream_of_any_task(opening.forward, x))}
-            return self._predict(opening.forward, opening.way, selected, opening.call)
-        except UnknownArgument:
-            eagerly(opening.compare_again)
-            return self._predict(opening.forward, opening.way, selected, opening.call)
+            while True:
+                try:
+                    return self._predict(opening.forward, opening.way, selected, opening.call)
+                except UnknownArgument:
+                    eagerly(opening.compare_again)
         finally:
             eagerly(opening.close)
 
     stay_eager(forward)
 
     def _open(self, selected: tuple[str, ...], x: Any, is_compiled: bool) -> Opening | None:
-        adapters, parts = survey(self.backbone)
-        expansions = expansions_of(adapters)
+        state = survey(self.backbone)
+        expansions = expansions_of(state.adapters)
         if not expansions or any(running(expansion) is not None for expansion in expansions):
             return None
         for expansion in expansions:
             choose(selected, expansion.tasks)
         ways, call = self._ways_of(expansions), self._call(x)
-        return Opening(ways, selected, call, has_compiled_parts=parts, is_compiled=is_compiled)
+        return Opening(ways, selected, call, state, is_compiled=is_compiled)
 
     def _ways_of(self, expansions: tuple[Expansion, ...]) -> Ways:
         if self._ways is None or not self._ways.are_for(expansions, self.features):
@@ -124,19 +125,22 @@ class MultiTaskModel(nn.Module):
         """``{task: features}``, from one pass where the tasks share; tensors may be views of one."""
         selected = tuple(selected)
         if torch.compiler.is_compiling():
-            expansions = expansions_of(survey(self.backbone)[0])
+            state = survey(self.backbone)
+            expansions = expansions_of(state.adapters)
             if not expansions or expansions[0].traced is not None:
                 return dict.fromkeys(selected, self._features_of(x))
             call = self._call(x)
-            return run(Forward(expansions), self._ways_of(expansions).find(selected, call), selected, call)
+            way = self._ways_of(expansions).find(selected, call, is_training=state.is_training)
+            return run(Forward(expansions), way, selected, call)
         opening = self._open(selected, x, False)
         if opening is None:
             return dict.fromkeys(selected, self._features_of(x))
         try:
-            return run(opening.forward, opening.way, selected, opening.call)
-        except UnknownArgument:
-            opening.compare_again()
-            return run(opening.forward, opening.way, selected, opening.call)
+            while True:
+                try:
+                    return run(opening.forward, opening.way, selected, opening.call)
+                except UnknownArgument:
+                    opening.compare_again()
         finally:
             opening.close()
 
@@ -233,7 +237,7 @@ def verify(model: nn.Module, x: Any, tasks: str | Sequence[str] | None = None) -
                 return split(model(**x) if isinstance(x, Mapping) else model(x), some)
 
     worst = 0.0
-    with evaluating(model) as rewind:
+    with left_as_it_was(model) as rewind:
         rewind()
         at_once = predict(names)
         for task in names:

@@ -3,43 +3,77 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def rewinder() -> Callable[[], None]:
-    """A function that winds every source of random numbers back to where it is now.
+class State(NamedTuple):
+    """Where every source of random numbers is."""
 
-    While a CUDA graph is recorded they cannot be read; then it does nothing.
-    """
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+
+
+def random_state() -> State | None:
+    """Where every source of random numbers is now; None while a CUDA graph is recorded, when it cannot be read."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return lambda: None
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        return None
+    cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+    return State(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
-    def rewind() -> None:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
-    return rewind
+def wind_back(state: State | None) -> None:
+    """To where ``random_state`` was read."""
+    if state is None:
+        return
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.cpu)
+    if state.cuda:
+        torch.cuda.set_rng_state_all(state.cuda)
+
+
+def was_drawn(state: State | None) -> bool:
+    """Whether a random number was drawn since ``random_state`` was read."""
+    now = random_state()
+    if state is None or now is None:
+        return True
+    numpy = all(np.array_equal(a, b) for a, b in zip(state.numpy, now.numpy, strict=True))
+    tensors = zip((state.cpu, *state.cuda), (now.cpu, *now.cuda), strict=True)
+    return not (state.python == now.python and numpy and all(torch.equal(a, b) for a, b in tensors))
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Evaluation mode without gradients; yields a function that winds random numbers back."""
-    training = [module for module in model.modules() if module.training]
-    rewind = rewinder()
+def left_as_it_was(model: nn.Module, *, training: bool = False) -> Iterator[Callable[[], None]]:
+    """Without gradients, and in evaluation mode unless ``training``: modes, buffers and random numbers are as before
+    afterwards. Yields a function that winds random numbers back."""
+    modes = [] if training else [module for module in model.modules() if module.training]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    holders = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    state = random_state()
     try:
-        for module in training:
+        for module in modes:
             module.training = False
         with torch.no_grad():
-            yield rewind
+            yield lambda: wind_back(state)
     finally:
-        for module in training:
+        for module in modes:
             module.training = True
-        rewind()
+        _put_back(buffers, holders)
+        wind_back(state)
+
+
+def _put_back(
+    buffers: list[tuple[Tensor, int, Tensor]], holders: list[tuple[nn.Module, dict[str, Tensor | None]]]
+) -> None:
+    for module, before in holders:
+        module._buffers.update(before)
+    with torch.no_grad():
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                buffer.copy_(value)

@@ -14,7 +14,7 @@ from .block.adapter import is_added
 from .expansion import collapse, expand
 from .files import load_json, save_json, write_beside
 from .plan import ExpansionPlan
-from .streams import expansions
+from .streams import Expansion, adapters, expansions
 
 if TYPE_CHECKING:
     from .model import Heads, MultiTaskModel
@@ -27,7 +27,7 @@ FIELDS = {"save", "tasks", "features", "expansion_only", "plan", "modulator", "f
 def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: bool) -> None:
     from safetensors.torch import save_file
 
-    expansion = next(iter(expansions(model.backbone)), None)
+    expansion = _only_expansion(model.backbone)
     if expansion_only and expansion is None:
         raise RuntimeError("expansion_only=True needs an expanded model: call dtme.expand first")
     tensors, aliases = _without_aliases(_state(model, expansion_only))
@@ -39,6 +39,7 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
         "plan": expansion.plan.as_dict() if expansion else None,
         "modulator": expansion.modulator if expansion else "affine",
         "freeze_backbone": bool(expansion and expansion.frozen),
+        "shared_prefix": expansion.shared_prefix if expansion else "auto",
         "aliases": aliases,
     }
     folder = Path(path)
@@ -47,6 +48,19 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
     metadata = {"format": "pt", "dtme": json.dumps(config)}
     write_beside(folder / WEIGHTS, lambda beside: save_file(tensors, beside, metadata))
     save_json(folder / CONFIG, KIND, config)
+
+
+def _only_expansion(backbone: nn.Module) -> Expansion | None:
+    """RuntimeError where the backbone was not expanded as the whole that ``load`` will be given."""
+    found = expansions(backbone)
+    modules = dict(backbone.named_modules())
+    at_home = all(modules.get(f"{adapter.name}.dtme") is adapter for adapter in adapters(backbone))
+    if len(found) > 1 or not at_home:
+        raise RuntimeError(
+            f"{type(backbone).__name__} was wrapped, or built of parts, after they were expanded: a saved plan has "
+            "to name the blocks of the backbone itself. Save what was expanded, or expand the whole"
+        )
+    return next(iter(found), None)
 
 
 def load(
@@ -69,7 +83,13 @@ def load(
             plan = ExpansionPlan(**config["plan"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: its plan is not one: {error}") from error
-        expand(model, plan, modulator=config["modulator"], freeze_backbone=config["freeze_backbone"])
+        expand(
+            model,
+            plan,
+            modulator=config["modulator"],
+            freeze_backbone=config["freeze_backbone"],
+            shared_prefix=config.get("shared_prefix", "auto"),
+        )
     try:
         _check_state(path, model, tensors, config["expansion_only"])
     except BaseException:
@@ -86,7 +106,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing")
-    config = load_json(folder / CONFIG, KIND, FIELDS)
+    config = load_json(folder / CONFIG, KIND, FIELDS, {"shared_prefix"})
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             embedded = (file.metadata() or {}).get("dtme")

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .randomness import evaluating
-from .streams import Expansion, Forward, Layout, hide, show, together
-from .trees import leaves, opaque, structure, tensors
+from .randomness import left_as_it_was, random_state, was_drawn
+from .streams import Expansion, Forward, Layout, Survey, hide, show, together
+from .trees import fresh, leaves, opaque, structure, tensors
 
 SHARED_PREFIX = ("auto", True, False)
+MOST_KINDS = 64
+"""A kind of call is compared once; what is of another kind every time, a counter among its options say, is not."""
 MOST_TRIES = 3
 """Failed comparisons, at batches of different sizes, after which a kind of call is no longer compared."""
 
@@ -34,12 +36,24 @@ class Call(NamedTuple):
     def __call__(self) -> Any:
         return self.function(*self.args, **self.kwargs)
 
+    def on_fresh_inputs(self) -> Any:
+        """Call it so that the next call finds the same inputs; RuntimeError where it writes over a tensor of them."""
+        inputs = [tensor for tensor in tensors(self[1:]) if not tensor.is_inference()]
+        versions = [tensor._version for tensor in inputs]
+        output = self.function(*fresh(self.args), **fresh(self.kwargs))
+        if [tensor._version for tensor in inputs] != versions:
+            raise RuntimeError(
+                "the backbone, or the function for features, changes its input in place, so that several tasks cannot "
+                "read the same: let it work on a copy"
+            )
+        return output
+
 
 class Leaf(NamedTuple):
     """One tensor of what a call returns."""
 
-    axis: int
-    """Where its rows are."""
+    axis: int | None
+    """Where its rows are; None for what has none, a table say."""
     is_split: bool
     """Whether it holds the rows of streams; else all tasks share it, as a feature tapped before they part."""
 
@@ -55,6 +69,8 @@ class Way(NamedTuple):
     """``{(block, argument): batch axis or None}``."""
     num_streams: int = 1
     """How many the forward ended with: one that ends with more has run other blocks."""
+    num_rows: int = 0
+    """Of the batch that was compared; 0 where no block ran at all, so that nothing differs between tasks."""
 
 
 ONE_BY_ONE = Way(False)
@@ -80,61 +96,61 @@ class Ways:
         """What was found last."""
         self._failed: dict[Any, set[int]] = {}
         self._has_warned = False
+        self._fingerprint: int | None = None
 
     def are_for(self, expansions: tuple[Expansion, ...], function: Any) -> bool:
         same = len(expansions) == len(self.expansions)
         same = same and all(a is b for a, b in zip(expansions, self.expansions, strict=True))
         return same and function is self.function
 
-    def find(self, tasks: tuple[str, ...], call: Call) -> Way:
+    def find(self, tasks: tuple[str, ...], call: Call, *, is_training: bool) -> Way:
         """The way for this call if it is known; else the slower one, which is always right."""
-        settings = [expansion.shared_prefix for expansion in self.expansions]
-        if len(tasks) == 1 or False in settings:
+        if len(tasks) == 1 or self._never_shares():
             return ONE_BY_ONE
-        return self.known.get(_kind(tasks, call), ONE_BY_ONE)
+        return self.known.get(_kind(tasks, call, is_training), ONE_BY_ONE)
 
-    def find_out(self, tasks: tuple[str, ...], call: Call, *, force_eager: bool = False) -> Way:
+    def find_out(self, tasks: tuple[str, ...], call: Call, state: Survey, *, force_eager: bool = False) -> Way:
         """The way for this call, which is compared now if it is the first of its kind.
 
         Args:
+            state: of what is called; nothing is known any more once one of its modules was replaced.
             force_eager: parts of the model are compiled, and would be compiled for the comparison too.
         """
+        if state.fingerprint != self._fingerprint:
+            self.known.clear()
+            self._failed.clear()
+            self._fingerprint = state.fingerprint
         if len(tasks) == 1:
             return ONE_BY_ONE
         _refuse_caches(call)
-        settings = [expansion.shared_prefix for expansion in self.expansions]
-        if False in settings:
+        if self._never_shares():
+            self.last = Way(False, "shared_prefix=False")
             return ONE_BY_ONE
-        kind = _kind(tasks, call)
-        if kind not in self.known:
-            with torch.compiler.set_stance("force_eager") if force_eager else nullcontext():
-                self.last = way = self._compare(tasks, call, kind)
-            if not way.shares:
-                self._complain(way.reason, must_share=True in settings)
-            return way
-        return self.known[kind]
+        kind = _kind(tasks, call, state.is_training)
+        if kind in self.known:
+            return self.known[kind]
+        with torch.compiler.set_stance("force_eager") if force_eager else nullcontext():
+            self.last = way = self._judge(tasks, call, kind, state.is_training)
+        if not way.shares:
+            self._complain(way.reason)
+        return way
 
-    def forget(self, tasks: tuple[str, ...], call: Call) -> None:
+    def forget(self, tasks: tuple[str, ...], call: Call, state: Survey) -> None:
         """Compare the next call of this kind again."""
-        self.known.pop(_kind(tasks, call), None)
+        self.known.pop(_kind(tasks, call, state.is_training), None)
 
-    def _compare(self, tasks: tuple[str, ...], call: Call, kind: Any) -> Way:
-        forward = Forward(self.expansions, probes=True)
-        with evaluating(self.owner) as rewind, _shown(forward):
-            alone: list[Any] = []
-            for task in tasks:
-                rewind()
-                forward.start(together((task,)))
-                alone.append(self._unchanging(call))
-            rewind()
-            forward.start(together(tasks))
-            forward.learns = True
-            try:
-                way = _compared(call(), alone, tasks, forward)
-            except Exception as error:  # whatever the backbone raises when it meets more rows than it was given
-                way = Way(False, f"{type(error).__name__}: {error}")
-        rows = forward.num_rows
-        if way.shares and not forward.distinct and rows not in (None, 1):
+    def _never_shares(self) -> bool:
+        return any(expansion.shared_prefix is False for expansion in self.expansions)
+
+    def _judge(self, tasks: tuple[str, ...], call: Call, kind: Any, is_training: bool) -> Way:
+        if (hidden := opaque(call[1:])) is not None:
+            return Way(False, f"its input holds a {type(hidden).__name__}, into which nobody sees")
+        if len(self.known) >= MOST_KINDS:
+            return Way(False, f"there are more than {MOST_KINDS} kinds of calls")
+        comparison = Comparison(self.owner, self.expansions, tasks, call, is_training)
+        way = comparison.way()
+        rows = comparison.forward.num_rows
+        if way.shares and not comparison.forward.distinct and rows not in (None, 1):
             return ONE_BY_ONE  # all images are the same: rows that were mixed up would not be seen
         if not way.shares:
             failed = self._failed.setdefault(kind, set())
@@ -144,21 +160,10 @@ class Ways:
         self.known[kind] = way
         return way
 
-    def _unchanging(self, call: Call) -> Any:
-        inputs = [tensor for tensor in tensors(call[1:]) if not tensor.is_inference()]
-        versions = [tensor._version for tensor in inputs]
-        output = call()
-        if [tensor._version for tensor in inputs] != versions:
-            raise RuntimeError(
-                f"{type(self.owner).__name__} changes its input in place, so that several tasks cannot read the same: "
-                "let it work on a copy"
-            )
-        return output
-
-    def _complain(self, reason: str, must_share: bool) -> None:
+    def _complain(self, reason: str) -> None:
         first = next((block for expansion in self.expansions for block in expansion.plan.blocks), "")
         where = f"{type(self.owner).__name__}, whose tasks part at block {first!r},"
-        if must_share:
+        if any(expansion.shared_prefix is True for expansion in self.expansions):
             raise RuntimeError(
                 f"{where} cannot share its first blocks among tasks as shared_prefix=True asks: {reason}"
             )
@@ -177,8 +182,8 @@ def _caller() -> int:
     return level
 
 
-def _kind(tasks: tuple[str, ...], call: Call) -> Any:
-    return tasks, structure(call[1:], single=True)
+def _kind(tasks: tuple[str, ...], call: Call, is_training: bool) -> Any:
+    return tasks, is_training, structure(call[1:], single=True)
 
 
 @contextmanager
@@ -190,9 +195,14 @@ def _shown(forward: Forward) -> Iterator[None]:
         hide(forward)
 
 
+def is_cache(leaf: Any) -> bool:
+    """transformers' base class of every key-value cache, told by name."""
+    return any(base.__name__ == "Cache" for base in type(leaf).__mro__)
+
+
 def _refuse_caches(call: Call) -> None:
     for leaf in leaves(call[1:]):
-        if any(base.__name__ == "Cache" for base in type(leaf).__mro__):
+        if is_cache(leaf):
             raise RuntimeError(
                 f"a key-value cache ({type(leaf).__name__}) holds the rows of one task: choose it, by "
                 "`with dtme.tasks(backbone, task)`"
@@ -205,8 +215,10 @@ def sharing_of(module: nn.Module) -> str:
     Args:
         module: a ``MultiTaskModel`` or an expanded backbone. ``"unknown"`` before its first call of several tasks.
     """
-    entries = getattr(vars(module).get("_dtme"), "entries", ())
-    known = [vars(module).get("_ways"), *(entry.ways for entry in entries)]
+    known: list[Ways | None] = []
+    for part in module.modules():
+        entries = getattr(vars(part).get("_dtme"), "entries", ())
+        known += [vars(part).get("_ways"), *(entry.ways for entry in entries)]
     last = next((ways.last for ways in known if ways is not None and ways.last is not None), None)
     if last is None:
         return "unknown"
@@ -216,49 +228,116 @@ def sharing_of(module: nn.Module) -> str:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def _compared(shared: Any, alone: Sequence[Any], tasks: tuple[str, ...], forward: Forward) -> Way:
-    """Whether ``shared`` holds what the tasks have alone, and where."""
-    if any(structure(output) != structure(shared) for output in alone):
-        return Way(False, "what it returns has another structure then")
-    if (hidden := opaque(shared)) is not None:
-        return Way(False, f"what it returns holds a {type(hidden).__name__}, in which nobody sees the rows")
-    found: list[Leaf] = []
-    for leaf, *own in zip(tensors(shared), *map(tensors, alone), strict=True):
-        place = _place(leaf, own, tasks, forward)
-        if place is None:
-            shapes = f"{tuple(leaf.shape)} where each task alone gives {tuple(own[0].shape)}"
-            return Way(False, f"an output of shape {shapes} is not what the tasks have alone")
-        found.append(place)
-    return Way(True, "", tuple(found), dict(forward.arguments), forward.layout.num_streams)
+class Comparison:
+    """One call of all tasks together against each task alone, on probe values and without gradients.
 
+    In training mode if the model draws no random numbers there, else in evaluation mode; statistics of the batch, which
+    the rows of all tasks would share, are noticed in either.
+    """
 
-def _place(leaf: Tensor, own: list[Tensor], tasks: tuple[str, ...], forward: Forward) -> Leaf | None:
-    """How ``leaf`` holds the tensors that the tasks have alone, if it does."""
-    if all(leaf.shape == tensor.shape and same(leaf, tensor) for tensor in own):
-        return Leaf(0, False)
-    for axis in range(leaf.ndim):
-        if own[0].ndim != leaf.ndim or own[0].shape[axis] != forward.num_rows:
-            continue
-        layout = layout_of(leaf, axis, forward)
-        if layout is not None:
-            parts = [rows_of(leaf, axis, layout, task) for task in tasks]
-            if all(a.shape == b.shape and same(a, b) for a, b in zip(parts, own, strict=True)):
+    def __init__(
+        self, owner: nn.Module, expansions: tuple[Expansion, ...], tasks: tuple[str, ...], call: Call, training: bool
+    ) -> None:
+        self.owner, self.tasks, self.call = owner, tasks, call
+        self.forward = Forward(expansions, probes=True)
+        self.training = training and not self._draws()
+        self.mixed: list[str] = []
+        """Layers that took statistics of all tasks' rows."""
+
+    def _draws(self) -> bool:
+        """Whether the model draws random numbers in training."""
+        with left_as_it_was(self.owner, training=True), _shown(self.forward):
+            state = random_state()
+            self.forward.start(together(self.tasks[:1]))
+            self.call.on_fresh_inputs()
+            return was_drawn(state)
+
+    def way(self) -> Way:
+        statistics = [module for module in self.owner.modules() if _takes_statistics(module)]
+        with left_as_it_was(self.owner, training=self.training) as rewind, _shown(self.forward):
+            alone: list[Any] = []
+            for task in self.tasks:
+                rewind()
+                self.forward.start(together((task,)))
+                alone.append(self.call.on_fresh_inputs())
+            handles = [module.register_forward_pre_hook(self._notice) for module in statistics]
+            rewind()
+            self.forward.start(together(self.tasks))
+            self.forward.learns = True
+            try:
+                return self._found(self.call.on_fresh_inputs(), alone)
+            except Exception as error:  # whatever the backbone raises when it meets more rows than it was given
+                return Way(False, f"with the rows of several tasks it raises {type(error).__name__}: {error}")
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def _notice(self, module: nn.Module, args: Any) -> None:
+        if self.forward.layout.num_streams > 1:
+            self.mixed.append(type(module).__name__)
+
+    def _found(self, shared: Any, alone: list[Any]) -> Way:
+        """Whether ``shared`` holds what the tasks have alone, and where."""
+        if self.mixed:
+            return Way(False, f"its {self.mixed[0]} layers would take statistics of all tasks' rows together")
+        if any(structure(output) != structure(shared) for output in alone):
+            return Way(False, "what it returns has another structure then, or other numbers")
+        if (hidden := opaque(shared)) is not None:
+            return Way(False, f"what it returns holds a {type(hidden).__name__}, in which nobody sees the rows")
+        found: list[Leaf] = []
+        for leaf, *own in zip(tensors(shared), *map(tensors, alone), strict=True):
+            place = self._place(leaf, own)
+            if place is None:
+                shapes = f"{tuple(leaf.shape)} where each task alone gives {tuple(own[0].shape)}"
+                return Way(False, f"an output of shape {shapes} is not what the tasks have alone")
+            found.append(place)
+        forward = self.forward
+        rows = forward.num_rows or 0
+        return Way(True, "", tuple(found), dict(forward.arguments), forward.layout.num_streams, rows)
+
+    def _place(self, leaf: Tensor, own: list[Tensor]) -> Leaf | None:
+        """How ``leaf`` holds the tensors that the tasks have alone, if it does."""
+        axes = [axis for axis, size in enumerate(own[0].shape) if size == self.forward.num_rows]
+        low = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.owner.parameters())
+        if same([leaf] * len(own), own, next(iter(axes), None), low):
+            return Leaf(next(iter(axes), None), False)
+        for axis in axes if leaf.ndim == own[0].ndim else ():
+            layout = layout_of(leaf, axis, self.forward)
+            if layout is not None and same([rows_of(leaf, axis, layout, t) for t in self.tasks], own, axis, low):
                 return Leaf(axis, True)
-    return None
+        return None
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two results of one computation in different batches are the same, far from what a wrong row would be."""
-    if not (a.is_floating_point() or a.is_complex()):
-        return a.numel() == 0 or (a == b).double().mean().item() > 0.95
-    low = torch.is_autocast_enabled(a.device.type) or a.dtype.itemsize < 4
-    tolerance = 0.1 if low else 1e-3 if a.dtype != torch.float64 else 1e-6
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    a, b = a.detach().to(wide), b.detach().to(wide)
+def _takes_statistics(module: nn.Module) -> bool:
+    """Of the batch, as it is now."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats)
+
+
+def same(found: Sequence[Tensor], own: Sequence[Tensor], axis: int | None, is_low: bool) -> bool:
+    """Whether results of one computation in different batches are the same, far from what a wrong row would be.
+
+    Args:
+        found, own: a tensor for every task.
+        axis: where their rows are. Each entry is held to how much it differs among rows and tasks.
+        is_low: weights of less than 32 bits.
+    """
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(found, own, strict=True)):
+        return False
+    a, b = torch.stack(list(found)).detach(), torch.stack(list(own)).detach()
+    if not (b.is_floating_point() or b.is_complex()):
+        return torch.equal(a, b)
+    low = is_low or torch.is_autocast_enabled(b.device.type) or b.dtype.itemsize < 4
+    of_spread, of_size = (0.05, 0.02) if low else (1e-3, 1e-5) if b.dtype != torch.float64 else (1e-5, 1e-7)
+    a, b = (torch.view_as_real(x) if x.is_complex() else x for x in (a, b))
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False
-    a, b = (torch.where(x.isfinite(), x, torch.zeros_like(x)) for x in (a, b))
-    return bool((a - b).norm() <= tolerance * b.norm().clamp(min=1e-30))
+    a, b = (torch.where(x.isfinite(), x, torch.zeros_like(x)).double() for x in (a, b))
+    if not b.numel():
+        return True
+    over = (0,) if axis is None else (0, axis + 1)
+    spread = b.std(over, correction=0, keepdim=True)
+    allowed = of_spread * spread + of_size * (b.abs() + 0.1 * b.square().mean().sqrt()) + 1e-30
+    return bool(((a - b) / allowed).square().mean() <= 1)
 
 
 def layout_of(leaf: Tensor, axis: int, forward: Forward) -> Layout | None:

@@ -97,8 +97,12 @@ class Expansion:
 class Run:
     """One run of one block."""
 
-    def __init__(self, block: str, before: Layout, after: Layout, forward: "Forward") -> None:
+    def __init__(
+        self, block: str, before: Layout, after: Layout, forward: "Forward", key: str = "", count: int = 0
+    ) -> None:
         self.block, self.before, self.after, self.forward = block, before, after, forward
+        self.key, self.count = key, count
+        """The block among those of all expansions, and how often it ran in this forward before."""
         self.half: Any = None
         """What the block's first half made already of its input, on its way to the norm and the attention."""
         self.next: Run | None = None
@@ -118,12 +122,15 @@ class Forward:
         self, expansions: tuple[Expansion, ...], *, task_index: Tensor | None = None, probes: bool = False
     ) -> None:
         self.expansions, self.task_index, self.probes = expansions, task_index, probes
-        self.arguments: dict[tuple[str, str], int | None] = {}
-        """The batch axis of every other tensor that a block takes beside its tokens, None where it has none."""
+        self.arguments: dict[tuple[str, int, str], tuple[int | None, int | None]] = {}
+        """Of every tensor that a block's run takes beside its tokens: its batch axis, None where it has none, and then
+        its first size, which must not change with the batch."""
         self.learns = False
         """Whether ``arguments`` are being found out; else an argument that is not in it is an error."""
         self.closes_at: str | None = None
         """The block that opened it, being called by itself, and closes it."""
+        self.attempt = 0
+        """How often it was begun anew because of something that its comparison had not met."""
         self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def start(self, layout: Layout) -> None:
@@ -131,24 +138,30 @@ class Forward:
         self.layout = layout
         self.num_rows: int | None = None
         self.runs: dict[str, Run] = {}
+        """The last run of every block, by ``key``."""
         self.last: Run | None = None
         self.distinct = False
         self.seen: tuple[Layout, ...] = (layout,)
 
-    def run_block(self, block: str, tokens: Tensor, leaving: Collection[str]) -> Run:
+    def key(self, expansion: Expansion, block: str) -> str:
+        """A name for a block of one of several expansions, which may have blocks of the same name."""
+        if len(self.expansions) == 1:
+            return block
+        return f"{next(i for i, one in enumerate(self.expansions) if one is expansion)}/{block}"
+
+    def run_block(self, key: str, block: str, tokens: Tensor, leaving: Collection[str]) -> Run:
         """``block`` is about to run on ``tokens``; the tasks in ``leaving`` have modules of their own there."""
         before = self.layout
         after = before.part(leaving) if len(before.tasks) > 1 else before
-        if len(before.tasks) > 1:
-            self._check_rows(block, tokens, before.num_streams)
+        self._check_rows(block, tokens, before.num_streams)
         if after.num_streams != before.num_streams:
             self.layout, self.seen = after, (*self.seen, after)
-        run = Run(block, before, after, self)
+        run = Run(block, before, after, self, key, self.runs[key].count + 1 if key in self.runs else 0)
         if not torch.compiler.is_compiling():
             if self.last is not None:
                 self.last.next = run
             self.last = run
-        self.runs[block] = run
+        self.runs[key] = run
         return run
 
     def _check_rows(self, block: str, tokens: Tensor, num_streams: int) -> None:
@@ -157,7 +170,7 @@ class Forward:
             self.num_rows = rows
             if self.probes:
                 self.distinct = bool((tokens[1:] != tokens[:1]).any())
-        elif rows != self.num_rows * num_streams:
+        elif len(self.layout.tasks) > 1 and rows != self.num_rows * num_streams:
             raise RuntimeError(
                 f"block {block!r} got {rows} rows where {num_streams} task streams of {self.num_rows} were expected: "
                 "its tokens do not come from the blocks before it"
@@ -279,13 +292,20 @@ class tasks:
         backbone: what ``expand`` was given, or anything that holds it or is held by it.
         names: a task or a sequence of tasks; the rows of the output follow their order.
 
+    A generator that yields inside of ``with dtme.tasks`` leaves its choice to whoever goes on: choose outside of it.
+
     Raises:
-        RuntimeError: ``backbone`` is not expanded.
+        RuntimeError: ``backbone`` is not expanded, or holds several that were expanded by themselves.
         ValueError: a name is unknown or given twice.
     """
 
     def __init__(self, backbone: nn.Module, names: str | Sequence[str]) -> None:
         self.expansions = expansions(backbone)
+        if len(self.expansions) > 1 and not isinstance(names, str):
+            raise RuntimeError(
+                f"{type(backbone).__name__} holds {len(self.expansions)} backbones expanded by themselves, each "
+                "of which would return the rows of all tasks: choose one task, or use a MultiTaskModel"
+            )
         if not self.expansions:
             raise RuntimeError(f"{type(backbone).__name__} is not expanded: call dtme.expand(backbone, plan) first")
         self.names = choose(names, self.expansions[0].tasks)
@@ -304,29 +324,41 @@ class tasks:
 # --- adapters are what says "expanded" --------------------------------------------------------------------------------
 
 
-def adapters(module: nn.Module) -> "list[BlockAdapter]":
-    """All adapters in ``module``, in the order of its children."""
-    return survey(module)[0]
+class Survey(NamedTuple):
+    """What a forward has to know of the modules that it will meet."""
+
+    adapters: "list[BlockAdapter]"
+    has_compiled_parts: bool
+    """Whether a part is compiled by itself."""
+    is_training: bool
+    """Whether any module is in training mode."""
+    fingerprint: int
+    """Other if any module was replaced."""
 
 
-def survey(module: nn.Module) -> "tuple[list[BlockAdapter], bool]":
-    """All adapters in ``module``, and whether any part of it is compiled by itself."""
+def survey(module: nn.Module) -> Survey:
+    """Look through ``module``, several times as fast as by ``modules()``: every forward asks."""
     found: list[BlockAdapter] = []
-    compiled = False
-    seen: set[int] = set()
+    compiled = training = False
+    seen: dict[int, None] = {}
     waiting: list[nn.Module] = [module]
-    while waiting:  # several times as fast as module.modules(): every forward asks
+    while waiting:
         module = waiting.pop()
-        compiled = compiled or is_compiled(module)
-        children = module._modules
-        if not children or id(module) in seen:
+        if id(module) in seen:
             continue
-        seen.add(id(module))
+        seen[id(module)] = None
+        compiled = compiled or is_compiled(module)
+        training = training or module.training
         if "is_dtme_adapter" in module.__dict__:
             found.append(module)  # type: ignore[arg-type]
-        else:
+        elif children := module._modules:
             waiting.extend([child for child in reversed(children.values()) if child is not None])
-    return found, compiled
+    return Survey(found, compiled, training, hash(tuple(seen)))
+
+
+def adapters(module: nn.Module) -> "list[BlockAdapter]":
+    """All adapters in ``module``, in the order of its children."""
+    return survey(module).adapters
 
 
 def expansions(module: nn.Module) -> tuple[Expansion, ...]:

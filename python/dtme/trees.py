@@ -1,5 +1,6 @@
 """Tensors inside whatever a model takes or returns: tensors, sequences, mappings, model outputs."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -59,8 +60,23 @@ def structure(tree: Any, *, single: bool = False) -> Any:
     if isinstance(tree, Mapping):
         return type(tree).__name__, tuple([(key, structure(value, single=single)) for key, value in tree.items()])
     if isinstance(tree, (list, tuple)):
+        if tree and all(isinstance(value, str) for value in tree):  # names of images, say
+            return type(tree).__name__, "names"
         return type(tree).__name__, tuple([structure(value, single=single) for value in tree])
-    return tree if tree is None or isinstance(tree, (bool, int, str)) else type(tree).__name__
+    return tree if tree is None or isinstance(tree, (bool, int, float, str)) else type(tree).__name__
+
+
+def fresh(tree: Any) -> Any:
+    """``tree`` in containers of its own, so that whoever fills or empties them does not reach the caller's."""
+    if type(tree) is dict:
+        return {key: fresh(value) for key, value in tree.items()}
+    if isinstance(tree, (Mapping, set)):
+        return copy.copy(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*[fresh(value) for value in tree])
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([fresh(value) for value in tree])
+    return tree
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

@@ -76,6 +76,7 @@ class BlockAdapter(nn.Module):
         self.site: Site | None = None
         self.plain_norm: PlainNorm | None = None
         self._block = (block,)
+        self._watched: list[tuple[str, nn.Module, str, nn.Module]] = []
         self._handles = [
             block.register_forward_pre_hook(self.enter, with_kwargs=True),
             block.register_forward_hook(self.leave, always_call=True),
@@ -107,6 +108,14 @@ class BlockAdapter(nn.Module):
         if self.plain_norm is not None:
             self.plain_norm.norm.forward = self.norm_forward
         self.own_tasks |= frozenset(tasks)
+        modules = {"attention": site.seam.attention, "norm of the attention": site.norm}
+        for name, module in modules.items():
+            self._watched += [
+                (name, parent, child, module)
+                for parent in self._block[0].modules()
+                for child, one in parent.named_children()
+                if one is module
+            ]
         with torch.no_grad():  # what cannot be projected is refused now rather than in the first forward
             self._project(torch.stack([self.tokens[tasks[0]]]))
 
@@ -139,7 +148,6 @@ class BlockAdapter(nn.Module):
 
     def _enter(self, tokens: Tensor) -> Run:
         """The run of this block that begins with ``tokens``."""
-        self._check_whole()
         if self.folded is not None:
             alone = Forward((self.expansion,))
             alone.start(self.folded)
@@ -153,7 +161,8 @@ class BlockAdapter(nn.Module):
         if forward is not None and forward.closes_at is not None:
             hide(forward)  # the block that should have closed it was interrupted
             forward = running(self.expansion)
-        run = (forward or self._called_alone()).run_block(self.name, tokens, self.own_tasks)
+        forward = forward or self._called_alone()
+        run = forward.run_block(forward.key(self.expansion, self.name), self.name, tokens, self.own_tasks)
         self._keep(tokens, run)
         return run
 
@@ -174,16 +183,19 @@ class BlockAdapter(nn.Module):
         """A forward around a block that checkpointing runs again."""
         forward = Forward((self.expansion,))
         forward.start(run.after)
-        forward.runs[self.name] = run
+        forward.runs[self.name] = run  # the only expansion of this forward
         forward.closes_at = self.name
         show(forward)
+
+    def _run_in_progress(self) -> Run | None:
+        forward = running(self.expansion)
+        return None if forward is None else forward.runs.get(forward.key(self.expansion, self.name))
 
     def _run_with(self, tokens: Tensor | None) -> Run:
         """The run of this block that is in progress, whose attention reads ``tokens``."""
         if self.folded is not None:
             return self._enter(torch.empty(0))
-        forward = running(self.expansion)
-        run = forward.runs.get(self.name) if forward is not None else None
+        run = self._run_in_progress()
         if run is None and recomputing():
             run = None if tokens is None else recomputation.recall(self, tokens)
             run = run or recomputation.last_run(self)
@@ -200,17 +212,23 @@ class BlockAdapter(nn.Module):
         )
 
     def _keep(self, tokens: Tensor, run: Run) -> None:
-        if recomputation.may_run_again(self.training):
+        if not torch.compiler.is_compiling():
             recomputation.remember(self, tokens, run)
 
-    def _check_whole(self) -> None:
-        """Libraries that train copies of modules (peft's ``modules_to_save``) would train what never runs."""
-        mine = self._block[0]._modules.get("dtme") is self
+    def _check_whole(self, block: nn.Module) -> None:
+        """Copies that a library made (peft's ``modules_to_save``, DataParallel's replicas) would not be what runs."""
+        mine = block is self._block[0] and block._modules.get("dtme") is self
         if not mine or not all(type(x) is nn.ParameterDict for x in (self.weight, self.bias, self.tokens)):
             raise RuntimeError(
                 f"the modules that dtme added to block {self.name!r} were replaced by copies or wrapped, which would "
                 "be trained without ever running: leave them out (peft: modules_to_save) and let them train as they are"
             )
+        for name, parent, child, module in self._watched:
+            if parent._modules.get(child) is not module:
+                raise RuntimeError(
+                    f"the {name} of block {self.name!r} was replaced after it was expanded, so that its task tokens "
+                    "would be lost: replace it first, then expand"
+                )
 
     # --- the block's input: streams and modulation ----------------------------------------------------------------
 
@@ -219,6 +237,7 @@ class BlockAdapter(nn.Module):
         where, tokens = find_tokens(args, kwargs, self.name)
         if self.num_features is not None and (tokens.ndim == 4 or tokens.shape[-1] != self.num_features):
             check_channels(block, self.name, tokens, self.num_features)
+        self._check_whole(block)
         run = self._enter(tokens)
         others = [value for value in (*args, *kwargs.values()) if value is not tokens]
         plain = tokens.ndim == 3 and not any(isinstance(value, Tensor) or value for value in others)
@@ -301,8 +320,7 @@ class BlockAdapter(nn.Module):
     def norm_forward(self, tokens: Tensor) -> Tensor:
         """Stands in for the forward of the norm before the attention, which may be done already."""
         assert self.plain_norm is not None
-        forward = running(self.expansion)
-        run = forward.runs.get(self.name) if forward is not None else None
+        run = self._run_in_progress()
         if run is not None and run.half is not None and run.half.is_of(tokens):
             return run.half.normalized
         return type(self.plain_norm.norm).forward(self.plain_norm.norm, tokens)
@@ -360,8 +378,7 @@ class BlockAdapter(nn.Module):
         if recomputing():
             recomputation.recall(self, tokens)
             return
-        forward = running(self.expansion)
-        run = forward.runs.get(self.name) if forward is not None else None
+        run = self._run_in_progress()
         if run is not None:
             self._keep(tokens, run)
 

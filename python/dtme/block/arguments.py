@@ -40,24 +40,29 @@ def follow(
 
 def _axis(block: nn.Module, tensor: Tensor, at: int | str, path: str, run: Run, batch: int) -> int | None:
     """Where the images lie: what the block's library says, or what the first call of this kind has shown."""
-    forward, key = run.forward, (run.block, path)
+    forward, key = run.forward, (run.key, run.count, path)
+    size = tensor.shape[0] if tensor.ndim else 1
     if not forward.learns:
-        if key not in forward.arguments:
+        axis, shared = forward.arguments.get(key, (None, -1))
+        if shared is not None and shared != size and size % batch == 0:
+            problem = "it did not have at first" if shared == -1 else f"had the first size {shared} at first"
             raise UnknownArgument(
-                f"block {run.block!r} got a tensor as argument {path}, which it did not have at first"
+                f"block {run.block!r} got a {tuple(tensor.shape)} tensor as argument {path}: {problem}"
             )
-        return forward.arguments[key]
-    axis = argument_axis(block, at, tensor)
-    if axis is UNKNOWN and forward.closes_at is not None:
+        return axis
+    known = argument_axis(block, at, tensor)
+    if known is not UNKNOWN:
+        forward.arguments[key] = known, None
+        return known
+    if forward.closes_at is not None:
         raise RuntimeError(
             f"block {run.block!r} is called by itself for several tasks with a {tuple(tensor.shape)} tensor as "
             f"argument {path}, which may come by image or not: call the backbone, or choose one task"
         )
-    if axis is UNKNOWN:  # a guess, which the comparison that is going on accepts or does not
-        by_row = tensor.ndim > 0 and any(tensor.shape[0] == x.num_streams * batch for x in forward.seen)
-        axis = 0 if by_row else None
-    forward.arguments[key] = axis
-    return axis
+    # a guess, which the comparison that is going on accepts or does not
+    by_row = tensor.ndim > 0 and any(size == x.num_streams * batch for x in forward.seen)
+    forward.arguments[key] = (0, None) if by_row else (None, size)
+    return 0 if by_row else None
 
 
 def _repeated(tensor: Tensor, axis: int, run: Run, batch: int, path: str) -> Tensor:

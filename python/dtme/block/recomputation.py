@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..streams import Run
@@ -34,16 +34,14 @@ class _Last(threading.local):
 _last = _Last()
 
 
-def may_run_again(training: bool) -> bool:
-    """Whether this may be in a checkpointed part: one kind saves tensors in its own way, the other none at all."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return False
-    return saved_tensors_hooks() is not None if torch.is_grad_enabled() else training
-
-
-def remember(adapter: object, tokens: Tensor, run: Run) -> None:
+def remember(adapter: nn.Module, tokens: Tensor, run: Run) -> None:
     """``tokens`` enter a block, or a part of it, in ``run``. Two different runs on one tensor make it ambiguous."""
     global _inserted
+    if run.forward.probes or not _may_run_again(adapter.training):
+        if _known and _is_plain(tokens):  # what was known of this tensor is no longer its last run
+            with _lock:
+                _known.pop(_key(adapter, tokens), None)
+        return
     if not _is_plain(tokens):
         return
     key = _key(adapter, tokens)
@@ -57,6 +55,13 @@ def remember(adapter: object, tokens: Tensor, run: Run) -> None:
             _known[key] = StorageWeakRef(tokens.untyped_storage()), run
         else:
             _known[key] = storage, None
+
+
+def _may_run_again(training: bool) -> bool:
+    """Whether this may be in a checkpointed part: one kind saves tensors in its own way, the other none at all."""
+    if torch.is_inference_mode_enabled():
+        return False
+    return saved_tensors_hooks() is not None if torch.is_grad_enabled() else training
 
 
 def recall(adapter: Any, tokens: Tensor) -> Run | None:
@@ -87,7 +92,7 @@ def _same(a: Run | None, b: Run) -> bool:
 
 
 def _is_plain(tokens: Tensor) -> bool:
-    return tokens.layout == torch.strided and not tokens.is_meta and type(tokens) in (Tensor, torch.nn.Parameter)
+    return tokens.layout == torch.strided and not tokens.is_meta and type(tokens) in (Tensor, nn.Parameter)
 
 
 def _key(adapter: object, tokens: Tensor) -> Key:
