@@ -43,7 +43,16 @@ class Root:
         for entry in self.entries:
             setattr(entry.module, entry.name, entry)
         self.nested = nested_tensors.switch_off(self.module[0])
+        self.handle = self.module[0].register_forward_pre_hook(self.refuse_replicas)
         self.module[0]._dtme = self  # type: ignore[assignment]
+
+    def refuse_replicas(self, module: nn.Module, args: Any = ()) -> None:
+        """A shallow copy, as DataParallel makes them, would run the weights that it was copied from."""
+        if module is not self.module[0]:
+            raise RuntimeError(
+                f"this {type(module).__name__} is a shallow copy of one that was expanded (a replica of DataParallel, "
+                "say), whose methods are still the original's: use DistributedDataParallel, or copy.deepcopy"
+            )
 
     def check(self) -> None:
         """RuntimeError where somebody has put something else over an entry."""
@@ -61,6 +70,7 @@ class Root:
             else:
                 setattr(entry.module, entry.name, entry.replaced)
         nested_tensors.switch_back(self.nested)
+        self.handle.remove()
         del self.module[0]._dtme
 
 

@@ -183,6 +183,7 @@ def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[s
             adapter.add_modulation(plan.modulation.get(name, ()), like, expansion.modulator)
             if name in sites:
                 adapter.add_tokens(plan.expansion[name], plan.num_tokens, like, sites[name])
+        adapter.train(block.training)
 
 
 def _root_of(backbone: nn.Module, expansion: Expansion) -> Root | None:

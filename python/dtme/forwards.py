@@ -19,8 +19,6 @@ ANY_TASK = ("*",)
 ATTEMPTS = 3
 """As it is known, as it is compared again, and one task after the other."""
 
-MOST_GROWTH = 4
-"""A batch so many times as large as the one that was compared is compared too."""
 _compiled_parts = threading.RLock()
 """Held by a forward some of whose blocks are compiled by themselves: they find its state on the expansion."""
 
@@ -124,7 +122,8 @@ def _shared(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> A
     output = call()
     found = list(tensors(output))
     known = len(found) == len(way.leaves) and forward.layout.num_streams <= way.num_streams
-    known = known and (forward.num_rows or 0) <= MOST_GROWTH * way.num_rows  # large batches may take other branches
+    if not torch.compiler.is_compiling():  # a larger batch may take another branch
+        known = known and (forward.num_rows or 0) <= way.num_rows
     if not known or not all(_is_as_ever(leaf, place, forward) for leaf, place in zip(found, way.leaves, strict=True)):
         raise UnknownArgument("what the backbone returns, or is given, is of another kind than at its first call")
     return output

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import saving
 from .block.adapter import is_added
+from .entry import Root
 from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .plan import check_tasks
@@ -92,6 +93,8 @@ class MultiTaskModel(nn.Module):
             return None
         for expansion in expansions:
             choose(selected, expansion.tasks)
+        if isinstance(root := vars(self.backbone).get("_dtme"), Root):
+            root.refuse_replicas(self.backbone)
         ways, call = self._ways_of(expansions), self._call(x)
         return Opening(ways, selected, call, state, is_compiled=is_compiled)
 

@@ -96,6 +96,7 @@ class Ways:
         """What was found last."""
         self._failed: dict[Any, set[int]] = {}
         self._has_warned = False
+        self._before: dict[Any, Any] = {}
         self._fingerprint: int | None = None
 
     def are_for(self, expansions: tuple[Expansion, ...], function: Any) -> bool:
@@ -119,6 +120,7 @@ class Ways:
         if state.fingerprint != self._fingerprint:
             self.known.clear()
             self._failed.clear()
+            self._before.clear()
             self._fingerprint = state.fingerprint
         if len(tasks) == 1:
             return ONE_BY_ONE
@@ -136,8 +138,10 @@ class Ways:
         return way
 
     def forget(self, tasks: tuple[str, ...], call: Call, state: Survey) -> None:
-        """Compare the next call of this kind again."""
-        self.known.pop(_kind(tasks, call, state.is_training), None)
+        """Compare the next call of this kind again, beginning from what is known of its blocks' arguments."""
+        kind = _kind(tasks, call, state.is_training)
+        if (way := self.known.pop(kind, None)) is not None:
+            self._before[kind] = way.arguments
 
     def _never_shares(self) -> bool:
         return any(expansion.shared_prefix is False for expansion in self.expansions)
@@ -148,6 +152,7 @@ class Ways:
         if len(self.known) >= MOST_KINDS:
             return Way(False, f"there are more than {MOST_KINDS} kinds of calls")
         comparison = Comparison(self.owner, self.expansions, tasks, call, is_training)
+        comparison.forward.arguments = dict(self._before.get(kind) or {})
         way = comparison.way()
         rows = comparison.forward.num_rows
         if way.shares and not comparison.forward.distinct and rows not in (None, 1):
@@ -327,7 +332,7 @@ def same(found: Sequence[Tensor], own: Sequence[Tensor], axis: int | None, is_lo
     if not (b.is_floating_point() or b.is_complex()):
         return torch.equal(a, b)
     low = is_low or torch.is_autocast_enabled(b.device.type) or b.dtype.itemsize < 4
-    of_spread, of_size = (0.05, 0.02) if low else (1e-3, 1e-5) if b.dtype != torch.float64 else (1e-5, 1e-7)
+    of_spread, of_size = (0.03, 0.01) if low else (1e-3, 1e-5) if b.dtype != torch.float64 else (1e-5, 1e-7)
     a, b = (torch.view_as_real(x) if x.is_complex() else x for x in (a, b))
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False

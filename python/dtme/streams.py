@@ -348,10 +348,11 @@ def survey(module: nn.Module) -> Survey:
             continue
         seen[id(module)] = None
         compiled = compiled or is_compiled(module)
-        training = training or module.training
         if "is_dtme_adapter" in module.__dict__:
             found.append(module)  # type: ignore[arg-type]
-        elif children := module._modules:
+            continue
+        training = training or module.training
+        if children := module._modules:
             waiting.extend([child for child in reversed(children.values()) if child is not None])
     return Survey(found, compiled, training, hash(tuple(seen)))
 

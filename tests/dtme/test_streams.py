@@ -314,6 +314,222 @@ def test_a_call_of_another_kind_is_compared_anew():
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_a_function_whose_result_changes_behind_the_scenes_is_compared_anew():
+    """What it taps depends on something that no argument shows: all tasks shared it at first, then no more."""
+    _, model, _ = expanded(OwnTransformer)
+    where = [0]
+
+    def tap(net, x):
+        for block in net.layers[: where[0] + 1]:
+            x = block(x)
+        return x
+
+    def taps(net, x):
+        found = []
+        for block in net.layers:
+            found.append(x)
+            x = block(x)
+        return [*found, x][where[0]]
+
+    x = torch.randn(3, LENGTH, WIDTH).double()
+    for features, indices in ((tap, (0, 2, 1, 0)), (taps, (0, 2, 1, 0, 3))):
+        model.features = features
+        for where[0] in indices:
+            at_once = model(x)
+            for task in TASKS:
+                torch.testing.assert_close(at_once[task], model(x, task)[task], rtol=1e-10, atol=1e-10)
+
+
+def test_calls_that_never_repeat_are_not_compared_forever():
+    _, model, _ = expanded(OwnTransformer)
+    counted = dtme.MultiTaskModel(model.backbone, dict(model.heads), features=lambda net, x: net(x["x"]) + x["step"])
+    x = torch.randn(3, LENGTH, WIDTH).double()
+    for step in range(64):
+        counted({"x": x, "step": step})
+    with pytest.warns(UserWarning, match="more than 64 kinds of calls"):
+        at_once = counted({"x": x, "step": 64})
+    torch.testing.assert_close(at_once["depth"], model(x, "depth")["depth"] + 64, rtol=1e-10, atol=1e-10)
+
+
+class Standardising(nn.Module):
+    """Statistics of the batch behind the blocks, in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.norm = OwnTransformer(), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        y = self.encoder(x)
+        return self.norm(y.flatten(0, 1)).view_as(y)
+
+
+class Branching(nn.Module):
+    """Goes another way by a number, by its mode, or for large batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.level, self.most = OwnTransformer(), 0.0, 100
+
+    def forward(self, x, level=0.0):
+        y = self.encoder(x)
+        mixes = level + self.level > 1 or len(x) > self.most or (self.training and self.most < 100)
+        return y - y.mean(0) if mixes else y
+
+
+def equals_each_alone(model, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = torch.get_rng_state()
+        at_once = model(x)
+        for task in TASKS:
+            torch.set_rng_state(state)
+            torch.testing.assert_close(at_once[task], model(x, task)[task], rtol=1e-9, atol=1e-9)
+
+
+def test_training_is_compared_as_training():
+    _, model, _ = expanded(Standardising)
+    x = torch.randn(4, LENGTH, WIDTH).double()
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    model(x)
+    assert dtme.sharing_of(model) == "shared prefix"
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    model.train()
+    equals_each_alone(model, x)
+    assert "BatchNorm1d layers would take statistics" in dtme.sharing_of(model)
+    _, model, _ = expanded(Branching)
+    model.backbone.most = 99
+    equals_each_alone(model, x)
+    equals_each_alone(model.train(), x)
+
+
+def test_what_was_known_is_forgotten_with_the_modules_the_numbers_and_the_sizes_it_was_known_of():
+    x = torch.randn(4, LENGTH, WIDTH).double()
+    _, model, _ = expanded(lambda: Wrapper(OwnTransformer()))
+    equals_each_alone(model, x)
+    model.backbone.inner.layers[2].mlp[1] = Centring()  # a part of it
+    equals_each_alone(model, x)
+    _, model, _ = expanded(Branching)
+    model.features = lambda net, x: net(x[0], level=x[1])
+    for level in (0.0, 2.0, 0.5):
+        equals_each_alone(model, (x, level))
+    _, model, _ = expanded(Branching)
+    model.backbone.most = 5
+    for rows in (4, 6, 2, 8):
+        equals_each_alone(model, torch.randn(rows, LENGTH, WIDTH).double())
+
+
+class Centring(nn.Module):
+    """Mixes rows."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def test_a_mask_for_all_images_that_becomes_one_for_each():
+    _, model, _ = expanded(lambda: Guiding(lambda s: {"bias": s[0].new_zeros(1, 1, 1, LENGTH)}))
+    net = model.backbone
+    for rows in (4, 3, 2, 6):
+        x = torch.randn(rows, LENGTH, WIDTH).double()
+        for shared in (True, False):
+            bias = torch.randn(1 if shared else rows, 1, 1, LENGTH).double()
+            net.make = lambda s, bias=bias: {"bias": bias}
+            equals_each_alone(model, x)
+
+
+def test_numbers_and_objects_among_what_is_returned():
+    """A number that is read off all tasks' rows is not each task's; what cannot be taken apart is refused by name."""
+    _, model, _ = expanded(OwnTransformer)
+    model.features = lambda net, x: (y := net(x), y.square().mean().item())[0] * y.square().mean().item()
+    equals_each_alone(model, torch.randn(4, LENGTH, WIDTH).double())
+
+    class Returning(OwnTransformer):
+        def forward(self, x):
+            y = super().forward(x)
+            return {"y": y, "extra": self.make(y)}
+
+    x = torch.randn(4, LENGTH, WIDTH).double()
+    for make, says in (
+        (lambda y: y.sum().item(), "a float"),
+        (lambda y: y.sum(), "a tensor without rows"),
+        (lambda y: Wrapper(None), "a Wrapper"),
+    ):
+        _, model, _ = expanded(Returning)
+        model.backbone.make = make
+        with warnings.catch_warnings(), pytest.raises(RuntimeError, match=f"returns {says}.* choose one task"):
+            warnings.simplefilter("ignore")
+            model.backbone(x)
+
+
+@pytest.mark.parametrize("shared_prefix", ["auto", False])
+def test_inputs_are_fresh_for_every_task(shared_prefix):
+    _, model, _ = expanded(OwnTransformer, shared_prefix=shared_prefix)
+
+    def features(net, x):
+        x["x"] = x["x"] * 2
+        x["list"].append(1)
+        return net(x["x"]) * len(x["list"])
+
+    model.features = features
+    x = torch.randn(3, LENGTH, WIDTH).double()
+    at_once = model({"x": x, "list": []})
+    for task in TASKS:
+        alone = model({"x": x, "list": []}, task)[task]
+        torch.testing.assert_close(at_once[task], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_methods_that_run_no_block_leave_rows_alone():
+    vit = timm_vit().double().eval()
+    dtme.expand(vit, dtme.ExpansionPlan(TASKS, 2, {"blocks.1": TASKS}))
+    x = torch.randn(2, 3, 32, 32).double()
+    with dtme.tasks(vit, TASKS):
+        assert len(vit.forward_head(vit.forward_features(x))) == len(vit(x)) == 3 * len(x)
+
+
+def test_parts_that_were_expanded_by_themselves():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = OwnTransformer(2), OwnTransformer(2)
+
+        def forward(self, x):
+            return self.right(self.left(x))
+
+    torch.manual_seed(0)
+    two, x = Two().double().eval(), torch.randn(3, LENGTH, WIDTH).double()
+    for part in (two.left, two.right):
+        dtme.expand(part, dtme.ExpansionPlan(TASKS, 2, {"layers.0": TASKS}, {"layers.1": TASKS}))
+        for parameter in (p for n, p in part.named_parameters() if ".dtme." in n):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model = dtme.MultiTaskModel(two, {task: nn.Identity() for task in TASKS}, features=lambda net, x: net(x))
+    equals_each_alone(model, x)
+    with pytest.raises(RuntimeError, match="Two holds 2 backbones expanded by themselves"):
+        dtme.tasks(two, TASKS)
+    with pytest.raises(RuntimeError, match="Two was wrapped, or built of parts, after they were expanded"):
+        model.save_pretrained("nowhere")
+
+
+def test_what_task_tokens_would_be_lost_in_is_refused():
+    x = torch.randn(3, LENGTH, WIDTH).double()
+    for name in ("attn", "norm1"):
+        torch.manual_seed(0)
+        net = OwnTransformer().double().eval()
+        dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"layers.1": TASKS}))
+        setattr(net.layers[1], name, copy.deepcopy(getattr(OwnTransformer().double().layers[1], name)))
+        with pytest.raises(RuntimeError, match=r"of block 'layers.1' was replaced after it was expanded"):
+            net(x)
+
+
+def test_shallow_copies_are_refused():
+    _, model, _ = expanded(OwnTransformer)
+    x = torch.randn(3, LENGTH, WIDTH).double()
+    model(x)
+    for replica in (model._replicate_for_data_parallel(), model.backbone._replicate_for_data_parallel()):
+        if replica.__class__ is dtme.MultiTaskModel:
+            replica.backbone = model.backbone._replicate_for_data_parallel()
+        with pytest.raises(RuntimeError, match="is a shallow copy of one that was expanded"):
+            replica(x)
+
+
 def test_a_batch_of_equal_images_teaches_nothing():
     """Rows that were mixed up could not be told apart: such a batch runs one by one, and the next is compared."""
     _, model, _ = expanded(OwnTransformer)

@@ -50,6 +50,8 @@ def _axis(block: nn.Module, tensor: Tensor, at: int | str, path: str, run: Run, 
                 f"block {run.block!r} got a {tuple(tensor.shape)} tensor as argument {path}: {problem}"
             )
         return axis
+    if key in forward.arguments and forward.arguments[key][1] == size:  # so it was in another batch
+        return None
     known = argument_axis(block, at, tensor)
     if known is not UNKNOWN:
         forward.arguments[key] = known, None
