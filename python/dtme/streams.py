@@ -340,13 +340,13 @@ def survey(module: nn.Module) -> Survey:
     """Look through ``module``, several times as fast as by ``modules()``: every forward asks."""
     found: list[BlockAdapter] = []
     compiled = training = False
-    seen: dict[int, None] = {}
+    seen: dict[int, type] = {}
     waiting: list[nn.Module] = [module]
     while waiting:
         module = waiting.pop()
         if id(module) in seen:
             continue
-        seen[id(module)] = None
+        seen[id(module)] = type(module)
         compiled = compiled or is_compiled(module)
         if "is_dtme_adapter" in module.__dict__:
             found.append(module)  # type: ignore[arg-type]
@@ -354,7 +354,7 @@ def survey(module: nn.Module) -> Survey:
         training = training or module.training
         if children := module._modules:
             waiting.extend([child for child in reversed(children.values()) if child is not None])
-    return Survey(found, compiled, training, hash(tuple(seen)))
+    return Survey(found, compiled, training, hash(tuple(seen.items())))
 
 
 def adapters(module: nn.Module) -> "list[BlockAdapter]":
