@@ -17,8 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SITE = Path(sysconfig.get_paths()["purelib"])
 CHECK = """
-import torch, dtme_kernels as dk
+import pkgutil, torch, dtme, dtme_kernels as dk
 from dtme_kernels import registry
+for package in (dtme, dk):  # every file is there
+    assert sum(1 for _ in pkgutil.walk_packages(package.__path__, package.__name__ + ".")) > 20
 tokens = torch.arange(12.0).view(4, 3)
 assert torch.equal(dk.token_covariance(tokens), tokens.T @ tokens)
 torch.testing.assert_close(dk.modulate(tokens[None], torch.ones(2, 3), torch.ones(2, 3))[1], tokens[None] + 1)
@@ -178,3 +180,15 @@ def test_before_torch_or_switched_off_it_is_pure_python(sdist, tmp_path):
     refused = run(empty / "bin" / "python", "-m", "pip", "wheel", "--no-deps", sdist, cwd=tmp_path, check=False,
                   DTME_BUILD_EXT="yes")  # fmt: skip
     assert "DTME_BUILD_EXT must be auto, 0 or 1, got 'yes'" in refused.stdout
+
+
+def test_every_package_is_named_for_the_wheel():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+
+    named = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {
+        ".".join(path.parent.relative_to(base).parts)
+        for base, package in ((ROOT / "python", "dtme"), (ROOT, "dtme_kernels"))
+        for path in (base / package).rglob("__init__.py")
+    }
+    assert named == folders
