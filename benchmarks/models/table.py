@@ -12,16 +12,19 @@ TYPICAL = (
     "timm/eva, DINOv3",
     "timm/swin_transformer",
     "timm/pvt_v2",
+    "timm/davit",
     "transformers/vit",
     "transformers/swin",
     "transformers/bert",
     "transformers/llama",
     "transformers/clip",
+    "transformers/bart",
     "transformers/t5",
     "transformers/wav2vec2",
     "transformers/albert",
     "torchvision/vit",
-    "torch/TransformerEncoder",
+    "torch/TransformerEncoder, padding mask",
+    "torch/TransformerDecoder",
 )
 """The models that the README shows one by one."""
 
