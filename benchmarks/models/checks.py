@@ -159,7 +159,10 @@ class _Check:
         trained = [p.requires_grad for p in self.backbone.parameters()]
         with torch.no_grad():
             before = self.subject.call(self.backbone, x)
-        reached = self.gradients(lambda: self.subject.call(self.backbone, x), self.backbone)
+        try:
+            reached = self.gradients(lambda: self.subject.call(self.backbone, x), self.backbone)
+        except Exception as error:
+            raise NotBuilt(f"the plain model has no gradients in evaluation mode: {error}") from error
         model = dtme.MultiTaskModel(self.backbone, {task: nn.Identity() for task in TASKS}, self.subject.call)
         dtme.expand(model, self.plan)
         try:
