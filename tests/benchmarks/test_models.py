@@ -137,13 +137,14 @@ def test_a_key_is_found_whatever_the_order_of_its_heads() -> None:
 
 def test_a_child_that_hangs_or_dies_is_a_row(tmp_path: Path) -> None:
     import os
+    import signal
     import time
 
     def work(name: str) -> list[dict[str, Any]]:
         if name == "hangs":
             time.sleep(60)
         if name == "dies":
-            os.abort()
+            os.kill(os.getpid(), signal.SIGKILL)
         return [{"model": name, "plan": "modulation", "outcome": "right"}]
 
     path = tmp_path / "rows.jsonl"
