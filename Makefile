@@ -25,7 +25,7 @@ demo: $(READY)
 	$(RUN) -m benchmarks.paper demo $(DEMO)
 
 test: $(READY)
-	$(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadgroup
+	$(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # what Hypothesis draws, anew every time, where CI draws the same: EXAMPLES per test, SEED=... repeats a run
 fuzz: $(READY)
