@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import_torchvision()
 
 
-LONG = ("aot", "interpreted", "test_unit", "test_installation")  # groups that take minutes, and so come first
+LONG = ("aot", "interpreted", "test_csrc", "test_installation")  # groups that take minutes, and so come first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
