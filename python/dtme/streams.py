@@ -88,9 +88,8 @@ class Expansion:
     ) -> None:
         self.tasks = tuple(tasks)
         self.plan, self.modulator, self.shared_prefix, self.frozen = plan, modulator, shared_prefix, frozen
-        # Where torch.compile, which cannot read a ContextVar, finds the forward that it traces. Set inside of traced
-        # code, where it is a name and no state: it is None again when the compiled code has run. For compiled parts of
-        # an eager forward it is set while that one runs, and threads wait for each other (``forwards.Opening``).
+        # Where torch.compile, which cannot read a ContextVar, finds the forward that it traces: None again when the
+        # compiled code has run. For compiled parts of an eager forward threads wait for each other (forwards.Opening).
         self.traced: Forward | None = None
 
 
@@ -231,12 +230,11 @@ class traced:
 
 
 class _Choice:
-    """What one ``with dtme.tasks`` asked for."""
+    """What one ``with dtme.tasks`` asked for, and the ``part`` of the backbone that was then called by itself."""
 
     def __init__(self, expansions: tuple[Expansion, ...], names: tuple[str, ...]) -> None:
         self.expansions, self.names = expansions, names
         self.part: str | None = None
-        """The part of the backbone that was called by itself."""
 
 
 def chosen(expansion: Expansion) -> tuple[tuple[str, ...], _Choice | None]:

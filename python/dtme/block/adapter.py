@@ -1,6 +1,5 @@
 """What ``expand`` hangs on a block: its tasks' modulation and tokens, as the child module ``<block>.dtme``."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -34,6 +33,7 @@ from .attention import attend, attend_if
 from .first_half import FirstHalf, PlainNorm
 from .probe import probe
 from .site import Site
+from .task_buffers import TaskBuffers
 
 ADDED = ".dtme."
 """What the name of every added parameter holds, and no other name."""
@@ -396,15 +396,3 @@ class BlockAdapter(nn.Module):
             return None
         index = apart(forward.layout.tasks).sources(forward.layout)
         return map_tensors(lambda tensor: repeat_rows(tensor, index, forward.layout.num_streams), output)
-
-
-class TaskBuffers(nn.Module):
-    """Buffers by task, as ``nn.ParameterDict`` is for parameters."""
-
-    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for task, buffer in buffers.items():
-            self.register_buffer(task, buffer)
-
-    def __getitem__(self, task: str) -> Tensor:
-        return self.get_buffer(task)
