@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import nested_tensors
 from .blocks import check_channels, find_tokens, replace_argument
-from .randomness import random_state, wind_back
+from .randomness import put_back
 from .streams import Layout, innermost, unfold
 from .torch_private import recomputing
 
@@ -106,27 +106,15 @@ class BlockInputs:
 @contextmanager
 def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
     """Freeze all weights and set one mode; at the end weights, buffers, modes and random states are as before."""
-    modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    state = random_state()
     nested = nested_tensors.switch_off(model)
     try:
-        model.train(train_mode)
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
+        with put_back(model):
+            model.train(train_mode)
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
     finally:
         nested_tensors.switch_back(nested)
-        for module, mode in modes.items():
-            module.training = mode
         for parameter in trained:
             parameter.requires_grad_(True)
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))
-        wind_back(state)

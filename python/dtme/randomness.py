@@ -49,31 +49,32 @@ def was_drawn(state: State | None) -> bool:
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module, *, training: bool = False) -> Iterator[Callable[[], None]]:
-    """Without gradients, and in evaluation mode unless ``training``: modes, buffers and random numbers are as before
-    afterwards. Yields a function that winds random numbers back."""
-    modes = [] if training else [module for module in model.modules() if module.training]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+def put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Modes, buffers and random numbers are as before afterwards. Yields a function that winds random numbers back."""
+    modes = [(module, module.training) for module in model.modules()]
     holders = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     state = random_state()
     try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield lambda: wind_back(state)
+        yield lambda: wind_back(state)
     finally:
-        for module in modes:
-            module.training = True
-        _put_back(buffers, holders)
+        for module, mode in modes:
+            module.training = mode
+        for module, before in holders:
+            module._buffers.update(before)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                # batch norm writes without telling the version counter; what a graph saved is not written for nothing
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
         wind_back(state)
 
 
-def _put_back(
-    buffers: list[tuple[Tensor, int, Tensor]], holders: list[tuple[nn.Module, dict[str, Tensor | None]]]
-) -> None:
-    for module, before in holders:
-        module._buffers.update(before)
-    with torch.no_grad():
-        for buffer, version, value in buffers:
-            if buffer._version != version:
-                buffer.copy_(value)
+@contextmanager
+def left_as_it_was(model: nn.Module, *, training: bool = False) -> Iterator[Callable[[], None]]:
+    """Without gradients, and in evaluation mode unless ``training``; otherwise as ``put_back``."""
+    with put_back(model) as rewind, torch.no_grad():
+        if not training:
+            for module in model.modules():
+                module.training = False
+        yield rewind

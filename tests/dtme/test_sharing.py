@@ -1,5 +1,6 @@
 """What is known of sharing: how it is found out, when it is no longer known, and what happens where it is not right."""
 
+import copy
 import warnings
 
 import pytest
@@ -148,6 +149,12 @@ def test_training_is_compared_as_training():
     assert dtme.sharing_of(model) == "shared prefix"
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
     model.train()
+    other = copy.deepcopy(model)
+    model(x)
+    assert model.backbone.norm.num_batches_tracked == 3  # one for each task, and none for the comparison
+    for task in TASKS:
+        other(x, task)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
     equals_each_alone(model, x)
     assert "BatchNorm1d layers would take statistics" in dtme.sharing_of(model)
     _, model, _ = expanded(Branching)
