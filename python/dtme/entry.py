@@ -11,7 +11,7 @@ from torch import nn
 
 from . import nested_tensors
 from .forwards import Opening, run_folded
-from .sharing import Call, UnknownArgument, Ways
+from .sharing import Call, Ways
 from .streams import Expansion, chosen, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
 
@@ -105,14 +105,7 @@ class Entry:
         opening = eagerly(self._open, Call(self._function(), args, kwargs), calls_compiler())
         if opening is None:
             return self._function()(*args, **kwargs)
-        try:
-            while True:
-                try:
-                    return run_folded(opening.forward, opening.way, opening.tasks, opening.call)
-                except UnknownArgument:
-                    eagerly(opening.compare_again)
-        finally:
-            eagerly(opening.close)
+        return opening.carry_out(run_folded)
 
     stay_eager(__call__)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .randomness import random_state, wind_back
 from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, is_cache, layout_of, rows_of
 from .streams import Forward, Layout, Survey, apart, hide, repeat_rows, show, together, traced
+from .torch_private import eagerly, stay_eager
 from .trees import leaves, map_leaves, opaque, tensors
 
 ANY_TASK = ("*",)
@@ -75,7 +76,19 @@ class Opening:
             self.way = self.ways.find_out(self.tasks, self.call, self.state, force_eager=self._is_exposed)
         self._expose(self.forward)
 
-    def close(self) -> None:
+    @stay_eager
+    def carry_out(self, function: Callable[..., Any]) -> Any:
+        """``function(forward, way, tasks, call)``, compared again where it meets something new; closes the forward."""
+        try:
+            while True:
+                try:
+                    return function(self.forward, self.way, self.tasks, self.call)
+                except UnknownArgument:
+                    eagerly(self.compare_again)
+        finally:
+            eagerly(self._close)
+
+    def _close(self) -> None:
         hide(self.forward)
         self._expose(None)
         if self._is_exposed:

@@ -15,7 +15,7 @@ from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .plan import check_tasks
 from .randomness import left_as_it_was
-from .sharing import ONE_BY_ONE, Call, UnknownArgument, Way, Ways
+from .sharing import Call, Way, Ways
 from .streams import Expansion, Forward, choose, expansions, expansions_of, running, split, survey
 from .streams import tasks as streams_of
 from .torch_private import calls_compiler, eagerly, stay_eager
@@ -73,16 +73,10 @@ class MultiTaskModel(nn.Module):
         opening = eagerly(self._open, selected, x, calls_compiler())
         if opening is None:
             return self._predict_plainly(x, selected)
-        try:
-            if opening.tasks is ANY_TASK:
-                return {selected[0]: run_head(self.heads[selected[0]], self._stream_of_any_task(opening.forward, x))}
-            while True:
-                try:
-                    return self._predict(opening.forward, opening.way, selected, opening.call)
-                except UnknownArgument:
-                    eagerly(opening.compare_again)
-        finally:
-            eagerly(opening.close)
+        if opening.tasks is ANY_TASK:
+            (features,) = opening.carry_out(run).values()
+            return {selected[0]: run_head(self.heads[selected[0]], features)}
+        return opening.carry_out(self._predict)
 
     stay_eager(forward)
 
@@ -118,9 +112,6 @@ class MultiTaskModel(nn.Module):
     def _predict_plainly(self, x: Any, selected: tuple[str, ...]) -> dict[str, Any]:
         return self._heads_of(dict.fromkeys(selected, self._features_of(x)))
 
-    def _stream_of_any_task(self, forward: Forward, x: Any) -> Any:
-        return run(forward, ONE_BY_ONE, ANY_TASK, self._call(x))[ANY_TASK[0]]
-
     def _heads_of(self, features: Mapping[str, Any]) -> dict[str, Any]:
         return {task: self.heads[task](found) for task, found in features.items()}
 
@@ -136,16 +127,7 @@ class MultiTaskModel(nn.Module):
             way = self._ways_of(expansions).find(selected, call, is_training=state.is_training)
             return run(Forward(expansions), way, selected, call)
         opening = self._open(selected, x, False)
-        if opening is None:
-            return dict.fromkeys(selected, self._features_of(x))
-        try:
-            while True:
-                try:
-                    return run(opening.forward, opening.way, selected, opening.call)
-                except UnknownArgument:
-                    opening.compare_again()
-        finally:
-            opening.close()
+        return dict.fromkeys(selected, self._features_of(x)) if opening is None else opening.carry_out(run)
 
     def parameter_groups(self, lr: float = 2e-5, weight_decay: float = 1e-6) -> list[dict[str, Any]]:
         """Trainable parameters for an optimizer; what ``expand`` added is not decayed (its identity is not zero)."""

@@ -1,8 +1,8 @@
 """May several tasks share the first blocks of an expanded backbone? It is found out, once for every kind of call.
 
 Where they share, the backbone's own code meets more rows than it was given. Whether it minds cannot be told from
-shapes. So the first call of its kind is compared, on probe values in evaluation mode, with every task alone; what is
-learned then (which tensors come by image, and on which axis) holds for later calls of the kind, whatever their batch.
+shapes. So the first call of its kind is compared, on probe values, with every task alone; what is learned
+then (which tensors come by image, and on which axis) holds for later calls of the kind, whatever their batch.
 """
 
 import sys
@@ -66,7 +66,7 @@ class Way(NamedTuple):
     """Why they do not share."""
     leaves: tuple[Leaf, ...] = ()
     arguments: Any = None
-    """``{(block, argument): batch axis or None}``."""
+    """``Forward.arguments``."""
     num_streams: int = 1
     """How many the forward ended with: one that ends with more has run other blocks."""
     num_rows: int = 0
@@ -246,6 +246,7 @@ class Comparison:
         self.owner, self.tasks, self.call = owner, tasks, call
         self.forward = Forward(expansions, probes=True)
         self.training = training and not self._draws()
+        self.is_low = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in owner.parameters())
         self.mixed: list[str] = []
         """Layers that took statistics of all tasks' rows."""
 
@@ -303,12 +304,13 @@ class Comparison:
     def _place(self, leaf: Tensor, own: list[Tensor]) -> Leaf | None:
         """How ``leaf`` holds the tensors that the tasks have alone, if it does."""
         axes = [axis for axis, size in enumerate(own[0].shape) if size == self.forward.num_rows]
-        low = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.owner.parameters())
-        if same([leaf] * len(own), own, next(iter(axes), None), low):
+        if same([leaf] * len(own), own, next(iter(axes), None), self.is_low):
             return Leaf(next(iter(axes), None), False)
         for axis in axes if leaf.ndim == own[0].ndim else ():
             layout = layout_of(leaf, axis, self.forward)
-            if layout is not None and same([rows_of(leaf, axis, layout, t) for t in self.tasks], own, axis, low):
+            if layout is not None and same(
+                [rows_of(leaf, axis, layout, t) for t in self.tasks], own, axis, self.is_low
+            ):
                 return Leaf(axis, True)
         return None
 

@@ -107,6 +107,10 @@ class Run:
         self.next: Run | None = None
         """The run of the block behind it, for parts of several blocks that are recomputed together."""
 
+    def repeat(self, tokens: Tensor) -> Tensor:
+        """Rows of the streams that come in as rows of those that the block sees."""
+        return repeat_rows(tokens, self.after.sources(self.before), self.before.num_streams)
+
 
 class Forward:
     """The state of one forward of an expanded backbone.

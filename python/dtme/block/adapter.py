@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dtme_kernels
 
 from ..blocks import Arguments, check_channels, find_tokens, replace_argument
-from ..seams import KeysValues, NotExpandable
+from ..seams import KeysValues
 from ..streams import (
     Expansion,
     Forward,
@@ -29,7 +29,7 @@ from ..torch_private import recomputing
 from ..trees import map_tensors
 from . import recomputation
 from .arguments import follow
-from .attention import attend, attend_if
+from .attention import attend, attend_concatenated
 from .first_half import FirstHalf, PlainNorm
 from .probe import probe
 from .site import Site
@@ -246,12 +246,7 @@ class BlockAdapter(nn.Module):
             run.half, changed = half, half.modulated
         else:
             run.half = None
-            index = run.after.sources(run.before)
-            changed = (
-                self.modulate(run, tokens)
-                if modulated and self.weight
-                else repeat_rows(tokens, index, run.before.num_streams)
-            )
+            changed = self.modulate(run, tokens) if modulated and self.weight else run.repeat(tokens)
         if not recomputing() and self.site is not None:
             self._keep(changed, run)
         if run.after.num_streams > 1:
@@ -261,14 +256,12 @@ class BlockAdapter(nn.Module):
     def modulate(self, run: Run, tokens: Tensor) -> Tensor:
         """(T_before * B, ..., p) → (T_after * B, ..., p); a stream without a map of its own keeps its bits."""
         if self.running_mean is not None and not run.forward.probes:
-            index = run.after.sources(run.before)
-            return self._batch_norm(run.after, repeat_rows(tokens, index, run.before.num_streams))
+            return self._batch_norm(run.after, run.repeat(tokens))
         streams, weight, bias = self._maps(run, tokens)
         return dtme_kernels.modulate(streams, weight, bias).flatten(0, 1).view(-1, *tokens.shape[1:])
 
     def _maps(self, run: Run, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, shared (B, N, p) or in streams (T, B, N, p), and every stream's map (T, p)."""
-        index = run.after.sources(run.before)
         one = (
             tokens.new_ones(tokens.shape[-1]) if not self.weight else torch.ones_like(next(iter(self.weight.values())))
         )
@@ -277,7 +270,7 @@ class BlockAdapter(nn.Module):
         # whatever lies between the batch and the channels is one token axis
         if run.before.num_streams == 1:
             return tokens.flatten(1, -2), weight, bias
-        return unfold(repeat_rows(tokens, index, run.before.num_streams).flatten(1, -2), len(index)), weight, bias
+        return unfold(run.repeat(tokens).flatten(1, -2), run.after.num_streams), weight, bias
 
     def _of_streams(self, run: Run, parameters: nn.ParameterDict, default: Tensor | None = None) -> Tensor:
         """A row for every stream: its task's parameter; without a ``default``, only of streams that have one."""
@@ -344,7 +337,7 @@ class BlockAdapter(nn.Module):
             has = torch.tensor(
                 [task in self.tokens for task in self.expansion.tasks], device=run.forward.task_index.device
             )
-            return partial(attend_if, has.index_select(0, run.forward.task_index), task_kv)
+            return partial(attend_concatenated, has.index_select(0, run.forward.task_index), task_kv)
         return partial(attend, self.name, run.after.num_streams, joined, task_kv)
 
     def _joined(self, run: Run) -> list[int]:
@@ -373,7 +366,7 @@ class BlockAdapter(nn.Module):
             return
         try:
             tokens = find_tokens(args, kwargs, self.name)[1]
-        except NotExpandable:
+        except ValueError:  # called with something else than the block's tokens
             return
         if recomputing():
             recomputation.recall(self, tokens)

@@ -69,8 +69,8 @@ def attend(
     return torch.cat([run(joined, task_kv), plain])[[order.index(i) for i in range(num_streams)]].flatten(0, 1)
 
 
-def attend_if(
-    has_tokens: Tensor,
+def attend_concatenated(
+    has_tokens: Tensor | None,
     task_kv: KeysValues,
     query: Tensor,
     key: Tensor,
@@ -81,25 +81,31 @@ def attend_if(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """One stream of a task that is not known before it runs, where some tasks have task tokens and some have none.
+    """One stream, by concatenation; also of a task that is not known before it runs, where only some have task tokens.
 
     Args:
-        has_tokens: (1,) bool, whether the task has.
+        has_tokens: (1,) bool, whether the task has; None where it has.
         task_kv: (1, H, t, d) each; hidden by a mask where it has none.
     """
-    num_queries, num_tokens, dtype = query.shape[-2], task_kv[0].shape[-2], query.dtype
-    hidden = query.new_zeros(num_queries, key.shape[-2])
-    if is_causal:
+    hidden: Tensor | None = None
+    if has_tokens is not None or is_causal:
+        hidden = query.new_zeros(query.shape[-2], key.shape[-2])
+    if is_causal and hidden is not None:
         hidden = hidden.masked_fill(hidden.new_ones(hidden.shape, dtype=torch.bool).triu(1), -torch.inf)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~attn_mask, -torch.inf)
-        hidden = hidden + attn_mask
-    visible = query.new_zeros(1).masked_fill(~has_tokens, -torch.inf).expand(*hidden.shape[:-1], num_tokens)
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])
+        hidden = attn_mask if hidden is None else hidden + attn_mask
+    mask: Tensor | None = None
+    if hidden is not None:  # task keys are never masked
+        visible = query.new_zeros(1)
+        if has_tokens is not None:
+            visible = visible.masked_fill(~has_tokens, -torch.inf)
+        mask = torch.cat([hidden, visible.expand(*hidden.shape[:-1], task_kv[0].shape[-2])], -1)
     key, value = (
         torch.cat([shared, own.expand(len(shared), -1, -1, -1)], -2)
         for shared, own in zip((key, value), task_kv, strict=True)
     )
-    mask = torch.cat([hidden, visible], -1)
     gqa = enable_gqa or query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=gqa)

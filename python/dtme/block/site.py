@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import find_tokens, module_like
+from ..randomness import left_as_it_was
 from ..seams import NotExpandable, Seam, class_of, declared_norm, seam_of
-from .trial import block_options, check_block, check_copy, check_seam, check_weights, left_as_it_was, unseen
+from .trial import block_options, check_block, check_copy, check_seam, check_weights, unseen
 
 
 def is_layer_norm(module: Any) -> bool:

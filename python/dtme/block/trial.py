@@ -21,33 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..seams import NotExpandable, Seam, no_positions, required_parameters
-from ..seams.base import Attend, KeysValues
+from ..seams.base import Attend
 from ..trees import tensors
+from .attention import attend_concatenated
 
 if TYPE_CHECKING:
     from .site import Site
-
-
-@contextmanager
-def left_as_it_was(block: nn.Module) -> Iterator[None]:
-    """Run ``block`` in evaluation mode without gradients; its modes, buffers and the random state come back."""
-    training = {module: module.training for module in block.modules()}
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in block.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    devices = {parameter.device for parameter in block.parameters() if parameter.device.type == "cuda"}
-    try:
-        block.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -115,7 +94,8 @@ def check_block(site: Site, title: str, block: nn.Module, num_features: int, lik
     tokens, task = _random(like, 2, 5, num_features), _random(like, 1, 3, num_features)
     with _installed(site.seam, F.scaled_dot_product_attention):
         task_kv = site.seam.keys_values(task if site.norm is None else site.norm(task))
-    got = _first(_run(block, tokens, site.seam, partial(site.seam.run, partial(_attend, task_kv))))
+    attend = partial(attend_concatenated, None, task_kv)
+    got = _first(_run(block, tokens, site.seam, partial(site.seam.run, attend)))
     beside = task.expand(2, -1, -1)
     # among the tokens of a causal attention, only those behind the task tokens see them
     for order, shared in (((tokens, beside), slice(0, 5)), ((beside, tokens), slice(3, 8))):
@@ -145,35 +125,6 @@ def check_copy(site: Site, title: str, block: nn.Module, num_features: int, like
     except Exception:
         return  # weights that cannot be copied or widened, quantised ones say, or no memory for them
     check_block(twin_site, title, twin, num_features, like.float())
-
-
-def _attend(
-    task_kv: KeysValues,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The inner product of an expanded block with one stream, by concatenation."""
-    rows, _, num_tokens, _ = query.shape
-    num_task = task_kv[0].shape[2]
-    if is_causal:
-        attn_mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:  # task keys are never masked
-        attn_mask = F.pad(
-            attn_mask.expand(*attn_mask.shape[:-1], num_tokens),
-            (0, num_task),
-            value=float(attn_mask.dtype == torch.bool),
-        )
-    key, value = (
-        torch.cat([x, task.expand(rows, -1, -1, -1)], 2) for x, task in zip((key, value), task_kv, strict=True)
-    )
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..torch_private import num_hooks
+
 KeysValues = tuple[Tensor, Tensor]
 """(T, H, t, d) each: T streams, H heads, t task tokens of d channels."""
 Attend = Callable[..., Tensor]
@@ -105,6 +107,25 @@ class Seam(ABC):
         return None
 
 
+class WrittenOut(Seam):
+    """An attention whose forward is copied, so that its projections are at hand."""
+
+    written_out = True
+
+    @abstractmethod
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value (rows, H, N, d) of tokens (rows, N, p)."""
+
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        return self.project(tokens)[1:]
+
+
+def by_head(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Projections (rows, N, 3p), query, key and value side by side, as (rows, H, N, d) each."""
+    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
 class Unknown(Enum):
     UNKNOWN = "unknown"
 
@@ -182,5 +203,5 @@ def is_plain_linear(module: Any) -> bool:
 
 def is_hooked(module: nn.Module, own_before: int = 0, own_after: int = 0) -> bool:
     """Whether somebody wants to see, or change, what goes in or comes out; not counting as many hooks of our own."""
-    before, after = len(module._forward_pre_hooks), len(module._forward_hooks)
-    return before > own_before or after > own_after or bool(module._backward_hooks or module._backward_pre_hooks)
+    before, after, backward = num_hooks(module)
+    return before > own_before or after > own_after or backward

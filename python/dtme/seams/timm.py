@@ -9,29 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attend, KeysValues, Library, Projection, Seam, class_of, is_hooked, is_plain_linear
+from .base import Attend, Library, Projection, Seam, WrittenOut, by_head, class_of, is_hooked, is_plain_linear
 
 # where the common attention is defined, and where earlier releases have it
 _COMMON = {("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention")}
 _SWIN, _SWIN_V2 = "timm.models.swin_transformer", "timm.models.swin_transformer_v2"
 
 
-class TimmSeam(Seam):
-    written_out = True
-
-    def keys_values(self, tokens: Tensor) -> KeysValues:
-        return self._project(tokens)[1:]
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class TimmSeam(WrittenOut):
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.attention
-        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
+        query, key, value = by_head(attention.qkv(x), attention.num_heads)
         return attention.q_norm(query), attention.k_norm(key), value
 
     def run(self, attend: Attend, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         attention = self.attention
         dropout = attention.attn_drop.p if attention.training else 0.0
-        query, key, value = self._project(x)
+        query, key, value = self.project(x)
         out = attend(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=attention.scale
         )
@@ -54,26 +48,18 @@ class TimmSeam(Seam):
         return self.attention.proj_drop(self.attention.proj(attended))
 
 
-class SwinSeam(Seam):
+class SwinSeam(WrittenOut):
     """Windows with a bias for each pair of positions: task keys join every window, without a bias and never masked."""
-
-    written_out = True
 
     def num_tokens(self) -> int:
         return math.prod(self.attention.window_size)
 
-    def keys_values(self, tokens: Tensor) -> KeysValues:
-        return self._project(tokens)[1:]
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attention = self.attention
-        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        return query, key, value
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return by_head(self.attention.qkv(x), self.attention.num_heads)
 
     def run(self, attend: Attend, x: Tensor, mask: Tensor | None = None) -> Tensor:
         attention = self.attention
-        query, key, value = self._project(x)
+        query, key, value = self.project(x)
         bias = self._bias() if mask is None else window_bias(self._bias(), mask, len(x))
         dropout = attention.attn_drop.p if attention.training else 0.0
         out = attend(query, key, value, attn_mask=bias, dropout_p=dropout, scale=self._scale())
@@ -90,7 +76,7 @@ class SwinSeam(Seam):
 class SwinV2Seam(SwinSeam):
     """Cosines for scores, a learned scale by head, and a bias that a small network makes of the distance."""
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.attention
         if attention.q_bias is None:
             qkv = attention.qkv(x)
@@ -98,7 +84,7 @@ class SwinV2Seam(SwinSeam):
             bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
             separate = attention.qkv_bias_separate
             qkv = attention.qkv(x) + bias if separate else F.linear(x, attention.qkv.weight, bias)
-        query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = by_head(qkv, attention.num_heads)
         return *cosines(query, key, attention.logit_scale), value
 
     def _bias(self) -> Tensor:

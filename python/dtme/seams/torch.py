@@ -11,20 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attend, KeysValues, Library, NotExpandable, Seam, all_shared
+from .base import Attend, Library, NotExpandable, Seam, WrittenOut, all_shared, by_head
 
 
-class TorchSeam(Seam):
-    written_out = True
-
-    def keys_values(self, tokens: Tensor) -> KeysValues:
-        return self._project(tokens)[1:]
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class TorchSeam(WrittenOut):
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.attention
-        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-        query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, value
+        return by_head(F.linear(x, attention.in_proj_weight, attention.in_proj_bias), attention.num_heads)
 
     def run(
         self,
@@ -51,7 +44,7 @@ class TorchSeam(Seam):
         attention = self.attention
         mask = self._mask(len(query), key_padding_mask, attn_mask)
         dropout = attention.dropout if attention.training else 0.0
-        q, k, v = self._project(query)
+        q, k, v = self.project(query)
         out = attention.out_proj(attend(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2))
         if not need_weights:
             return out, None

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from .base import (
     Attend,
     Catch,
-    KeysValues,
     Library,
     NotExpandable,
     Projection,
     Seam,
+    WrittenOut,
     all_shared,
     class_of,
     is_plain_linear,
@@ -153,18 +153,13 @@ _PLAIN_NAMES = {
 }
 
 
-class Swinv2Seam(Seam):
+class Swinv2Seam(WrittenOut):
     """Windows, cosines for scores, and a bias by distance; task keys join every window, without a bias and unmasked."""
-
-    written_out = True
 
     def num_tokens(self) -> int:
         return math.prod(self.attention.window_size)
 
-    def keys_values(self, tokens: Tensor) -> KeysValues:
-        return self._project(tokens)[1:]
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.attention
         projections = (attention.query, attention.key, attention.value)
         query, key, value = (
@@ -187,7 +182,7 @@ class Swinv2Seam(Seam):
         if attention_mask is not None:  # which the library adds twice
             bias = window_bias(bias, 2 * attention_mask, len(hidden_states))
         dropout = attention.dropout.p if attention.training else 0.0
-        out = attend(*self._project(hidden_states), attn_mask=bias, dropout_p=dropout, scale=1.0)
+        out = attend(*self.project(hidden_states), attn_mask=bias, dropout_p=dropout, scale=1.0)
         return (out.transpose(1, 2).flatten(2),)
 
 
