@@ -7,12 +7,14 @@ from .plan import ExpansionPlan
 from .report import ConflictReport
 from .sharing import sharing_of
 from .streams import is_expanded, split, tasks
+from .written_out import attention
 
 __all__ = [
     "ConflictReport",
     "ExpansionPlan",
     "MultiTaskModel",
     "analyze",
+    "attention",
     "collapse",
     "expand",
     "is_expanded",

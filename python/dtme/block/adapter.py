@@ -331,6 +331,7 @@ class BlockAdapter(nn.Module):
         return self.site.seam.run(self._attend(run), *args, **kwargs)
 
     def _attend(self, run: Run) -> Any:
+        assert self.site is not None
         joined = self._joined(run)
         task_kv = self.task_keys_values(run) if joined else None
         if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.tasks) and task_kv is not None:
@@ -338,7 +339,9 @@ class BlockAdapter(nn.Module):
                 [task in self.tokens for task in self.expansion.tasks], device=run.forward.task_index.device
             )
             return partial(attend_concatenated, has.index_select(0, run.forward.task_index), task_kv)
-        return partial(attend, self.name, run.after.num_streams, joined, task_kv)
+        rows = None if run.forward.num_rows is None else run.forward.num_rows * run.after.num_streams
+        seam = self.site.seam
+        return partial(attend, self.name, run.after.num_streams, joined, task_kv, rows, seam.reduces)
 
     def _joined(self, run: Run) -> list[int]:
         """Streams that have task tokens in this block."""

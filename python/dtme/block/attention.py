@@ -10,6 +10,7 @@ import dtme_kernels
 
 from ..seams import KeysValues, NotExpandable
 from ..streams import unfold
+from ..written_out import attention_weights
 
 
 def attend(
@@ -17,27 +18,34 @@ def attend(
     num_streams: int,
     joined: list[int],
     task_kv: KeysValues | None,
+    num_rows: int | None,
+    reduces: bool,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` over (T * B, H, N, d).
+    """``scaled_dot_product_attention`` over (T * B, H, N, d); the weights of the shared keys where ``value`` is None.
 
     Args:
         block: its name, for messages.
         num_streams: T.
         joined: the streams that have task tokens.
         task_kv: their keys and values, (len(joined), H, t, d) each.
+        num_rows: of the block's tokens, where it is known: T * B, or a multiple of it, in windows.
+        reduces: whether there are fewer keys than queries.
     """
-    if query.shape[-2] != key.shape[-2] or query.shape[0] % num_streams:
+    if (query.shape[-2] != key.shape[-2] and not reduces) or query.shape[0] % num_streams:
         sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
         raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
-    if key.shape[1] != value.shape[1]:
+    if num_streams > 1 and num_rows and query.shape[0] % num_rows:
+        sizes = f"{query.shape[0]} of {num_rows} rows"
+        raise NotExpandable(f"block {block!r}: its attention is given {sizes}, and whose they are is not known")
+    if value is not None and key.shape[1] != value.shape[1]:
         sizes = f"{key.shape[1]} heads of keys for {value.shape[1]} of values"
         raise NotExpandable(f"block {block!r}: its attention has {sizes}, which task tokens do not support")
     if attn_mask is not None and attn_mask.ndim < 4:
@@ -51,17 +59,17 @@ def attend(
 
     def run(streams: list[int], task_kv: KeysValues) -> Tensor:
         mask = None if attn_mask is None else part(attn_mask, streams)
-        q, k, v = (part(tensor, streams) for tensor in (query, key, value))
+        q, k = part(query, streams), part(key, streams)
+        if value is None:
+            return attention_weights(q, k, task_kv[0].unsqueeze(1), mask, is_causal, scale)
+        v = part(value, streams)
         options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
         return dtme_kernels.expanded_attention(q, k, v, task_kv[0], task_kv[1], attn_mask=mask, **options)
 
     if task_kv is not None and len(joined) == num_streams:
         return run(joined, task_kv).flatten(0, 1)
     rest = [i for i in range(num_streams) if i not in joined]
-    none = (
-        key.new_empty(len(rest), key.shape[1], 0, key.shape[-1]),
-        value.new_empty(len(rest), value.shape[1], 0, value.shape[-1]),
-    )
+    none = tuple(x.new_empty(len(rest), x.shape[1], 0, x.shape[-1]) for x in (key, key if value is None else value))
     plain = run(rest, none)
     if task_kv is None:
         return plain.flatten(0, 1)
@@ -74,7 +82,7 @@ def attend_concatenated(
     task_kv: KeysValues,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -103,9 +111,10 @@ def attend_concatenated(
         if has_tokens is not None:
             visible = visible.masked_fill(~has_tokens, -torch.inf)
         mask = torch.cat([hidden, visible.expand(*hidden.shape[:-1], task_kv[0].shape[-2])], -1)
-    key, value = (
-        torch.cat([shared, own.expand(len(shared), -1, -1, -1)], -2)
-        for shared, own in zip((key, value), task_kv, strict=True)
-    )
+    num_keys = key.shape[-2]
+    key = torch.cat([key, task_kv[0].expand(len(key), -1, -1, -1)], -2)
+    if value is None:
+        return attention_weights(query, key, None, mask, False, scale)[..., :num_keys]
+    value = torch.cat([value, task_kv[1].expand(len(value), -1, -1, -1)], -2)
     gqa = enable_gqa or query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=gqa)

@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..seams import NotExpandable, Seam, no_positions, required_parameters
+from ..seams import GenericSeam, NotExpandable, Seam, no_positions, plain_attention, required_parameters
 from ..seams.base import Attend
-from ..trees import tensors
+from ..trees import map_tensors, tensors
 from .attention import attend_concatenated
 
 if TYPE_CHECKING:
@@ -45,33 +44,126 @@ def unseen(block: nn.Module) -> Iterator[None]:
             setattr(module, name, known)
 
 
-def block_options(block: nn.Module, tokens: Tensor) -> dict[str, Any]:
-    """What a block must be given beside its tokens: positions that change nothing, and None for a mask and the like."""
+class BlockCall(NamedTuple):
+    """A call of a block by itself."""
+
+    tokens: Tensor
+    """(rows, N, p), random."""
+    options: dict[str, Any]
+    """What else it must be given; None for a mask and the like."""
+    is_rotary: bool
+    """Whether it takes cosines and sines, which are given so that they change nothing."""
+
+    @property
+    def rows(self) -> int:
+        return self.tokens.shape[0]
+
+    def run(self, block: nn.Module) -> Any:
+        positions = {"position_embeddings": no_positions(self.tokens)} if self.is_rotary else {}
+        return block(self.tokens, **{**self.options, **positions})
+
+    def on(self, tokens: Tensor) -> BlockCall:
+        return BlockCall(tokens, self.options, self.is_rotary)
+
+
+def block_calls(block: nn.Module, num_features: int, like: Tensor) -> Iterator[BlockCall]:
+    """Calls that a block may take: of any tokens, or of as many as it is made for, on a grid whose sides it wants."""
+    parameters = inspect.signature(block.forward).parameters
+    is_rotary = "position_embeddings" in parameters
     options: dict[str, Any] = dict.fromkeys(required_parameters(block.forward))
-    if "position_embeddings" in inspect.signature(block.forward).parameters:
-        options["position_embeddings"] = no_positions(tokens)
-    return options
+    unknown = [name for name in options if "mask" not in name.lower() and name != "position_embeddings"]
+    yield BlockCall(_random(like, 2, 5, num_features), options, is_rotary)
+    for height, width in _grids(block, num_features):
+        sizes: Any = [height, width] if len(unknown) == 2 else [(height, width)] * len(unknown)
+        on_grid = {**options, **dict(zip(unknown, sizes, strict=True))}
+        yield BlockCall(_random(like, 2, height * width, num_features), on_grid, is_rotary)
+
+
+def _grids(block: nn.Module, num_features: int) -> list[tuple[int, int]]:
+    """Heights and widths: by what the block says that it is made for, by its tables of pairs of tokens, and others."""
+    said: list[tuple[int, int]] = []
+    for module in block.modules():
+        for name in ("input_resolution", "window_size", "feat_size"):
+            size = getattr(module, name, None)
+            height, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+            said += [(height, width)] if isinstance(height, int) and isinstance(width, int) else []
+        for table in (*module.parameters(False), *module.buffers(False), *vars(module).values()):
+            if isinstance(table, Tensor) and table.ndim >= 2 and table.shape[-1] == table.shape[-2] != num_features:
+                said.append((1, table.shape[-1]))
+    said = sorted({grid for grid in said if 1 < grid[0] * grid[1] <= MOST_TOKENS}, reverse=True)
+    return list(dict.fromkeys([*said, (8, 8), (4, 4), (7, 7), (14, 14), (16, 16)]))
+
+
+MOST_TOKENS = 4096
+"""On which a block is tried."""
 
 
 def check_seam(site: Site, title: str, num_features: int, like: Tensor) -> None:
-    """A seam must tell keys and values, and one that wrote a forward out must compute what the real forward does."""
+    """A seam must tell keys and values, and the attention must compute through it what it does without."""
     seam = site.seam
-    with _installed(seam, F.scaled_dot_product_attention):
+    with _installed(seam, plain_attention):
         seam.keys_values(_random(like, 1, 3, num_features))
-        if not seam.written_out:
-            return
+    if isinstance(seam, GenericSeam):
+        _check_generic(site, seam, title)
+        return
+    if not seam.copied:
+        return
+    with _installed(seam, plain_attention):
         tokens = _random(like, 2, seam.num_tokens(), num_features)
         args = (tokens,) * (3 if isinstance(seam.attention, nn.MultiheadAttention) else 1)
-        got = _first(seam.run(F.scaled_dot_product_attention, *args))
+        got = _first(seam.run(plain_attention, *args))
     want = _first(type(seam.attention).forward(seam.attention, *args))
     if not _close(got, want):
-        raise NotExpandable(
-            f"{title}: its {type(seam.attention).__name__} does not compute what that of the known releases does; "
-            "modulate the block instead"
-        )
+        raise _differs(title, seam, "what that of the known releases does")
 
 
-def check_weights(site: Site, title: str, block: nn.Module, num_features: int, like: Tensor) -> None:
+def _differs(title: str, seam: Seam, what: str) -> NotExpandable:
+    name = type(seam.attention).__name__
+    return NotExpandable(f"{title}: its {name} does not compute {what}; modulate the block instead")
+
+
+def _check_generic(site: Site, seam: GenericSeam, title: str) -> None:
+    """In float64 where it can be copied, with every mask that it takes: what is put off must come out the same."""
+    assert site.arguments is not None
+    attention, (args, kwargs) = seam.attention, site.arguments
+    try:
+        attention = copy.deepcopy(attention).double()
+        args, kwargs = map_tensors(lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
+        attention(*args, **kwargs)
+    except Exception:
+        attention, (args, kwargs) = seam.attention, site.arguments
+    twin = GenericSeam(seam.block, attention)
+    for options in ({}, *_masks(attention, args, kwargs)):
+        try:
+            want = list(tensors(attention(*args, **{**kwargs, **options})))
+        except Exception:
+            continue  # a mask of another shape or dtype than it takes
+        try:
+            got = list(tensors(twin.run(plain_attention, *args, **{**kwargs, **options})))
+        except NotExpandable:
+            if options:
+                continue  # which a forward will say, if it is given such a mask
+            raise
+        if len(got) != len(want) or not all(_close(a, b) for a, b in zip(got, want, strict=True)):
+            raise _differs(title, seam, "the softmax of query and key times value" + (" under a mask" * bool(options)))
+
+
+def _masks(attention: nn.Module, args: Any, kwargs: Any) -> Iterator[dict[str, Tensor]]:
+    """Masks that an attention might take by the name of one."""
+    tokens = next(tensors((args, kwargs)))
+    names = [name for name in inspect.signature(attention.forward).parameters if "mask" in name.lower()]
+    if tokens.ndim != 3:
+        return
+    rows, n, _ = tokens.shape
+    seen = _random(tokens, rows, n, n) > -0.5
+    seen |= torch.eye(n, dtype=torch.bool, device=seen.device)
+    bias = torch.zeros_like(seen, dtype=tokens.dtype).masked_fill(~seen, -100.0)
+    for name in names[:1]:
+        for mask in (seen, seen[:, None], seen[0], seen[:, 0], bias, bias[:, None], bias[0], seen.to(tokens.dtype)):
+            yield {name: mask}
+
+
+def check_weights(site: Site, title: str, block: nn.Module, call: BlockCall) -> None:
     """torch's attention weights, which task keys would change, must not reach the block's output."""
     attention = site.seam.attention
     if not isinstance(attention, nn.MultiheadAttention):
@@ -81,38 +173,62 @@ def check_weights(site: Site, title: str, block: nn.Module, num_features: int, l
         out, weights = type(attention).forward(attention, *args, **kwargs)
         return out, None if weights is None else torch.full_like(weights, torch.nan)
 
-    output = _run(block, _random(like, 2, 5, num_features), site.seam, forward)
-    if not like.is_meta and any(tensor.isnan().any() for tensor in tensors(output)):
+    output = _run(block, call, site.seam, forward)
+    if not call.tokens.is_meta and any(tensor.isnan().any() for tensor in tensors(output)):
         raise NotExpandable(
             f"{title} uses the weights that its nn.MultiheadAttention returns, which task tokens would change; "
             "modulate it instead"
         )
 
 
-def check_block(site: Site, title: str, block: nn.Module, num_features: int, like: Tensor) -> None:
-    """Task keys in the attention must give what concatenating the task tokens to the block's own gives."""
-    tokens, task = _random(like, 2, 5, num_features), _random(like, 1, 3, num_features)
-    with _installed(site.seam, F.scaled_dot_product_attention):
+def check_block(site: Site, title: str, block: nn.Module, call: BlockCall) -> bool:
+    """Task keys in the attention must give what concatenating the task tokens to the block's own gives.
+
+    Returns:
+        Whether the block runs on another number of tokens, and so could be asked.
+    """
+    tokens = call.tokens
+    n, p = tokens.shape[1:]
+    task = _random(tokens, 1, 3, p)
+    with _installed(site.seam, plain_attention):
         task_kv = site.seam.keys_values(task if site.norm is None else site.norm(task))
     attend = partial(attend_concatenated, None, task_kv)
-    got = _first(_run(block, tokens, site.seam, partial(site.seam.run, attend)))
-    beside = task.expand(2, -1, -1)
+    got = _first(_run(block, call, site.seam, partial(site.seam.run, attend)))
+    beside = task.expand(len(tokens), -1, -1)
     # among the tokens of a causal attention, only those behind the task tokens see them
-    for order, shared in (((tokens, beside), slice(0, 5)), ((beside, tokens), slice(3, 8))):
-        want = _first(_run(block, torch.cat(order, 1)))
-        if not isinstance(want, Tensor) or want.shape != (2, 8, num_features):
-            return
+    for order, shared in (((tokens, beside), slice(0, n)), ((beside, tokens), slice(3, n + 3))):
+        want = _first(_run(block, call.on(torch.cat(order, 1))))
+        if not isinstance(want, Tensor) or want.shape != (len(tokens), n + 3, p):
+            return False
         if got is not None and _close(got, want[:, shared]):
-            return
+            return True
     raise NotExpandable(
         f"{title}: keys of task tokens in its attention would not be what task tokens beside its own tokens are "
         "(because of a bias by key, of positions, or of another layer that mixes tokens); modulate it instead"
     )
 
 
-def check_copy(site: Site, title: str, block: nn.Module, num_features: int, like: Tensor) -> None:
+def check_keys(site: Site, title: str, like: Tensor) -> None:
+    """An attention of unknown make that cannot run on more tokens must make keys of each token by itself."""
+    seam = site.seam
+    if not isinstance(seam, GenericSeam) or like.is_meta:
+        return
+    assert site.arguments is not None
+    read, *together = seam.projected(*site.arguments)
+    for some in (slice(0, 2), slice(1, 3)):
+        if read.shape[1] <= some.start:
+            continue
+        for alone, all_of_them in zip(seam.keys_values(read[:, some]), together, strict=True):
+            if alone.shape[0] != all_of_them.shape[0] or not _close(alone, all_of_them[:, :, some]):
+                raise NotExpandable(
+                    f"{title}: its {type(seam.attention).__name__} makes keys and values of a token that depend on "
+                    "where it is or on other tokens, which task tokens do not have; modulate the block instead"
+                )
+
+
+def check_copy(site: Site, title: str, block: nn.Module, call: BlockCall) -> None:
     """The same in float32, where low precision would hide a difference of a percent; in a copy, if there can be one."""
-    if like.dtype.itemsize >= 4:
+    if call.tokens.dtype.itemsize >= 4:
         return
     names = {module: name for name, module in block.named_modules()}
     try:
@@ -120,11 +236,12 @@ def check_copy(site: Site, title: str, block: nn.Module, num_features: int, like
         seam = type(site.seam)(site.seam.block, twin.get_submodule(names[site.seam.attention]))
         norm = None if site.norm is None else twin.get_submodule(names[site.norm])
         twin_site = replace(site, seam=seam, norm=norm)
-        with _installed(seam, F.scaled_dot_product_attention):
-            seam.keys_values(_random(like.float(), 1, 3, num_features))
+        tokens = call.tokens.float()
+        with _installed(seam, plain_attention):
+            seam.keys_values(tokens[:1, :3])
     except Exception:
         return  # weights that cannot be copied or widened, quantised ones say, or no memory for them
-    check_block(twin_site, title, twin, num_features, like.float())
+    check_block(twin_site, title, twin, call.on(tokens))
 
 
 @contextmanager
@@ -137,14 +254,14 @@ def _installed(seam: Seam, attend: Attend) -> Iterator[None]:
 
 
 def _run(
-    block: nn.Module, tokens: Tensor, seam: Seam | None = None, forward: Callable[..., Any] | None = None
+    block: nn.Module, call: BlockCall, seam: Seam | None = None, forward: Callable[..., Any] | None = None
 ) -> Any | None:
     """The block on its own, with another forward of its attention; None where it does not run so."""
     handle = block.register_forward_hook(lambda *args: None)  # torch's fast path would not call the attention
     if seam is not None and forward is not None:
         seam.install(forward)
     try:
-        return block(tokens, **block_options(block, tokens))
+        return call.run(block)
     except Exception:
         return None
     finally:

@@ -1,14 +1,15 @@
 """Ways into a block's attention, so that task keys and values reach it without a token being concatenated.
 
 One file per library. To add one, write a file that holds a ``Library`` (its seams, what its blocks' arguments mean, the
-versions it was tried on) and name it in ``LIBRARIES``: the first that knows a module speaks for it.
+versions it was tried on) and name it in ``LIBRARIES``: the first that knows a module speaks for it. What no library
+knows goes by what it does, which is seen when it runs (``generic``, ``deferred``).
 """
 
 import inspect
 
 from torch import Tensor, nn
 
-from . import generic, timm, torch, transformers
+from . import timm, torch, transformers
 from .base import (
     UNKNOWN,
     KeysValues,
@@ -23,12 +24,14 @@ from .base import (
     no_positions,
     required_parameters,
 )
+from .generic import GenericSeam, plain_attention
 
-LIBRARIES: tuple[Library, ...] = (transformers.LIBRARY, timm.LIBRARY, torch.LIBRARY, generic.LIBRARY)
+LIBRARIES: tuple[Library, ...] = (transformers.LIBRARY, timm.LIBRARY, torch.LIBRARY)
 
 __all__ = [
     "LIBRARIES",
     "UNKNOWN",
+    "GenericSeam",
     "KeysValues",
     "Library",
     "NotExpandable",
@@ -42,6 +45,7 @@ __all__ = [
     "is_known",
     "is_plain_linear",
     "no_positions",
+    "plain_attention",
     "required_parameters",
     "seam_of",
 ]

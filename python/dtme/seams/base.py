@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..torch_private import num_hooks
+from ..written_out import attention_weights
 
 KeysValues = tuple[Tensor, Tensor]
 """(T, H, t, d) each: T streams, H heads, t task tokens of d channels."""
 Attend = Callable[..., Tensor]
-"""As ``scaled_dot_product_attention``: query, key, value (rows, H, N, d) → (rows, H, N, d)."""
+"""As ``scaled_dot_product_attention``: query, key, value (rows, H, N, d) → (rows, H, N, d); with None for the value, the
+weights of the keys, (rows, H, N, M)."""
 
 
 class Projection(NamedTuple):
@@ -43,7 +44,10 @@ class NotExpandable(ValueError):
 class Seam(ABC):
     """One attention module, seen from its block ``block``."""
 
-    written_out = False
+    reduces = False
+    """Whether keys and values are of fewer tokens than there are queries."""
+
+    copied = False
     """Whether ``run`` is a copy of the attention's forward, which has to be compared with the installed release's."""
 
     def __init__(self, block: str, attention: Any) -> None:
@@ -67,11 +71,13 @@ class Seam(ABC):
         """What the attention makes of (T, t, p) tokens."""
         caught: list[KeysValues] = []
 
-        def catch(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        def catch(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
+            if value is None:
+                return attention_weights(query, key)
             if query.shape[-2] != key.shape[-2]:
                 raise NotExpandable(f"block {self.block!r}: its attention is not of its tokens to each other")
             caught.append((key, value))
-            return query
+            return value if value.shape[:-1] == query.shape[:-1] else query
 
         options: dict[str, Any] = dict.fromkeys(self._required)
         for width in self._widths:
@@ -107,10 +113,10 @@ class Seam(ABC):
         return None
 
 
-class WrittenOut(Seam):
+class Copied(Seam):
     """An attention whose forward is copied, so that its projections are at hand."""
 
-    written_out = True
+    copied = True
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,18 +165,6 @@ class Library:
         """Whether the forward that runs is the library's, rather than a subclass's or a replacement."""
         module = getattr(inspect.unwrap(type(block).forward), "__module__", None) or ""
         return "forward" not in vars(block) and module.partition(".")[0] == self.name
-
-
-class Catch(TorchFunctionMode):
-    """Hands every call of ``scaled_dot_product_attention`` under it to ``attend``; torch keeps modes by thread."""
-
-    def __init__(self, attend: Attend) -> None:
-        super().__init__()
-        self.attend = attend
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        run = self.attend if func is nn.functional.scaled_dot_product_attention else func
-        return run(*args, **(kwargs or {}))
 
 
 def no_positions(tokens: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:

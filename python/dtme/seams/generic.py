@@ -1,34 +1,134 @@
-"""Attentions of any library: those that call ``scaled_dot_product_attention`` exactly once, caught while they do.
+"""Attentions of any library, by what they do: one ``scaled_dot_product_attention``, or one that is written out.
 
-Tried on torch 2.13, on attentions written for the tests, and on timm 1.0.31's EVA and BEiT. What the arguments of such
-blocks mean is not known.
+Tried on torch 2.13, on attentions written for the tests, on timm 0.5.4, 0.6.13 and 1.0.31, and on transformers 5.24's
+PVT and SegFormer. What the arguments of such blocks mean is not known.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attend, Catch, Library, NotExpandable, Seam, names_in_forward
+from ..blocks import find_tokens, replace_argument
+from ..trees import leaves, map_leaves
+from ..written_out import attention_weights
+from .base import Attend, KeysValues, NotExpandable, Seam, is_plain_linear
+from .deferred import Catch, Deferred
+
+
+class Reduction(NamedTuple):
+    """An attention whose keys and values are of fewer tokens than its queries: those of a coarser grid, say."""
+
+    layers: tuple[nn.Linear, ...]
+    """What makes keys and values of the fewer tokens. Task tokens go there: they are not on the grid."""
+    num_tokens: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    where: int | str
+    """A call of the attention, on as many tokens as are at ``where`` among its arguments."""
 
 
 class GenericSeam(Seam):
+    def __init__(self, block: str, attention: Any) -> None:
+        super().__init__(block, attention)
+        self.reduction: Reduction | None = None
+
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
-        calls = []
+        return self._run(attend, args, kwargs)
 
-        def counted(*args: Any, **kwargs: Any) -> Tensor:
-            calls.append(1)
-            return attend(*args, **kwargs)
-
-        with Catch(counted):
+    def _run(self, attend: Attend, args: Any, kwargs: Any, replaced: Any = ()) -> Any:
+        rows = find_tokens(args, kwargs, self.block)[1].shape[0]
+        with Catch(attend, rows, self.block, replaced) as catch:
             output = type(self.attention).forward(self.attention, *args, **kwargs)
-        if len(calls) != 1:
-            times = f"called scaled_dot_product_attention {len(calls)} times, not once"
-            raise NotExpandable(f"block {self.block!r}: its attention {times}")
+        if catch.num_calls != 1:
+            times = f"{catch.num_calls} times, not once, in a way that is known"
+            raise NotExpandable(f"block {self.block!r}: its attention attends {times}")
+        if any(isinstance(leaf, Deferred) for leaf in leaves(output)):
+            output = map_leaves(lambda leaf: leaf.tensor() if isinstance(leaf, Deferred) else leaf, output)
         return output
 
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out, by a call with plain tokens, whether keys and values are of fewer tokens than the queries.
 
-def _seam(module: nn.Module) -> type[Seam] | None:
-    return GenericSeam if "scaled_dot_product_attention" in names_in_forward(module) else None
+        Raises:
+            NotExpandable: they are, and it is no linear layers that make them of those.
+        """
+        numbers: list[tuple[int, int]] = []
+        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+        def attend(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
+            numbers.append((query.shape[-2], key.shape[-2]))
+            return plain_attention(query, key, value, *args, **options)
+
+        def remember(module: nn.Module, inputs: Any, output: Any) -> None:
+            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                calls.append((module, inputs[0], output))
+
+        handles = [m.register_forward_hook(remember) for m in self.attention.modules() if m is not self.attention]
+        try:
+            self.run(attend, *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        num_queries, num_keys = numbers[0]
+        if num_queries == num_keys:
+            return
+        on_fewer = [(m, given, out) for m, given, out in calls if given.ndim == 3 and given.shape[1] == num_keys]
+        layers = [m for m, _, out in on_fewer if not any(given is out for _, given, _ in on_fewer)]
+        if not layers or not all(is_plain_linear(layer) for layer in layers):
+            raise NotExpandable(
+                f"block {self.block!r}: its attention has {num_keys} keys for {num_queries} queries, which no linear "
+                "layers make of as many tokens"
+            )
+        where, tokens = find_tokens(args, kwargs, self.block)
+        args, kwargs = replace_argument(args, kwargs, where, None)
+        self.reduction = Reduction(tuple(layers), tokens.shape[1], args, kwargs, where)
+        self.reduces = True
+
+    def projected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens (rows, M, p) that keys and values are made of in a call, and those (rows, H, M, d)."""
+        read: list[Tensor] = []
+        caught: list[KeysValues] = []
+
+        def attend(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
+            if value is not None:
+                caught.append((key, value))
+            return plain_attention(query, key, value, *args, **options)
+
+        if self.reduction is None:
+            read.append(find_tokens(args, kwargs, self.block)[1])
+            self.run(attend, *args, **kwargs)
+        else:
+            layer = self.reduction.layers[0]
+            handle = layer.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+            try:
+                self.run(attend, *args, **kwargs)
+            finally:
+                handle.remove()
+        return read[0], *caught[0]
+
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        if self.reduction is None:
+            return super().keys_values(tokens)
+        caught: list[KeysValues] = []
+
+        def catch(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
+            if value is None:
+                return attention_weights(query, key)
+            caught.append((key, value))
+            return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+        layers, num_tokens, args, kwargs, where = self.reduction
+        grid = tokens.new_zeros(len(tokens), num_tokens, tokens.shape[-1])
+        args, kwargs = replace_argument(args, kwargs, where, grid)
+        self._run(catch, args, kwargs, [(layer.weight, tokens) for layer in layers])
+        return caught[0]
 
 
-LIBRARY = Library("", _seam)
+def plain_attention(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
+    """``scaled_dot_product_attention``, which also gives its weights, for ``value=None``."""
+    if value is None:
+        mask, scale = options.get("attn_mask"), options.get("scale")
+        return attention_weights(query, key, attn_mask=mask, scale=scale)
+    options.setdefault("enable_gqa", query.shape[1] != key.shape[1])
+    return F.scaled_dot_product_attention(query, key, value, *args, **options)

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attend, Library, Projection, Seam, WrittenOut, by_head, class_of, is_hooked, is_plain_linear
+from .base import Attend, Copied, Library, Projection, Seam, by_head, class_of, is_hooked, is_plain_linear
 
 # where the common attention is defined, and where earlier releases have it
 _COMMON = {("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention")}
 _SWIN, _SWIN_V2 = "timm.models.swin_transformer", "timm.models.swin_transformer_v2"
 
 
-class TimmSeam(WrittenOut):
+class TimmSeam(Copied):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.attention
         query, key, value = by_head(attention.qkv(x), attention.num_heads)
@@ -48,7 +48,7 @@ class TimmSeam(WrittenOut):
         return self.attention.proj_drop(self.attention.proj(attended))
 
 
-class SwinSeam(WrittenOut):
+class SwinSeam(Copied):
     """Windows with a bias for each pair of positions: task keys join every window, without a bias and never masked."""
 
     def num_tokens(self) -> int:

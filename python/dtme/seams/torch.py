@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Attend, Library, NotExpandable, Seam, WrittenOut, all_shared, by_head
+from .base import Attend, Copied, Library, NotExpandable, Seam, all_shared, by_head
 
 
-class TorchSeam(WrittenOut):
+class TorchSeam(Copied):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.attention
         return by_head(F.linear(x, attention.in_proj_weight, attention.in_proj_bias), attention.num_heads)

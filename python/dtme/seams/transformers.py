@@ -17,19 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..trees import tensors
 from .base import (
     Attend,
-    Catch,
+    Copied,
     Library,
     NotExpandable,
     Projection,
     Seam,
-    WrittenOut,
     all_shared,
     class_of,
     is_plain_linear,
     names_in_forward,
 )
+from .deferred import Catch
 from .timm import continuous_bias, cosines, window_bias
 
 _INNER = "dtme_attend"
@@ -64,7 +65,7 @@ class TransformersSeam(Seam):
             self._hands_on = self._arrives(*args, **kwargs)
         if self._hands_on:
             return forward(self.attention, *args, **{_INNER: attend}, **kwargs)
-        with Catch(attend):
+        with Catch(attend, len(next(tensors((args, kwargs)))), self.block):
             return forward(self.attention, *args, **kwargs)
 
     def _arrives(self, *args: Any, **kwargs: Any) -> bool:
@@ -153,7 +154,7 @@ _PLAIN_NAMES = {
 }
 
 
-class Swinv2Seam(WrittenOut):
+class Swinv2Seam(Copied):
     """Windows, cosines for scores, and a bias by distance; task keys join every window, without a bias and unmasked."""
 
     def num_tokens(self) -> int:
