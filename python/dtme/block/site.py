@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..blocks import Arguments, find_tokens, module_like
 from ..randomness import left_as_it_was
 from ..seams import GenericSeam, NotExpandable, Seam, class_of, declared_norm, plain_attention, seam_of
-from ..seams.deferred import Catch
+from ..seams.deferred import Catch, Caught
 from .trial import BlockCall, block_calls, check_block, check_copy, check_keys, check_seam, check_weights, unseen
 
 
@@ -47,21 +47,35 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
         NotExpandable: names the block and says what is in the way.
     """
     title = f"block {name!r} ({type(block).__name__})"
-    like = module_like(block)
-    declared, norm = declared_norm(block)
     with left_as_it_was(block), unseen(block):
         seam = _known_seam(name, title, block)
-        if declared and seam is not None:
-            site = Site(seam, norm, is_pre_norm=norm is not None)
-            check_seam(site, title, num_features, like)
-            return site
-        site, call = _find_site(name, title, block, seam, num_features, like)
+        try:
+            return _tried(name, title, block, seam, num_features)
+        except NotExpandable:
+            if seam is None or not seam.copied:
+                raise
+            try:  # what a library's file has copied may be of another release
+                return _tried(name, title, block, None, num_features)
+            except NotExpandable:
+                pass
+            raise
+
+
+def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_features: int) -> Site:
+    """The site, tried on random tokens; with the seam of a library's file, or by what the block does."""
+    like = module_like(block)
+    declared, norm = declared_norm(block)
+    if declared and seam is not None:
+        site = Site(seam, norm, is_pre_norm=norm is not None)
         check_seam(site, title, num_features, like)
-        check_weights(site, title, block, call)
-        if check_block(site, title, block, call):
-            check_copy(site, title, block, call)
-        else:
-            check_keys(site, title, like)
+        return site
+    site, call = _find_site(name, title, block, seam, num_features, like)
+    check_seam(site, title, num_features, like)
+    check_weights(site, title, block, call)
+    if check_block(site, title, block, call):
+        check_copy(site, title, block, call)
+    else:
+        check_keys(site, title, like)
     return site
 
 
@@ -101,8 +115,8 @@ def _of_own_tokens(paths: Any) -> list[str]:
 
 _NONE_FOUND = (
     ": attention is seen where it calls scaled_dot_product_attention, or is written out as the softmax of "
-    "q kᵀ · scale + bias, times v. Put timm.layers.Attention in its place (its parameters have the names of older ones), let it call "
-    "dtme.attention(query, key, value, ...), or modulate the block instead"
+    "q kᵀ · scale + bias, times v. Put timm.layers.Attention in its place (its parameters have the names of older "
+    "ones), let it call dtme.attention(query, key, value, ...), or modulate the block instead"
 )
 
 
@@ -130,7 +144,7 @@ def _attending(name: str, title: str, block: nn.Module, call: BlockCall) -> list
     hooks = [module.register_forward_pre_hook(enter) for module in block.modules()]
     hooks += [module.register_forward_hook(leave, always_call=True) for module in block.modules()]
     try:
-        with Catch(attend, call.rows, name):
+        with Catch(Caught(attend, call.rows, name)):
             call.run(block)
     finally:
         for hook in hooks:

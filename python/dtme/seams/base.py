@@ -21,8 +21,8 @@ from ..written_out import attention_weights
 KeysValues = tuple[Tensor, Tensor]
 """(T, H, t, d) each: T streams, H heads, t task tokens of d channels."""
 Attend = Callable[..., Tensor]
-"""As ``scaled_dot_product_attention``: query, key, value (rows, H, N, d) → (rows, H, N, d); with None for the value, the
-weights of the keys, (rows, H, N, M)."""
+"""As ``scaled_dot_product_attention``: query, key, value (rows, H, N, d) → (rows, H, N, d); with None for the value,
+the weights of the keys, (rows, H, N, M)."""
 
 
 class Projection(NamedTuple):

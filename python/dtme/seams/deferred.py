@@ -23,8 +23,8 @@ from .base import Attend, NotExpandable
 Factor = float | Tensor
 
 
-class Catch(TorchFunctionMode):
-    """Hands every attention under it to ``attend``; torch keeps modes by thread.
+class Caught:
+    """What is known of one run of an attention: an object of its own, as torch.compile sees nothing on a mode.
 
     Args:
         attend: as ``scaled_dot_product_attention``; with None for the value it returns the weights of the keys.
@@ -34,7 +34,6 @@ class Catch(TorchFunctionMode):
     """
 
     def __init__(self, attend: Attend, rows: int, block: str, replaced: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        super().__init__()
         self.attend, self.rows, self.block, self.replaced = attend, rows, block, replaced
         self.num_calls = 0
         self.is_aside = False
@@ -43,15 +42,23 @@ class Catch(TorchFunctionMode):
     def refusal(self, what: str) -> NotExpandable:
         return NotExpandable(f"block {self.block!r}: its attention {what}, which task tokens do not support")
 
+
+class Catch(TorchFunctionMode):
+    """Hands every attention under it to ``caught.attend``; torch keeps modes by thread."""
+
+    def __init__(self, caught: Caught) -> None:
+        super().__init__()
+        self.caught = caught
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.is_aside:
+        kwargs, caught = kwargs or {}, self.caught
+        if caught.is_aside:
             return function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
-            self.num_calls += 1
-            return self.attend(*args, **kwargs)
-        if self.replaced and function is F.linear:
-            for weight, tokens in self.replaced:
+            caught.num_calls += 1
+            return caught.attend(*args, **kwargs)
+        if caught.replaced and function is F.linear:
+            for weight, tokens in caught.replaced:
                 if args[1] is weight:
                     args = (tokens, *args[1:])
         name = _name(function)
@@ -59,22 +66,23 @@ class Catch(TorchFunctionMode):
             args = (args[0], *args[1])
         if any(isinstance(x, Deferred) for x in (*args, *kwargs.values())):
             return carry_out(function, args, kwargs)
-        scores = self._put_off(name, args, kwargs)
+        scores = _put_off(caught, name, args, kwargs)
         return function(*args, **kwargs) if scores is None else scores
 
-    def _put_off(self, name: str, args: Any, kwargs: Any) -> Any:
-        """A product that may be that of queries and keys; None for any other."""
-        if name == "matmul" and len(args) == 2 and not kwargs:
-            query, key = args
-            return Scores(self, query, key.mT) if query.ndim >= 3 and key.ndim >= 3 else None
-        if name == "einsum" and len(args) == 3:
-            pair = _queries_and_keys(*args)
-            return None if pair is None else Scores(self, *pair)
-        if name == "baddbmm" and len(args) == 3 and set(kwargs) <= {"alpha", "beta"}:
-            bias, query, key = args
-            scores, beta = Scores(self, query, key.mT).scaled(kwargs.get("alpha", 1)), kwargs.get("beta", 1)
-            return scores.plus(bias * beta) if beta else scores
-        return None
+
+def _put_off(caught: Caught, name: str, args: Any, kwargs: Any) -> Any:
+    """A product that may be that of queries and keys; None for any other."""
+    if name == "matmul" and len(args) == 2 and not kwargs:
+        query, key = args
+        return Scores(caught, query, key.mT) if query.ndim >= 3 and key.ndim >= 3 else None
+    if name == "einsum" and len(args) == 3:
+        pair = _queries_and_keys(*args)
+        return None if pair is None else Scores(caught, *pair)
+    if name == "baddbmm" and len(args) == 3 and set(kwargs) <= {"alpha", "beta"}:
+        bias, query, key = args
+        scores, beta = Scores(caught, query, key.mT).scaled(kwargs.get("alpha", 1)), kwargs.get("beta", 1)
+        return scores.plus(bias * beta) if beta else scores
+    return None
 
 
 def _name(function: Any) -> str:
@@ -97,20 +105,20 @@ _SAME = {
 
 
 class _Aside:
-    def __init__(self, catch: Catch) -> None:
-        self.catch, self.before = catch, catch.is_aside
+    def __init__(self, caught: Caught) -> None:
+        self.caught, self.before = caught, caught.is_aside
 
     def __enter__(self) -> None:
-        self.catch.is_aside = True
+        self.caught.is_aside = True
 
     def __exit__(self, *error: object) -> None:
-        self.catch.is_aside = self.before
+        self.caught.is_aside = self.before
 
 
 class Deferred:
     """A tensor that is computed where something needs it as one."""
 
-    catch: Catch
+    caught: Caught
     shape: torch.Size
     dtype: torch.dtype
 
@@ -169,7 +177,7 @@ def carry_out(function: Any, args: Any, kwargs: Any) -> Any:
         if result is not NotImplemented:
             return result
     if isinstance(args[0], Deferred) and (name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")):
-        raise args[0].catch.refusal(f"changes its scores in place by {name}")
+        raise args[0].caught.refusal(f"changes its scores in place by {name}")
     args, kwargs = map_leaves(_as_tensor, (args, kwargs))
     return function(*args, **kwargs)
 
@@ -185,8 +193,8 @@ def _version(tensor: Tensor) -> int:
 class Scores(Deferred):
     """``query @ key.mT * factor + bias``, of queries (..., N, d) and keys (..., M, d)."""
 
-    def __init__(self, catch: Catch, query: Tensor, key: Tensor) -> None:
-        self.catch, self.query, self.key = catch, query, key
+    def __init__(self, caught: Caught, query: Tensor, key: Tensor) -> None:
+        self.caught, self.query, self.key = caught, query, key
         self.factor: Factor = 1.0
         self.bias: Tensor | None = None
         """(..., N or 1, M), of the shared keys alone."""
@@ -200,7 +208,7 @@ class Scores(Deferred):
         self._computed: tuple[Tensor, int] | None = None
 
     def _copy(self) -> "Scores":
-        other = Scores(self.catch, self.query, self.key)
+        other = Scores(self.caught, self.query, self.key)
         other.factor, other.bias, other.shift = self.factor, self.bias, self.shift
         other.shape, other.dtype, other.has_gradient = self.shape, self.dtype, self.has_gradient
         return other
@@ -212,7 +220,7 @@ class Scores(Deferred):
 
     def tensor(self) -> Tensor:
         if self._computed is None:
-            with _Aside(self.catch):
+            with _Aside(self.caught):
                 scores = self.query @ self.key.mT * self.factor
                 for term in (self.bias, self.shift):
                     scores = scores if term is None else scores + term
@@ -298,28 +306,28 @@ class Scores(Deferred):
             dtype = torch.promote_types(dtype, part.dtype)
         parts = [self._by_row(part).to(dtype) for part in parts]
         bias = None if self.bias is None else self._bias_by_row(self.bias).to(dtype)
-        with _Aside(self.catch):
+        with _Aside(self.caught):
             if value is None:
-                return self.catch.attend(*parts, None, attn_mask=bias, scale=scale).reshape(self.shape)
-            self.catch.num_calls += 1
-            out = self.catch.attend(*parts, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+                return self.caught.attend(*parts, None, attn_mask=bias, scale=scale).reshape(self.shape)
+            self.caught.num_calls += 1
+            out = self.caught.attend(*parts, attn_mask=bias, dropout_p=dropout_p, scale=scale)
         return out.reshape(*self.shape[:-1], value.shape[-1]).to(value.dtype)
 
     def _check(self) -> None:
         if torch.is_grad_enabled() and not self.has_gradient:
-            raise self.catch.refusal("computes its scores without gradients and attends with them")
+            raise self.caught.refusal("computes its scores without gradients and attends with them")
         if self._computed is not None and _version(self._computed[0]) != self._computed[1]:
-            raise self.catch.refusal("writes into its scores")
+            raise self.caught.refusal("writes into its scores")
 
     def _by_row(self, tensor: Tensor) -> Tensor:
         """(..., N, d) as (rows, H, N, d)."""
         if tensor.ndim == 3:
-            return tensor.unflatten(0, (self.catch.rows, -1))
+            return tensor.unflatten(0, (self.caught.rows, -1))
         return tensor if tensor.ndim == 4 else tensor.flatten(0, -4)
 
     def _bias_by_row(self, bias: Tensor) -> Tensor:
         if bias.ndim == 3:
-            return bias.unsqueeze(0) if bias.shape[0] == 1 else bias.unflatten(0, (self.catch.rows, -1))
+            return bias.unsqueeze(0) if bias.shape[0] == 1 else bias.unflatten(0, (self.caught.rows, -1))
         if bias.ndim == 4:
             return bias
         if all(size == 1 for size in bias.shape[:-3]):
@@ -331,7 +339,7 @@ class Maps(Deferred):
     """The softmax of ``scores`` over the keys, perhaps with dropout."""
 
     def __init__(self, scores: Scores, dtype: torch.dtype, dropout_p: float = 0.0) -> None:
-        self.scores, self.catch, self.dropout_p = scores, scores.catch, dropout_p
+        self.scores, self.caught, self.dropout_p = scores, scores.caught, dropout_p
         self.shape, self.dtype = scores.shape, dtype
         self._computed: Tensor | None = None
 
@@ -351,7 +359,7 @@ class Maps(Deferred):
 
     def attended(self, value: Tensor) -> Tensor:
         if self.shape != self.scores.base:
-            raise self.catch.refusal("rearranges its weights before it takes them to its values")
+            raise self.caught.refusal("rearranges its weights before it takes them to its values")
         return self.scores.attended(value, self.dropout_p)
 
 

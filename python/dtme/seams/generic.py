@@ -13,7 +13,7 @@ from ..blocks import find_tokens, replace_argument
 from ..trees import leaves, map_leaves
 from ..written_out import attention_weights
 from .base import Attend, KeysValues, NotExpandable, Seam, is_plain_linear
-from .deferred import Catch, Deferred
+from .deferred import Catch, Caught, Deferred
 
 
 class Reduction(NamedTuple):
@@ -38,10 +38,11 @@ class GenericSeam(Seam):
 
     def _run(self, attend: Attend, args: Any, kwargs: Any, replaced: Any = ()) -> Any:
         rows = find_tokens(args, kwargs, self.block)[1].shape[0]
-        with Catch(attend, rows, self.block, replaced) as catch:
+        caught = Caught(attend, rows, self.block, replaced)
+        with Catch(caught):
             output = type(self.attention).forward(self.attention, *args, **kwargs)
-        if catch.num_calls != 1:
-            times = f"{catch.num_calls} times, not once, in a way that is known"
+        if caught.num_calls != 1:
+            times = f"{caught.num_calls} times, not once, in a way that is known"
             raise NotExpandable(f"block {self.block!r}: its attention attends {times}")
         if any(isinstance(leaf, Deferred) for leaf in leaves(output)):
             output = map_leaves(lambda leaf: leaf.tensor() if isinstance(leaf, Deferred) else leaf, output)

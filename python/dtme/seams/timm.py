@@ -1,6 +1,7 @@
 """timm: its common ``Attention`` and the windows of Swin v1 and v2, written out. Everything else of it is generic.
 
-Tried on timm 1.0.31. timm itself is never imported here; its classes are told by where they are defined.
+Tried on timm 0.5.4, 0.6.13 and 1.0.31. timm itself is never imported here; its classes are told by where they are
+defined.
 """
 
 import math
@@ -20,7 +21,9 @@ class TimmSeam(Copied):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.attention
         query, key, value = by_head(attention.qkv(x), attention.num_heads)
-        return attention.q_norm(query), attention.k_norm(key), value
+        if hasattr(attention, "q_norm"):  # since timm 0.9
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        return query, key, value
 
     def run(self, attend: Attend, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         attention = self.attention
@@ -37,8 +40,8 @@ class TimmSeam(Copied):
 
     def projection(self) -> Projection | None:
         attention, qkv = self.attention, self.attention.qkv
-        normed = (attention.q_norm, attention.k_norm, getattr(attention, "norm", nn.Identity()))
-        plain = is_plain_linear(qkv) and all(type(x) is nn.Identity and not is_hooked(x) for x in normed)
+        norms = [norm for name in ("q_norm", "k_norm", "norm") if (norm := getattr(attention, name, None)) is not None]
+        plain = is_plain_linear(qkv) and all(type(x) is nn.Identity and not is_hooked(x) for x in norms)
         dropped = attention.training and attention.attn_drop.p
         if not plain or dropped or getattr(attention, "gate", None) or qkv.out_features != 3 * qkv.in_features:
             return None

@@ -5,8 +5,6 @@ Tried on torch 2.13 and torchvision 0.28.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,11 +29,11 @@ class TorchSeam(Copied):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As torch's, but for the weights where they are asked for: the softmax of the scores of the block's own keys.
+        """As torch's; the weights, where they are asked for, are those of the block's own keys.
 
-        Torch's would be less by what goes to the task keys, and have gone through the dropout. ``expand`` refuses
-        blocks whose output depends on them; what is left is a caller who throws them away, or looks at them.
-        ``is_causal`` only says what ``attn_mask`` is, without which torch refuses it as well.
+        With those of the task keys they sum to 1. In training they have not gone through the dropout, as torch's have.
+        ``expand`` refuses blocks whose output depends on them; what is left is a caller who throws them away, or looks
+        at them. ``is_causal`` only says what ``attn_mask`` is, without which torch refuses it as well.
         """
         if key is not query or value is not query:
             raise NotExpandable(f"block {self.block!r}: its attention must be self-attention, with one tensor for all")
@@ -48,8 +46,7 @@ class TorchSeam(Copied):
         out = attention.out_proj(attend(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2))
         if not need_weights:
             return out, None
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        weights = (scores if mask is None else scores + mask).softmax(-1)
+        weights = attend(q, k, None, attn_mask=mask)
         return out, weights.mean(1) if average_attn_weights else weights
 
     def _mask(self, rows: int, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..torch_private import num_hooks
 from ..trees import tensors
 from .base import (
     Attend,
@@ -30,7 +31,8 @@ from .base import (
     is_plain_linear,
     names_in_forward,
 )
-from .deferred import Catch
+from .deferred import Catch, Caught
+from .generic import plain_attention
 from .timm import continuous_bias, cosines, window_bias
 
 _INNER = "dtme_attend"
@@ -51,7 +53,9 @@ class TransformersSeam(Seam):
         super().install(forward)
         self._register()
         self._config = self.attention.config
+        is_eager = (getattr(self._config, "_attn_implementation", None) or "eager") == "eager"
         self.attention.config = copy.deepcopy(self._config)  # setting one below would set its parts', too
+        self.attention.config._dtme_is_eager = is_eager
         self.attention.config._attn_implementation = "dtme"
         self.attention.config._dtme_block = self.block
 
@@ -65,7 +69,7 @@ class TransformersSeam(Seam):
             self._hands_on = self._arrives(*args, **kwargs)
         if self._hands_on:
             return forward(self.attention, *args, **{_INNER: attend}, **kwargs)
-        with Catch(attend, len(next(tensors((args, kwargs)))), self.block):
+        with Catch(Caught(attend, len(next(tensors((args, kwargs)))), self.block)):
             return forward(self.attention, *args, **kwargs)
 
     def _arrives(self, *args: Any, **kwargs: Any) -> bool:
@@ -127,9 +131,14 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' contract: (rows, H, N, d) in; (rows, N, H, d) and the attention weights out."""
-    attend = options.pop(_INNER, F.scaled_dot_product_attention)
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' contract: (rows, H, N, d) in; (rows, N, H, d) and the attention weights out.
+
+    Eager attention gives its weights where somebody asks, or has hung a hook on it, by which transformers collects
+    them: those of the block's own keys, which with those of the task keys sum to 1, and without dropout.
+    """
+    is_asked = bool(options.pop("output_attentions", False)) or num_hooks(module)[1] > 0
+    attend = options.pop(_INNER, None) or plain_attention
     given = [name for name, value in options.items() if value is not None and value is not False]
     if unknown := [name for name in given if name not in _HARMLESS]:
         raise NotExpandable(
@@ -139,7 +148,10 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     output = attend(query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
+    weights = None
+    if is_asked and module.config._dtme_is_eager:
+        weights = attend(query, key, None, attn_mask=attention_mask, is_causal=causal, scale=scaling)
+    return output.transpose(1, 2).contiguous(), weights
 
 
 # attentions that project, attend and project back, and all that the forward of one names, in case a release adds to it
