@@ -66,8 +66,11 @@ class Catch(TorchFunctionMode):
             args = (args[0], *args[1])
         if any(isinstance(x, Deferred) for x in (*args, *kwargs.values())):
             return carry_out(function, args, kwargs)
-        scores = _put_off(caught, name, args, kwargs)
-        return function(*args, **kwargs) if scores is None else scores
+        if (scores := _put_off(caught, name, args, kwargs)) is not None:
+            return scores
+        if name == "unflatten" and torch.compiler.is_compiling():
+            return torch.unflatten(*args, **kwargs)  # under a mode the method is not traced
+        return function(*args, **kwargs)
 
 
 def _put_off(caught: Caught, name: str, args: Any, kwargs: Any) -> Any:
@@ -97,6 +100,8 @@ _SAME = {
     **dict.fromkeys(("__truediv__", "truediv", "true_divide", "divide"), "div"),
     **dict.fromkeys(("__add__", "__radd__"), "add"),
     **dict.fromkeys(("__sub__", "subtract"), "sub"),
+    "__rsub__": "rsub",
+    **dict.fromkeys(("__rtruediv__", "__rdiv__"), "rdiv"),
     **dict.fromkeys(("__imul__", "imul", "multiply_"), "mul_"),
     **dict.fromkeys(("__itruediv__", "itruediv", "true_divide_", "divide_"), "div_"),
     **dict.fromkeys(("__iadd__", "iadd"), "add_"),
@@ -380,7 +385,6 @@ def _mul(a: Any, b: Any) -> Any:
 
 
 def _div(a: Any, b: Any, **kwargs: Any) -> Any:
-    _check_order(a, "divides")
     if not isinstance(a, Scores) or not isinstance(b, (int, float, Tensor)) or kwargs:
         return NotImplemented
     return a.scaled(1 / b)
@@ -392,20 +396,12 @@ def _add(a: Any, b: Any, **kwargs: Any) -> Any:
 
 
 def _sub(a: Any, b: Any, **kwargs: Any) -> Any:
-    _check_order(a, "subtracts")
     return a.plus(b, -1) if isinstance(a, Scores) and not kwargs else NotImplemented
-
-
-def _check_order(first: Any, does: str) -> None:
-    """torch.compile hands over the operands of ``scores - tensor`` in either order, and does not say which."""
-    if torch.compiler.is_compiling() and not isinstance(first, Deferred):
-        problem = f"{does} its scores and a tensor, in an order that torch.compile does not tell"
-        raise NotExpandable(f"an attention {problem}: write it as a sum or a product, or do not compile it")
 
 
 def _matmul(a: Any, b: Any) -> Any:
     if isinstance(b, Maps) and not isinstance(a, Deferred) and torch.compiler.is_compiling():
-        a, b = b, a  # the other order was refused before anything was compiled
+        a, b = b, a  # it hands over the operands of both products in this order; expand has refused the other one
     return a.attended(b) if isinstance(a, Maps) and isinstance(b, Tensor) else NotImplemented
 
 
@@ -516,6 +512,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "div": _div,
     "add": _add,
     "sub": _sub,
+    "rsub": lambda a, b: _sub(b, a),
+    "rdiv": lambda a, b: _div(b, a),
     "mul_": _in_place(_mul),
     "div_": _in_place(_div),
     "add_": _in_place(_add),
@@ -539,5 +537,5 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "contiguous": lambda some: some,
     "clone": lambda some: some._copy() if isinstance(some, Scores) else NotImplemented,
 }
-_EITHER = ("mul", "div", "add", "sub", "matmul", "einsum", "where")
+_EITHER = ("mul", "div", "rdiv", "add", "sub", "rsub", "matmul", "einsum", "where")
 """Functions that know what to do where what is put off is not their first argument."""

@@ -6,6 +6,7 @@ PVT and SegFormer. What the arguments of such blocks mean is not known.
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ class GenericSeam(Seam):
     def __init__(self, block: str, attention: Any) -> None:
         super().__init__(block, attention)
         self.reduction: Reduction | None = None
+        self.fixed_tokens: int | None = None
+        """The only number of tokens that it runs on, if it does not run on others: a window's."""
 
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         return self._run(attend, args, kwargs)
@@ -49,10 +52,11 @@ class GenericSeam(Seam):
         return output
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find out, by a call with plain tokens, whether keys and values are of fewer tokens than the queries.
+        """Find out, by a call with plain tokens, how keys and values of others can be had.
 
         Raises:
-            NotExpandable: they are, and it is no linear layers that make them of those.
+            NotExpandable: they cannot; in particular if they are of fewer tokens than the queries, and it is no linear
+                layers that make them of those.
         """
         numbers: list[tuple[int, int]] = []
         calls: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -73,6 +77,7 @@ class GenericSeam(Seam):
                 handle.remove()
         num_queries, num_keys = numbers[0]
         if num_queries == num_keys:
+            self._try_alone(find_tokens(args, kwargs, self.block)[1])
             return
         on_fewer = [(m, given, out) for m, given, out in calls if given.ndim == 3 and given.shape[1] == num_keys]
         layers = [m for m, _, out in on_fewer if not any(given is out for _, given, _ in on_fewer)]
@@ -85,6 +90,14 @@ class GenericSeam(Seam):
         args, kwargs = replace_argument(args, kwargs, where, None)
         self.reduction = Reduction(tuple(layers), tokens.shape[1], args, kwargs, where)
         self.reduces = True
+
+    def _try_alone(self, tokens: Tensor) -> None:
+        try:
+            for number in (1, 2, 3, 5, 6, 7):  # a table of a window may fit some by accident
+                self.keys_values(tokens[:1, :1].expand(-1, number, -1))
+        except NotExpandable:
+            self.fixed_tokens = tokens.shape[1]
+            self.keys_values(tokens[:1, :2])
 
     def projected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens (rows, M, p) that keys and values are made of in a call, and those (rows, H, M, d)."""
@@ -109,6 +122,9 @@ class GenericSeam(Seam):
         return read[0], *caught[0]
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
+        if self.fixed_tokens is not None:
+            parts = [self._of_some(part, self.fixed_tokens) for part in tokens.split(self.fixed_tokens, 1)]
+            return torch.cat([key for key, _ in parts], 2), torch.cat([value for _, value in parts], 2)
         if self.reduction is None:
             return super().keys_values(tokens)
         caught: list[KeysValues] = []
@@ -124,6 +140,12 @@ class GenericSeam(Seam):
         args, kwargs = replace_argument(args, kwargs, where, grid)
         self._run(catch, args, kwargs, [(layer.weight, tokens) for layer in layers])
         return caught[0]
+
+    def _of_some(self, tokens: Tensor, num_tokens: int) -> KeysValues:
+        """Beside zeros, up to as many as the attention runs on; every token's keys are its own (``trial``)."""
+        given = tokens.shape[1]
+        key, value = super().keys_values(F.pad(tokens, (0, 0, 0, num_tokens - given)))
+        return key[:, :, :given], value[:, :, :given]
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
