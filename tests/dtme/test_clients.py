@@ -106,43 +106,15 @@ def test_llama_equals_a_prefix_in_its_key_value_cache():
         torch.testing.assert_close(out[task][real], want[real], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (
-            lambda: transformers_model(
-                "DonutSwin", embed_dim=WIDTH, depths=[2], num_heads=[3], image_size=32, patch_size=4, window_size=4
-            ),
-            "DonutSwinLayer",
-        ),
-        (
-            lambda: timm_model(
-                "swinv2_cr_tiny_224",
-                img_size=28,
-                embed_dim=WIDTH,
-                depths=(2,),
-                num_heads=(3,),
-                window_size=7,
-                num_classes=0,
-            ),
-            "SwinTransformerV2CrBlock",
-        ),
-    ],
-    ids=["transformers Donut", "timm Swin v2 (CR)"],
-)
-def test_task_tokens_are_refused_by_name_but_modulation_works(make, says):
-    backbone = make().double().eval()
+def test_task_tokens_are_refused_by_name_but_modulation_works():
+    sizes = {"img_size": 28, "embed_dim": WIDTH, "depths": (2,), "num_heads": (3,), "window_size": 7}
+    backbone = timm_model("swinv2_cr_tiny_224", **sizes, num_classes=0).double().eval()
     model = two_tasks(backbone)
     first = next(iter(find_blocks(backbone)))
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(ValueError, match="SwinTransformerV2CrBlock") as error:
         dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
     assert first in str(error.value)
-    size = 28 if "timm" in type(backbone).__module__ else 32
-    x = (
-        torch.randn(2, 5, WIDTH).double()
-        if isinstance(backbone, nn.TransformerEncoder)
-        else torch.randn(2, 3, size, size).double()
-    )
+    x = torch.randn(2, 3, 28, 28).double()
     before = model(x)
     added = randomised(model, dtme.ExpansionPlan(("a", "b"), 1, {first: ("a",)}))
     out = model(x)
@@ -207,8 +179,32 @@ def test_dinov3_equals_prepending_and_exports():
     torch.testing.assert_close(out["a"], model(x)["a"], rtol=1e-10, atol=1e-10)
 
 
-def test_attention_weights_of_an_expanded_block_are_refused_rather_than_lost():
-    model = two_tasks(transformers_model("ViT", **VISION, attn_implementation="eager"))
+@pytest.mark.parametrize("name", ["ViT", "Bert"])
+def test_eager_attention_gives_the_weights_of_the_shared_keys(name):
+    """To a float32 softmax, which eager attention takes in float64 as well."""
+    make = VISION if name == "ViT" else TEXT
+    model = two_tasks(transformers_model(name, **make, attn_implementation="eager"))
+    names, tasks = list(find_blocks(model.backbone)), ("a", "b")
+    x = (
+        {"pixel_values": torch.randn(2, 3, 32, 32).double()}
+        if name == "ViT"
+        else {"input_ids": torch.ones(2, 5).long()}
+    )
+    added = randomised(model, dtme.ExpansionPlan(tasks, 2, {}, {names[0]: ("a",), names[1]: tasks}))
+    with dtme.tasks(model.backbone, tasks):
+        weights = model.backbone(**x, output_attentions=True).attentions
+    dtme.collapse(model)
+    for i, task in enumerate(tasks):
+        with concatenated(model.backbone, added, task):
+            want = model.backbone(**x, output_attentions=True).attentions
+        assert len(weights) == len(want)
+        for mine, theirs in zip(weights, want, strict=True):
+            rows, n = len(theirs), mine.shape[-1]
+            torch.testing.assert_close(mine[i * rows : (i + 1) * rows], theirs[..., :n, :n], rtol=0, atol=1e-6)
+
+
+def test_weights_are_refused_rather_than_lost_where_attention_is_not_eager():
+    model = two_tasks(transformers_model("ViT", **VISION, attn_implementation="sdpa"))
     first = next(iter(find_blocks(model.backbone)))
     dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a", "b")}))
     with pytest.raises(ValueError, match="output_attentions"):

@@ -21,6 +21,7 @@ MODELS = {
     ),
     "timm Swin v2": lambda side=24: timm_model("swinv2_tiny_window8_256", **{**TIMM, "img_size": side}, window_size=4),
     "transformers Swin": lambda side=24: transformers_model("Swin", **{**SMALL, "image_size": side}),
+    "transformers Donut": lambda side=24: transformers_model("DonutSwin", **{**SMALL, "image_size": side}),
     "transformers Swin v2": lambda side=24: transformers_model("Swinv2", **{**SMALL, "image_size": side}),
 }
 

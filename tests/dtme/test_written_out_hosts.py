@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dtme
+from dtme.blocks import find_blocks
+from tests.dtme.test_clients import transformers_model
 from tests.dtme.test_written_out import (
     HEADS,
     PLAN,
@@ -128,6 +130,68 @@ def test_coarser_keys_and_values_are_joined_by_the_task_tokens_as_they_are(norm)
     check_against_concatenation(net, x, oracle=alone_on_grid)
 
 
+HIERARCHICAL = {
+    "Pvt": {"depths": [1, 2, 1, 1], "image_size": 64, "sequence_reduction_ratios": [8, 4, 2, 1]},
+    "Segformer": {"depths": [1, 2, 1, 1], "sr_ratios": [8, 4, 2, 1]},
+}
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_transformers_with_coarser_keys_equal_concatenation_to_what_is_projected(name, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [WIDTH] * 4, "num_attention_heads": [HEADS] * 4}
+    net = transformers_model(name, **sizes, **HIERARCHICAL[name]).double().eval()
+    blocks, tasks, x = list(find_blocks(net)), ("a", "b"), torch.randn(2, 3, 64, 64).double()
+    names = blocks[1], blocks[2], blocks[4]
+    expansion = {names[0]: ("a",), names[1]: tasks, names[2]: tasks}
+    dtme.expand(net, dtme.ExpansionPlan(tasks, 2, {names[1]: ("b",)}, expansion))
+    added = moved(net)
+    with dtme.tasks(net, tasks):
+        got = dtme.split(net(x).last_hidden_state, tasks)
+    dtme.collapse(net)
+    for task in tasks:
+        trained = [p for name, p in added.items() if name.endswith(task)]
+        with monkeypatch.context() as patch:
+            handles = [joined_by(net.get_submodule(block), block, added, task, patch) for block in names]
+            want = net(x).last_hidden_state
+        torch.testing.assert_close(got[task], want, rtol=0, atol=1e-10)
+        mine, theirs = (torch.autograd.grad(y.square().sum(), trained, retain_graph=True) for y in (got[task], want))
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+        for handle in [handle for some in handles for handle in some]:
+            handle.remove()
+
+
+def joined_by(block, name, added, task, patch):
+    """Modulate what goes into a block, and append what its task tokens project to to its keys and values."""
+    weight, bias, tokens = (added.get(f"{name}.dtme.{part}.{task}") for part in ("weight", "bias", "tokens"))
+    handles = []
+    if weight is not None:
+        handles.append(block.register_forward_pre_hook(lambda block, args: (args[0] * weight + bias, *args[1:])))
+    if tokens is None:
+        return handles
+    norm = block.layer_norm_1 if hasattr(block, "layer_norm_1") else block.layernorm_before
+    if hasattr(block.attention, "self"):  # it takes as many as its projections give
+        normed = norm(tokens).expand(2, -1, -1)
+        for layer in (block.attention.self.key, block.attention.self.value):
+            handles.append(layer.register_forward_pre_hook(lambda layer, args: (torch.cat([args[0], normed], 1),)))
+        return handles
+    task_kv = [
+        layer(norm(tokens)).unflatten(-1, (HEADS, -1)).transpose(0, 1).expand(2, -1, -1, -1)
+        for layer in (block.attention.k_proj, block.attention.v_proj)
+    ]
+    plain, inside = F.scaled_dot_product_attention, []
+
+    def attend(query, *key_value, **options):
+        if inside:
+            key_value = [torch.cat(pair, 2) for pair in zip(key_value, task_kv, strict=True)]
+        return plain(query, *key_value, **options)
+
+    patch.setattr(F, "scaled_dot_product_attention", attend)
+    handles.append(block.register_forward_pre_hook(lambda *args: inside.append(1)))
+    handles.append(block.register_forward_hook(lambda *args: inside.pop() and None))
+    return handles
+
+
 class InlineBlock(nn.Module):
     """No module of its own for the attention, and one head."""
 
@@ -202,3 +266,113 @@ class Maps(Block):
 def test_maps_of_the_shared_keys_are_those_of_concatenation(write):
     net = of_blocks(lambda: Mapped(write), Maps)
     check_against_concatenation(net, torch.randn(4, TOKENS, WIDTH).double(), oracle=alone)
+
+
+class NormTwice(Block):
+    """What feeds its attention is two norms: the block as a whole makes keys and values of task tokens."""
+
+    def __init__(self):
+        super().__init__(Attention(timm_like))
+
+    def forward(self, x, extra=None):
+        norm = lambda y: self.norm1(self.norm2(y))  # noqa: E731
+        x = x + self.attn(norm(x), *([] if extra is None else [norm(extra)]))
+        return x + self.mlp(x)
+
+
+class ToFirst(Block):
+    """Attention of the first token to all, as in class attention."""
+
+    def __init__(self):
+        super().__init__(nn.Identity())
+        self.q, self.kv, self.attn = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Identity()
+
+    def forward(self, x, extra=None):
+        y = self.norm1(x if extra is None else torch.cat([x, extra], 1))
+        k, v = self.kv(y).chunk(2, -1)
+        first = F.scaled_dot_product_attention(self.q(y[:, :1])[:, None], k[:, None], v[:, None])[:, 0]
+        x = torch.cat([x[:, :1] + first, x[:, 1:]], 1)
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("make", [NormTwice, ToFirst])
+def test_whatever_makes_the_keys_of_single_tokens_will_do(make):
+    torch.manual_seed(0)
+    net = nn.Sequential(make(), make(), make()).double().eval()
+    check_against_concatenation(net, torch.randn(4, TOKENS, WIDTH).double())
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def talking_heads(self, q, k, v, mask):
+    scores = torch.einsum("bhij,hg->bgij", q @ k.mT, self.logit_scale[:, 0].expand(-1, HEADS))
+    return merged(scores.softmax(-1) @ v)
+
+
+def capped(self, q, k, v, mask):
+    return merged((10 * (q @ k.mT / 10).tanh()).softmax(-1) @ v)
+
+
+def clamped_in_place(self, q, k, v, mask):
+    scores = q @ k.mT
+    scores.clamp_(max=1.0)
+    return merged(scores.softmax(-1) @ v)
+
+
+def over_the_queries(self, q, k, v, mask):
+    return merged((q @ k.mT).softmax(-2) @ v)
+
+
+def renormalised(self, q, k, v, mask):
+    weights = (q @ k.mT).softmax(-1)
+    return merged((weights / weights.sum(-1, keepdim=True)) @ v)
+
+
+def written_into(self, q, k, v, mask):
+    scores = q @ k.mT
+    scores[:, :, 0].mul_(0.5)
+    return merged(scores.softmax(-1) @ v)
+
+
+def values_first(self, q, k, v, mask):
+    return merged((v.mT @ (q @ k.mT).softmax(-1).mT).mT)
+
+
+def twice(self, q, k, v, mask):
+    v = (q @ k.mT).softmax(-1) @ v
+    return merged((q @ k.mT).softmax(-1) @ v)
+
+
+def without_gradients(self, q, k, v, mask):
+    with torch.no_grad():
+        scores = q @ k.mT
+    return merged(scores.softmax(-1) @ v)
+
+
+REFUSED = [talking_heads, capped, clamped_in_place, over_the_queries, renormalised, written_into, values_first, twice]
+
+
+@pytest.mark.parametrize("write", REFUSED)
+def test_what_is_not_known_is_refused_with_ways_out_and_nothing_is_changed(write):
+    net = of_blocks(lambda: Attention(write))
+    before, x = dict(net.state_dict()), torch.randn(2, TOKENS, WIDTH).double()
+    want = net(x)
+    with pytest.raises(ValueError, match=r"block '1'.*(attention|Attention)"):
+        dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+    assert not dtme.is_expanded(net) and before.keys() == net.state_dict().keys()
+    torch.testing.assert_close(net(x), want, rtol=0, atol=0)
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {"1": TASKS}))  # modulation works all the same
+    moved(net)
+    with dtme.tasks(net, TASKS):
+        net(x).sum().backward()
+
+
+def test_scores_without_gradients_are_refused_where_gradients_are_asked_for():
+    net = of_blocks(lambda: Attention(without_gradients))
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+    x = torch.randn(2, TOKENS, WIDTH).double()
+    with torch.no_grad(), dtme.tasks(net, TASKS):
+        net(x)
+    with pytest.raises(ValueError, match=r"block '1'.*without gradients"), dtme.tasks(net, "a"):
+        net(x)

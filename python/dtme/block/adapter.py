@@ -341,7 +341,7 @@ class BlockAdapter(nn.Module):
             return partial(attend_concatenated, has.index_select(0, run.forward.task_index), task_kv)
         rows = None if run.forward.num_rows is None else run.forward.num_rows * run.after.num_streams
         seam = self.site.seam
-        return partial(attend, self.name, run.after.num_streams, joined, task_kv, rows, seam.reduces)
+        return partial(attend, self.name, run.after.num_streams, joined, task_kv, rows, seam.is_square)
 
     def _joined(self, run: Run) -> list[int]:
         """Streams that have task tokens in this block."""

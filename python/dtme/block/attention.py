@@ -19,7 +19,7 @@ def attend(
     joined: list[int],
     task_kv: KeysValues | None,
     num_rows: int | None,
-    reduces: bool,
+    is_square: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -37,9 +37,9 @@ def attend(
         joined: the streams that have task tokens.
         task_kv: their keys and values, (len(joined), H, t, d) each.
         num_rows: of the block's tokens, where it is known: T * B, or a multiple of it, in windows.
-        reduces: whether there are fewer keys than queries.
+        is_square: whether there are as many queries as keys.
     """
-    if (query.shape[-2] != key.shape[-2] and not reduces) or query.shape[0] % num_streams:
+    if (is_square and query.shape[-2] != key.shape[-2]) or query.shape[0] % num_streams:
         sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
         raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
     if num_streams > 1 and num_rows and query.shape[0] % num_rows:

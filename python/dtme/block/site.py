@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ class Site:
     is_pre_norm: bool = False
     """Whether the norm reads the block's own tokens, and the attention what it puts out, as it is."""
     arguments: Arguments | None = None
-    """What the attention was given when the block was tried."""
+    """What the attention is given while the block is tried."""
 
 
 def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
@@ -52,9 +52,9 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
         try:
             return _tried(name, title, block, seam, num_features)
         except NotExpandable:
-            if seam is None or not seam.copied:
+            if seam is None:
                 raise
-            try:  # what a library's file has copied may be of another release
+            try:  # what a library's file knows may be of another release, or of another attention of its kind
                 return _tried(name, title, block, None, num_features)
             except NotExpandable:
                 pass
@@ -76,7 +76,7 @@ def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_featu
         check_copy(site, title, block, call)
     else:
         check_keys(site, title, like)
-    return site
+    return replace(site, arguments=None)
 
 
 # --- which attention --------------------------------------------------------------------------------------------------
@@ -193,8 +193,10 @@ def _generic_site(name: str, title: str, block: nn.Module, attending: list[nn.Mo
             seam.keys_values(call.tokens[:1, :2])
         except NotExpandable as error:
             problem = problem or error
-            continue
-        return site
+        except Exception as error:  # whatever a module raises that was not made for task tokens
+            problem = problem or NotExpandable(f"{title} cannot take task tokens: {error}")
+        else:
+            return site
     raise problem or NotExpandable(_several(title, []))
 
 

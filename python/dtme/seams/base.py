@@ -44,8 +44,8 @@ class NotExpandable(ValueError):
 class Seam(ABC):
     """One attention module, seen from its block ``block``."""
 
-    reduces = False
-    """Whether keys and values are of fewer tokens than there are queries."""
+    is_square = True
+    """Whether there are as many queries as keys: else tokens of a coarser grid are attended to, say."""
 
     copied = False
     """Whether ``run`` is a copy of the attention's forward, which has to be compared with the installed release's."""
@@ -74,7 +74,7 @@ class Seam(ABC):
         def catch(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
             if value is None:
                 return attention_weights(query, key)
-            if query.shape[-2] != key.shape[-2]:
+            if self.is_square and query.shape[-2] != key.shape[-2]:
                 raise NotExpandable(f"block {self.block!r}: its attention is not of its tokens to each other")
             caught.append((key, value))
             return value if value.shape[:-1] == query.shape[:-1] else query

@@ -60,9 +60,11 @@ class GenericSeam(Seam):
         """
         numbers: list[tuple[int, int]] = []
         calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        before: list[tuple[nn.Module, Tensor, Tensor]] = []
 
         def attend(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
             numbers.append((query.shape[-2], key.shape[-2]))
+            before[:] = calls
             return plain_attention(query, key, value, *args, **options)
 
         def remember(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -76,28 +78,30 @@ class GenericSeam(Seam):
             for handle in handles:
                 handle.remove()
         num_queries, num_keys = numbers[0]
-        if num_queries == num_keys:
-            self._try_alone(find_tokens(args, kwargs, self.block)[1])
+        self.is_square = num_queries == num_keys
+        where, tokens = find_tokens(args, kwargs, self.block)
+        if num_queries <= num_keys:
+            self._try_numbers(tokens, num_tokens=tokens.shape[1])
             return
-        on_fewer = [(m, given, out) for m, given, out in calls if given.ndim == 3 and given.shape[1] == num_keys]
+        on_fewer = [(m, given, out) for m, given, out in before if given.ndim == 3 and given.shape[1] == num_keys]
         layers = [m for m, _, out in on_fewer if not any(given is out for _, given, _ in on_fewer)]
         if not layers or not all(is_plain_linear(layer) for layer in layers):
             raise NotExpandable(
                 f"block {self.block!r}: its attention has {num_keys} keys for {num_queries} queries, which no linear "
                 "layers make of as many tokens"
             )
-        where, tokens = find_tokens(args, kwargs, self.block)
         args, kwargs = replace_argument(args, kwargs, where, None)
         self.reduction = Reduction(tuple(layers), tokens.shape[1], args, kwargs, where)
-        self.reduces = True
+        self._try_numbers(tokens, num_tokens=num_keys)
 
-    def _try_alone(self, tokens: Tensor) -> None:
+    def _try_numbers(self, tokens: Tensor, num_tokens: int) -> None:
+        """Whether keys can be had of any number of tokens, or of ``num_tokens`` alone."""
         try:
             for number in (1, 2, 3, 5, 6, 7):  # a table of a window may fit some by accident
                 self.keys_values(tokens[:1, :1].expand(-1, number, -1))
-        except NotExpandable:
-            self.fixed_tokens = tokens.shape[1]
-            self.keys_values(tokens[:1, :2])
+        except Exception:  # whatever an attention raises that was made for another number
+            self.fixed_tokens = num_tokens
+            self.keys_values(tokens[:1, :1])
 
     def projected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens (rows, M, p) that keys and values are made of in a call, and those (rows, H, M, d)."""
@@ -122,9 +126,18 @@ class GenericSeam(Seam):
         return read[0], *caught[0]
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
-        if self.fixed_tokens is not None:
-            parts = [self._of_some(part, self.fixed_tokens) for part in tokens.split(self.fixed_tokens, 1)]
-            return torch.cat([key for key, _ in parts], 2), torch.cat([value for _, value in parts], 2)
+        if self.fixed_tokens is None:
+            return self._keys_values(tokens)
+        # beside zeros: every token's keys are its own, which is tried before any of this is used (block.trial)
+        whole, keys, values = self.fixed_tokens, [], []
+        for part in tokens.split(whole, 1):
+            given = part.shape[1]
+            key, value = self._keys_values(F.pad(part, (0, 0, 0, whole - given)))
+            keys.append(key[:, :, :given])
+            values.append(value[:, :, :given])
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    def _keys_values(self, tokens: Tensor) -> KeysValues:
         if self.reduction is None:
             return super().keys_values(tokens)
         caught: list[KeysValues] = []
@@ -140,12 +153,6 @@ class GenericSeam(Seam):
         args, kwargs = replace_argument(args, kwargs, where, grid)
         self._run(catch, args, kwargs, [(layer.weight, tokens) for layer in layers])
         return caught[0]
-
-    def _of_some(self, tokens: Tensor, num_tokens: int) -> KeysValues:
-        """Beside zeros, up to as many as the attention runs on; every token's keys are its own (``trial``)."""
-        given = tokens.shape[1]
-        key, value = super().keys_values(F.pad(tokens, (0, 0, 0, num_tokens - given)))
-        return key[:, :, :given], value[:, :, :given]
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:

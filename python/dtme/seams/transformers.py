@@ -136,7 +136,8 @@ def _attention(
     Eager attention gives its weights where somebody asks, or has hung a hook on it, by which transformers collects
     them: those of the block's own keys, which with those of the task keys sum to 1, and without dropout.
     """
-    is_asked = bool(options.pop("output_attentions", False)) or num_hooks(module)[1] > 0
+    is_eager = module.config._dtme_is_eager
+    is_asked = (is_eager and options.pop("output_attentions", False)) or num_hooks(module)[1] > 0
     attend = options.pop(_INNER, None) or plain_attention
     given = [name for name, value in options.items() if value is not None and value is not False]
     if unknown := [name for name in given if name not in _HARMLESS]:
@@ -148,7 +149,7 @@ def _attention(
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     output = attend(query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling)
     weights = None
-    if is_asked and module.config._dtme_is_eager:
+    if is_asked and is_eager:
         weights = attend(query, key, None, attn_mask=attention_mask, is_causal=causal, scale=scaling)
     return output.transpose(1, 2).contiguous(), weights
 
