@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..blocks import Arguments, find_tokens, module_like
 from ..randomness import left_as_it_was
 from ..seams import GenericSeam, NotExpandable, Seam, class_of, declared_norm, plain_attention, seam_of
-from ..seams.deferred import Catch, Caught
+from ..seams.catch import Catch
+from ..seams.deferred import Caught
 from .trial import BlockCall, block_calls, check_block, check_copy, check_keys, check_seam, check_weights, unseen
 
 

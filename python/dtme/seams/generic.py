@@ -14,7 +14,8 @@ from ..blocks import find_tokens, replace_argument
 from ..trees import leaves, map_leaves
 from ..written_out import attention_weights
 from .base import Attend, KeysValues, NotExpandable, Seam, is_plain_linear
-from .deferred import Catch, Caught, Deferred
+from .catch import Catch
+from .deferred import Caught, Deferred
 
 
 class Reduction(NamedTuple):

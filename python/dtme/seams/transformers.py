@@ -30,7 +30,8 @@ from .base import (
     is_plain_linear,
     names_in_forward,
 )
-from .deferred import Catch, Caught
+from .catch import Catch
+from .deferred import Caught
 from .generic import plain_attention
 from .timm import continuous_bias, cosines, window_bias
 
