@@ -51,14 +51,14 @@ class Separate(nn.Module):
         return {task: self.out[task](found) + rest for task, found in features.items()}
 
 
-def decoding(decoder=None, heads=None, *, depth=3, expands=True, **options):
+def decoding(decoder=None, heads=None, *, depth=3, expands=True, shared_prefix="auto", **options):
     """A model with a decoder, expanded and away from the identity, and an input."""
     torch.manual_seed(0)
     decoder = Mixing() if decoder is None else decoder
     model = dtme.MultiTaskModel(OwnTransformer(depth), heads, decoder=decoder, **options).double().eval()
     if expands:
         small = dtme.ExpansionPlan(TASKS, 2, {"layers.0": TASKS}, {"layers.0": ("depth",)})
-        dtme.expand(model, mixed_plan(model) if depth == 3 else small)
+        dtme.expand(model, mixed_plan(model) if depth == 3 else small, shared_prefix=shared_prefix)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -82,9 +82,11 @@ def added_to(model):
     return {n.removeprefix("backbone."): p for n, p in model.named_parameters() if ".dtme." in n}
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False], ids=["shared prefix", "one by one"])
 @pytest.mark.parametrize("heads", [False, True], ids=["a decoder", "a decoder and some heads"])
-def test_equals_the_decoder_on_concatenated_features(heads):
-    model, x = decoding(heads={"depth": nn.Linear(3, 4)} if heads else None, tasks=TASKS)
+def test_equals_the_decoder_on_concatenated_features(heads, shared_prefix):
+    some = {"depth": nn.Linear(3, 4)} if heads else None
+    model, x = decoding(heads=some, tasks=TASKS, shared_prefix=shared_prefix)
     plain = dtme.collapse(copy.deepcopy(model))
     added = added_to(model)
     want = plain.decoder(features_alone(plain.backbone, added, x))
@@ -262,6 +264,14 @@ def test_saved_with_its_decoder(tmp_path):
         with pytest.raises(ValueError, match=says):
             dtme.MultiTaskModel.from_pretrained(tmp_path, backbone, **given)
         assert not dtme.is_expanded(backbone)
+
+
+def test_what_was_added_goes_into_the_same_pretrained_model_with_a_decoder(tmp_path):
+    model, x = decoding()
+    model.save_pretrained(tmp_path, expansion_only=True)
+    pretrained = dtme.collapse(copy.deepcopy(model))
+    again = dtme.MultiTaskModel.from_pretrained(tmp_path, pretrained.backbone, decoder=pretrained.decoder).eval()
+    assert same_predictions(again(x), model(x))
 
 
 def test_saved_without_weights_of_a_decoder_or_without_one(tmp_path):
