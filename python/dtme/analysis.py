@@ -188,7 +188,7 @@ class _Analysis:
         """
         model = self.model
         x, targets = self._unpack(batch)
-        _, needed = model.choose(self.tasks)
+        _, needed = model.tasks_for(self.tasks)
         features = model.extract(x, needed)
         leaves = list({id(leaf): leaf for leaf in tensors(features) if leaf.requires_grad}.values())
         cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}

@@ -40,7 +40,7 @@ def check_independent(
     """Refuse a decoder that needs the features of other tasks, or may need them once its weights have changed.
 
     Args:
-        model: holds the decoder's weights, if it has any, in evaluation mode.
+        model: holds the decoder's weights, if it has any, in evaluation mode. Call this outside of inference mode.
 
     Raises:
         RuntimeError: names the decoder and says why.
@@ -63,7 +63,7 @@ def check_independent(
     others = [x for name in tasks if name != task for x in tensors(features[name]) if x.requires_grad]
     poisoned = {name: found if name == task else map_tensors(_poison, found) for name, found in features.items()}
 
-    with put_back(model) as rewind, torch.inference_mode(False), torch.enable_grad():
+    with put_back(model) as rewind, torch.enable_grad():
 
         def predict(given: dict[str, Any], what: str) -> list[Tensor]:
             rewind()

@@ -106,9 +106,9 @@ class MultiTaskModel(nn.Module):
         """
         x = inputs if x is None else x
         if torch.compiler.is_compiling():
-            selected, needed = self.choose(tasks)
+            selected, needed = self.tasks_for(tasks)
             return self.predict(self.extract(x, needed), selected)
-        selected, needed = eagerly(self.choose, tasks)
+        selected, needed = eagerly(self.tasks_for, tasks)
         opening = eagerly(self._open, needed, x, calls_compiler())
         if opening is None:
             return self._predict_plainly(x, selected, needed)
@@ -121,7 +121,7 @@ class MultiTaskModel(nn.Module):
 
     stay_eager(forward)
 
-    def choose(self, tasks: str | Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def tasks_for(self, tasks: str | Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The tasks asked for, and those whose features their predictions need."""
         known = self.tasks
         if not known and tasks is None:
@@ -264,11 +264,12 @@ class MultiTaskModel(nn.Module):
             raise TypeError(f"task must be one name, got {task!r}")
         seen = () if self._example is None else self._example.tasks
         (task,) = choose(task, self.tasks or seen or (task,))
-        single = copy.deepcopy(self).eval()
-        if single.decoder is not None:
-            check_independent(single, single.decoder, task, self.tasks or seen, self._example)
-        fold(single.backbone, task)
-        return TaskModel(single, task)
+        with torch.inference_mode(False):  # a copy made in inference mode could take part in no graph
+            single = copy.deepcopy(self).eval()
+            if single.decoder is not None:
+                check_independent(single, single.decoder, task, self.tasks or seen, self._example)
+            fold(single.backbone, task)
+            return TaskModel(single, task)
 
 
 def run_head(head: nn.Module, features: Any) -> Any:
@@ -292,7 +293,7 @@ def verify(model: nn.Module, x: Any, tasks: str | Sequence[str] | None = None) -
     """
     decodes = isinstance(model, MultiTaskModel) and model.decoder is not None
     if isinstance(model, MultiTaskModel):
-        names, needed = model.choose(tasks)
+        names, needed = model.tasks_for(tasks)
     else:
         found = expansions(model)
         names = needed = choose(tasks, found[0].tasks if found else ())
