@@ -1,33 +1,146 @@
 """The README's code runs as printed."""
 
+import copy
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.dtme.clients import CLIENTS, WIDTH
+import dtme
+from tests.dtme.clients import CLIENTS, WIDTH, OwnBlock, OwnTransformer, concatenated
 
 README = Path(__file__).parents[1] / "README.md"
+CHANNELS = {"semseg": 5, "depth": 1}
 
 
-def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def printed(tmp_path, monkeypatch):
+    """Run the code of one section with the names it takes for granted, in an empty folder; all names afterwards."""
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     torch.manual_seed(0)
-    channels = {"semseg": 5, "depth": 1}
-    names = {
-        "torch": torch,
-        "backbone": CLIENTS["transformers ViT"](),
-        "heads": {task: nn.Linear(WIDTH, c) for task, c in channels.items()},
-        "losses": dict.fromkeys(channels, F.mse_loss),
-        "loader": [(torch.randn(2, 3, 16, 16), {t: torch.randn(2, 5, c) for t, c in channels.items()})] * 2,
-    }
-    exec(code, names)
+
+    def run(section, **names):
+        text = README.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        names |= {"torch": torch, "dtme": dtme}
+        exec(code, names)
+        return names
+
+    return run
+
+
+def batches(*shape):
+    return [(torch.randn(2, *shape), {task: torch.randn(2, 5, c) for task, c in CHANNELS.items()}) for _ in range(2)]
+
+
+def added_to(model):
+    return {name.removeprefix("backbone."): p for name, p in model.named_parameters() if ".dtme." in name}
+
+
+def moved(model):
+    """Away from the identity that an expansion starts as."""
+    with torch.no_grad():
+        for parameter in added_to(model).values():
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+def test_the_example(printed, tmp_path, capsys):
+    names = printed(
+        "In your code",
+        backbone=CLIENTS["transformers ViT"](),
+        heads={task: nn.Linear(WIDTH, c) for task, c in CHANNELS.items()},
+        losses=dict.fromkeys(CHANNELS, F.mse_loss),
+        loader=batches(3, 16, 16),
+    )
     assert "range rate" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"conflicts.png", "plan.json", "run1"}
     torch.testing.assert_close(names["single"](names["x"]), names["model"].eval()(names["x"], "depth")["depth"])
+
+
+def test_a_whole_model_with_its_own_decoder(printed):
+    backbone, loader = OwnTransformer(), batches(5, WIDTH)
+    plain, x = copy.deepcopy(backbone), loader[0][0]
+    out = {task: nn.Linear(2 * WIDTH, c) for task, c in CHANNELS.items()}
+
+    def decoder(features):
+        everything = torch.cat([features[task] for task in CHANNELS], -1)
+        return {task: layer(everything) for task, layer in out.items()}
+
+    losses = dict.fromkeys(CHANNELS, F.mse_loss)
+    names = printed(
+        "A whole model with its own decoder", backbone=backbone, decoder=decoder, loader=loader, losses=losses, x=x
+    )
+    assert torch.equal(names["depth"], names["predictions"]["depth"])
+    again = dtme.MultiTaskModel.from_pretrained("run2", plain, decoder=decoder)
+    assert torch.equal(again(x)["depth"], names["depth"])
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = OwnTransformer()
+        self.heads = nn.ModuleDict({task: nn.Linear(WIDTH, c) for task, c in CHANNELS.items()})
+
+    def forward(self, x):
+        x = self.backbone(x)
+        return {task: head(x) for task, head in self.heads.items()}
+
+
+def test_a_model_that_returns_a_dict(printed):
+    net, loader = Net(), batches(5, WIDTH)
+
+    def step(net, batch):
+        predictions = net(batch[0])
+        return {task: F.mse_loss(predictions[task], target) for task, target in batch[1].items()}
+
+    names = printed("A model that returns a dict", net=net, loader=loader, step=step, x=loader[0][0])
+    moved(net)
+    with dtme.tasks(net, list(CHANNELS)):
+        outputs = dtme.split(net(names["x"]), list(CHANNELS))
+    assert set(names["predictions"]) == set(CHANNELS)
+    plain, added = dtme.collapse(copy.deepcopy(net)), added_to(net)
+    for task in CHANNELS:
+        with concatenated(plain.backbone, added, task):
+            torch.testing.assert_close(outputs[task][task], plain(names["x"])[task], rtol=1e-4, atol=1e-4)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.scale = 3, 0.3
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+
+class ScoringBlock(OwnBlock):
+    def forward(self, x):
+        attended, scores = self.attn(self.norm1(x))
+        x = x + attended
+        return x + self.mlp(self.norm2(x)), scores
+
+
+def test_attention_that_is_written_out(printed):
+    names = printed("Attention that is written out", Attention=Attention)
+    block = ScoringBlock(names["Scoring"]()).double()
+    backbone, x = nn.ModuleDict({"block": block}), torch.randn(2, 5, WIDTH).double()
+    q, k, v = block.attn.qkv(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q @ k.transpose(-2, -1) * 0.3
+    want = block.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    for a, b in zip(block.attn(x), (want, scores), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+    plain = copy.deepcopy(block)
+    dtme.expand(backbone, dtme.ExpansionPlan(("depth",), 2, {"block": ("depth",)}, {"block": ("depth",)}))
+    tokens = moved(backbone).get_parameter("block.dtme.tokens.depth")
+    weight, bias = (backbone.get_parameter(f"block.dtme.{kind}.depth") for kind in ("weight", "bias"))
+    with dtme.tasks(backbone, "depth"):
+        got, scores = block(x)
+    longer, all_scores = plain(torch.cat([x * weight + bias, tokens.expand(2, -1, -1)], 1))
+    torch.testing.assert_close(got, longer[:, :5], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(scores, all_scores[..., :5, :5], rtol=1e-10, atol=1e-10)
 
 
 def test_pictures_and_paths_it_names_exist():

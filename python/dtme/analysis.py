@@ -182,17 +182,24 @@ class _Analysis:
         self.alive = alive if self.alive is None else self.alive | alive
 
     def _heads_first(self, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None]]]:
-        """Every head's own graph is walked once and freed; K gradients at the features then go through the encoder."""
+        """Every head's own graph is walked once and freed; K gradients at the features then go through the encoder.
+
+        The graph of a decoder is every task's, and kept for the last of them.
+        """
         model = self.model
         x, targets = self._unpack(batch)
-        features = model.extract(x, self.tasks)
+        _, needed = model.tasks_for(self.tasks)
+        features = model.extract(x, needed)
         leaves = list({id(leaf): leaf for leaf in tensors(features) if leaf.requires_grad}.values())
         cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
         parts = map_tensors(lambda leaf: cut.get(id(leaf), leaf), features)
-        values = {task: self.losses[task](model.heads[task](parts[task]), targets[task]) for task in self.tasks}
+        predictions = model.predict(parts, self.tasks)
+        values = {task: self.losses[task](predictions[task], targets[task]) for task in self.tasks}
         self._check_losses(values)
+        keep = [model.decoder is not None and task != self.tasks[-1] for task in self.tasks]
         seeds: list[list[Tensor | None]] = [
-            list(torch.autograd.grad(values[task], list(cut.values()), allow_unused=True)) for task in self.tasks
+            list(torch.autograd.grad(values[task], list(cut.values()), retain_graph=kept, allow_unused=True))
+            for task, kept in zip(self.tasks, keep, strict=True)
         ]
         return leaves, seeds
 
@@ -315,10 +322,9 @@ def _check_arguments(
             )
         if len(losses) < 2:
             raise ValueError(f"losses must name at least two tasks, got {list(losses)}")
-        if unknown := [task for task in losses if task not in model.tasks]:
-            raise ValueError(
-                f"losses name the unknown task {unknown[0]!r}; the model has heads for {list(model.tasks)}"
-            )
+        known = model.tasks or check_tasks(list(losses))
+        if unknown := [task for task in losses if task not in known]:
+            raise ValueError(f"losses name the unknown task {unknown[0]!r}; the model's tasks are {list(known)}")
         if broken := [task for task, loss in losses.items() if not callable(loss)]:
             raise TypeError(f"losses[{broken[0]!r}] must be a function, got {type(losses[broken[0]]).__name__}")
     elif not callable(losses):

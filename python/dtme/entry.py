@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from . import nested_tensors
 from .forwards import Opening, run_folded
-from .sharing import Call, Ways
+from .sharing import Call, Ways, _caller
 from .streams import Expansion, chosen, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
 
@@ -117,7 +118,22 @@ class Entry:
         if running(self.expansion) is not None or recomputing():
             return None
         if self.part is None:
-            tasks, _ = chosen(self.expansion)
+            tasks, choice = chosen(self.expansion)
+            if choice is None and len(tasks) > 1:
+                self._say_what_comes_back(tasks)
         else:
             tasks = chosen_for_part(self.expansion, self.part)
         return Opening(self.ways, tasks, call, survey(self.module), is_compiled=is_compiled)
+
+    def _say_what_comes_back(self, tasks: tuple[str, ...]) -> None:
+        """Once: whoever calls the backbone as before gets more rows than before, and nothing else would tell."""
+        if self.expansion.has_warned_of_rows:
+            return
+        self.expansion.has_warned_of_rows = True
+        kind = type(self.module).__name__
+        message = (
+            f"{kind} is expanded, and returns {len(tasks)} * B rows for B that go in, those of {list(tasks)} one task "
+            "after the other. Choose tasks by `with dtme.tasks(backbone, [...])` and take the rows apart by "
+            "`dtme.split(output, tasks)`, or use a dtme.MultiTaskModel"
+        )
+        warnings.warn(message, stacklevel=_caller())

@@ -55,13 +55,13 @@ def expand(
     if not any(shared_prefix is known for known in SHARED_PREFIX) and shared_prefix != "auto":
         raise ValueError(f"shared_prefix must be one of {list(SHARED_PREFIX)}, got {shared_prefix!r}")
     _refuse_wrapped(model_or_backbone)
-    backbone, heads = _parts(model_or_backbone)
+    backbone, known = _parts(model_or_backbone)
     if adapters(backbone):
         raise RuntimeError(f"{type(backbone).__name__} is expanded already: call dtme.collapse(model) first")
-    # a head that was not analysed runs in the stream it shares with every task that has no modules
-    tasks = heads or plan.tasks
+    # a task that was not analysed runs in the stream it shares with every task that has no modules
+    tasks = known or plan.tasks
     if unknown := [task for task in plan.tasks if task not in tasks]:
-        raise ValueError(f"plan names the unknown task {unknown[0]!r}; the model has heads for {list(tasks)}")
+        raise ValueError(f"plan names the unknown task {unknown[0]!r}; the model's tasks are {list(tasks)}")
     blocks = _blocks_of(backbone, plan)
     widths = {name: _width(name, blocks[name], plan) for name in plan.blocks}
     # every block is probed before any is changed: probing calls it
@@ -111,7 +111,7 @@ def fold(backbone: nn.Module, task: str) -> None:
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The backbone and the tasks that have heads; a bare backbone has none."""
+    """The backbone and its tasks; none for a bare one, and where a plan is the first to name them."""
     from .model import MultiTaskModel
 
     return (model.backbone, model.tasks) if isinstance(model, MultiTaskModel) else (model, ())

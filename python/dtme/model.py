@@ -1,8 +1,9 @@
-"""A backbone that several tasks share, and a head for each."""
+"""A backbone that several tasks share, with a head for each, a decoder for all, or both."""
 
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .block.adapter import is_added
 from .entry import Root
 from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
+from .independence import Decoder, Example, check_independent, example_of, name_of
 from .plan import check_tasks
 from .randomness import left_as_it_was
 from .sharing import Call, Way, Ways
@@ -26,59 +28,109 @@ Features = Callable[[nn.Module, Any], Any]
 
 
 class MultiTaskModel(nn.Module):
-    """One backbone, one head per task; expanded in place by ``dtme.expand``.
+    """One backbone for several tasks, and a head for each, a decoder for all, or both; expanded by ``dtme.expand``.
 
     Args:
         backbone: any transformer. Called as ``backbone(**x)`` for a mapping, else ``backbone(x)``.
         heads: ``{task: module}``; names are non-empty, unique and without dots.
-        features: what the heads take. ``"tokens"``: everything the backbone returns per token, (B, N, p), class and
-            register tokens included; ``"cls"``: its first token, (B, p); or ``features(backbone, x)``, which may return
-            any nesting of tensors that start with the batch.
+        features: what the heads and the decoder take. ``"tokens"``: everything the backbone returns per token,
+            (B, N, p), class and register tokens included; ``"cls"``: its first token, (B, p); or
+            ``features(backbone, x)``, which may return any nesting of tensors that start with the batch.
+        decoder: ``decoder({task: features}) -> {task: prediction}``, which may read the features of all tasks at once,
+            each of its task's own stream. What it returns for a task goes through that task's head, if it has one. A
+            decoder that is to be trained, moved or saved with the model has to be a module.
+        tasks: their names, in order. By default those of the heads, else those in an attribute ``tasks`` of the
+            decoder, else those that the backbone was expanded for.
 
     Raises:
-        ValueError: no heads, a task name that cannot name a parameter, or unknown ``features``.
+        ValueError: neither heads nor a decoder, a task name that cannot name a parameter, a head for an unknown task, a
+            task for which nothing predicts, or unknown ``features``.
     """
 
-    def __init__(self, backbone: nn.Module, heads: Heads, features: str | Features = "tokens") -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Heads | None = None,
+        features: str | Features = "tokens",
+        decoder: Decoder | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
+        heads = {} if heads is None and decoder is not None else heads
         if not isinstance(heads, (Mapping, nn.ModuleDict)):
             raise TypeError(f"heads must map task names to modules, got {type(heads).__name__}")
-        check_tasks(list(heads))
+        if decoder is not None and not callable(decoder):
+            raise TypeError(f"decoder must be a function or a module, got {type(decoder).__name__}")
+        if len(heads) or decoder is None:
+            check_tasks(list(heads))
         if isinstance(features, str) and features not in ("tokens", "cls"):
             raise ValueError(f"features must be 'tokens', 'cls' or a function, got {features!r}")
+        given = () if tasks is None else check_tasks(tasks)
+        if given and (unknown := [task for task in heads if task not in given]):
+            raise ValueError(f"heads name the unknown task {unknown[0]!r}; tasks are {list(given)}")
+        if decoder is None and (missing := [task for task in given if task not in heads]):
+            raise ValueError(f"task {missing[0]!r} has no head, and there is no decoder to predict it")
         self.backbone = backbone
         self.heads = nn.ModuleDict(dict(heads.items()))
         self.features = features
+        self.decoder = decoder
+        self._tasks = given
         self._ways: Ways | None = None
+        self._example: Example | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(self.heads)
+        """All tasks in order; empty while nothing has named them."""
+        if self._tasks or len(self.heads):
+            return self._tasks or tuple(self.heads)
+        named = getattr(self.decoder, "tasks", None)
+        if isinstance(named, (Sequence, Mapping, nn.ModuleDict)) and len(named):
+            return check_tasks(named if isinstance(named, str) else list(named))
+        return next((expansion.tasks for expansion in expansions(self.backbone)), ())
 
     def forward(self, x: Any = None, tasks: str | Sequence[str] | None = None, **inputs: Any) -> dict[str, Any]:
         """Predict.
 
         Args:
             x: what the backbone takes, B rows.
-            tasks: a name or several; None for all. Streams of other tasks are not computed.
+            tasks: a name or several; None for all. Without a decoder, streams of other tasks are not computed. A
+                decoder is always given the features of all tasks, so that a task's prediction does not depend on which
+                are asked for; where nothing has named the tasks, those named here are all there are.
             inputs: instead of ``x``, what the backbone takes by name.
 
         Returns:
             ``{task: prediction}`` in the order asked for.
+
+        Raises:
+            ValueError: unknown tasks; tasks that nothing has named; a decoder that lacks a prediction.
         """
         x = inputs if x is None else x
         if torch.compiler.is_compiling():
-            return self._heads_of(self.extract(x, choose(tasks, self.tasks)))
-        selected = eagerly(choose, tasks, self.tasks)
-        opening = eagerly(self._open, selected, x, calls_compiler())
+            selected, needed = self.tasks_for(tasks)
+            return self.predict(self.extract(x, needed), selected)
+        selected, needed = eagerly(self.tasks_for, tasks)
+        opening = eagerly(self._open, needed, x, calls_compiler())
         if opening is None:
-            return self._predict_plainly(x, selected)
-        if opening.tasks is ANY_TASK:
+            return self._predict_plainly(x, selected, needed)
+        if opening.tasks is ANY_TASK:  # the features are those of the one task that is needed
             (features,) = opening.carry_out(run).values()
+            if self.decoder is not None:
+                return self.predict({needed[0]: features}, selected)
             return {selected[0]: run_head(self.heads[selected[0]], features)}
-        return opening.carry_out(self._predict)
+        return opening.carry_out(partial(self._run_and_predict, selected))
 
     stay_eager(forward)
+
+    def tasks_for(self, tasks: str | Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The tasks asked for, and those whose features their predictions need."""
+        known = self.tasks
+        if not known and tasks is None:
+            raise ValueError(
+                "nothing has named the tasks of this model: give MultiTaskModel(..., tasks=[...]), a decoder with an "
+                "attribute `tasks`, or name them in every call, model(x, tasks=[...])"
+            )
+        selected = choose(tasks, known or check_tasks([tasks] if isinstance(tasks, str) else tasks or ()))
+        return selected, selected if self.decoder is None else known or selected
 
     def _open(self, selected: tuple[str, ...], x: Any, is_compiled: bool) -> Opening | None:
         state = survey(self.backbone)
@@ -106,14 +158,32 @@ class MultiTaskModel(nn.Module):
         tokens = backbone_tokens(self.backbone, x)
         return tokens if self.features == "tokens" else tokens[:, 0]
 
-    def _predict(self, forward: Forward, way: Way, selected: tuple[str, ...], call: Call) -> dict[str, Any]:
-        return self._heads_of(run(forward, way, selected, call))
+    def _run_and_predict(
+        self, selected: tuple[str, ...], forward: Forward, way: Way, needed: tuple[str, ...], call: Call
+    ) -> dict[str, Any]:
+        return self.predict(run(forward, way, needed, call), selected)
 
-    def _predict_plainly(self, x: Any, selected: tuple[str, ...]) -> dict[str, Any]:
-        return self._heads_of(dict.fromkeys(selected, self._features_of(x)))
+    def _predict_plainly(self, x: Any, selected: tuple[str, ...], needed: tuple[str, ...]) -> dict[str, Any]:
+        return self.predict(dict.fromkeys(needed, self._features_of(x)), selected)
 
-    def _heads_of(self, features: Mapping[str, Any]) -> dict[str, Any]:
-        return {task: self.heads[task](found) for task, found in features.items()}
+    def predict(self, features: dict[str, Any], selected: Sequence[str]) -> dict[str, Any]:
+        """``{task: prediction}`` of the selected tasks.
+
+        Args:
+            features: of the selected tasks; with a decoder, of all.
+        """
+        if self.decoder is None:
+            return {task: self.heads[task](features[task]) for task in selected}
+        if not torch.compiler.is_compiling():
+            self._example = example_of(features)
+        found = self.decoder(features)
+        if not isinstance(found, Mapping) or any(task not in found for task in selected):
+            got = f"of {list(found)}" if isinstance(found, Mapping) else f"in a {type(found).__name__}"
+            raise ValueError(
+                f"the decoder {name_of(self.decoder)} must return {{task: prediction}} with {list(selected)}, but it "
+                f"returned predictions {got}"
+            )
+        return {task: self.heads[task](found[task]) if task in self.heads else found[task] for task in selected}
 
     def extract(self, x: Any, selected: Sequence[str]) -> dict[str, Any]:
         """``{task: features}``, from one pass where the tasks share; tensors may be views of one."""
@@ -162,31 +232,44 @@ class MultiTaskModel(nn.Module):
         cls,
         path: str | os.PathLike[str],
         backbone: nn.Module,
-        heads: Heads,
+        heads: Heads | None = None,
         features: str | Features | None = None,
+        decoder: Decoder | None = None,
     ) -> "MultiTaskModel":
-        """Rebuild what ``save_pretrained`` wrote, around a backbone and heads of the same architecture.
+        """Rebuild what ``save_pretrained`` wrote, around a backbone, heads and a decoder of the same architecture.
 
         Args:
             features: as in the constructor; needed only where the saved model had a function.
+            decoder: needed where the saved model had one.
 
         Raises:
             FileNotFoundError: ``path`` holds no saved model.
-            ValueError: it is damaged, foreign, or of another architecture. Backbone and heads are then as they were.
+            ValueError: it is damaged, foreign, or of another architecture. What was given is then as it was.
         """
-        return saving.load(cls, path, backbone, heads, features)
+        return saving.load(cls, path, backbone, heads, features, decoder)
 
     def export_task(self, task: str) -> "TaskModel":
         """A plain, independent module for one task: its stream alone, task keys and values folded to constants.
 
         ``torch.export`` takes it; later changes of this model do not reach it.
+
+        Raises:
+            ValueError: the task is unknown.
+            RuntimeError: the decoder does not predict the task from its features alone. That is found out on random
+                features of the last call's shapes: given those of the task alone it must predict the same, and neither
+                the graph of the prediction nor its value may depend on those of other tasks. A decoder that stacks the
+                features of its tasks in one tensor counts as one that reads them all.
         """
         if not isinstance(task, str):
             raise TypeError(f"task must be one name, got {task!r}")
-        (task,) = choose(task, self.tasks)
-        single = copy.deepcopy(self).eval()
-        fold(single.backbone, task)
-        return TaskModel(single, task)
+        seen = () if self._example is None else self._example.tasks
+        (task,) = choose(task, self.tasks or seen or (task,))
+        with torch.inference_mode(False):  # a copy made in inference mode could take part in no graph
+            single = copy.deepcopy(self).eval()
+            if single.decoder is not None:
+                check_independent(single, single.decoder, task, self.tasks or seen, self._example)
+            fold(single.backbone, task)
+            return TaskModel(single, task)
 
 
 def run_head(head: nn.Module, features: Any) -> Any:
@@ -208,26 +291,31 @@ def verify(model: nn.Module, x: Any, tasks: str | Sequence[str] | None = None) -
     Raises:
         RuntimeError: ``model`` is a backbone that is not expanded.
     """
+    decodes = isinstance(model, MultiTaskModel) and model.decoder is not None
     if isinstance(model, MultiTaskModel):
-        names = choose(tasks, model.tasks)
-
-        def predict(some: Sequence[str]) -> dict[str, Any]:
-            return model(x, some)
+        names, needed = model.tasks_for(tasks)
     else:
         found = expansions(model)
-        names = choose(tasks, found[0].tasks if found else ())
+        names = needed = choose(tasks, found[0].tasks if found else ())
 
-        def predict(some: Sequence[str]) -> dict[str, Any]:
-            with streams_of(model, some):
-                return split(model(**x) if isinstance(x, Mapping) else model(x), some)
+    def predict(some: Sequence[str]) -> dict[str, Any]:
+        if isinstance(model, MultiTaskModel):
+            return model(x, some)
+        with streams_of(model, some):
+            return split(model(**x) if isinstance(x, Mapping) else model(x), some)
 
     worst = 0.0
     with left_as_it_was(model) as rewind:
         rewind()
         at_once = predict(names)
-        for task in names:
+        alone: dict[str, Any] = {}
+        for task in needed:
             rewind()
-            for a, b in zip(tensors(at_once[task]), tensors(predict([task])[task]), strict=True):
+            alone |= model.extract(x, [task]) if decodes else predict([task])  # type: ignore[operator]
+        if decodes:  # reads the features of all, wherever they come from
+            alone = model.predict(alone, names)  # type: ignore[operator]
+        for task in names:
+            for a, b in zip(tensors(at_once[task]), tensors(alone[task]), strict=True):
                 if a.shape != b.shape:
                     return float("inf")
                 if a.numel():
@@ -242,14 +330,18 @@ class TaskModel(nn.Module):
     def __init__(self, model: MultiTaskModel, task: str) -> None:
         super().__init__()
         self.task = task
-        self.backbone, self.head = model.backbone, model.heads[task]
-        self.features = model.features
+        self.backbone, self.features, self.decoder = model.backbone, model.features, model.decoder
+        self.head = dict(model.heads.items()).get(task)
 
     def forward(self, x: Any) -> Any:
         if callable(self.features):
-            return self.head(self.features(self.backbone, x))
-        tokens = backbone_tokens(self.backbone, x)
-        return self.head(tokens if self.features == "tokens" else tokens[:, 0])
+            found = self.features(self.backbone, x)
+        else:
+            found = backbone_tokens(self.backbone, x)
+            found = found if self.features == "tokens" else found[:, 0]
+        if self.decoder is not None:
+            found = self.decoder({self.task: found})[self.task]
+        return found if self.head is None else self.head(found)
 
 
 def backbone_tokens(backbone: nn.Module, x: Any) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .block.adapter import is_added
 from .expansion import collapse, expand
 from .files import load_json, save_json, write_beside
+from .independence import Decoder, name_of
 from .plan import ExpansionPlan
 from .streams import Expansion, adapters, expansions
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 KIND = "dtme.MultiTaskModel"
 CONFIG, WEIGHTS = "dtme_config.json", "model.safetensors"
 FIELDS = {"save", "tasks", "features", "expansion_only", "plan", "modulator", "freeze_backbone", "aliases"}
+OPTIONAL = {"shared_prefix", "decoder", "heads"}
+"""Fields that earlier releases did not write; the last two only where there is a decoder."""
 
 
 def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: bool) -> None:
@@ -42,6 +45,8 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
         "shared_prefix": expansion.shared_prefix if expansion else "auto",
         "aliases": aliases,
     }
+    if model.decoder is not None:
+        config |= {"decoder": name_of(model.decoder), "heads": list(model.heads)}
     folder = Path(path)
     # The weights carry the config too: renaming them is the one step that replaces the old save. A crash before the
     # config's own rename leaves an old config, which load() recognises by its number and passes over.
@@ -67,17 +72,24 @@ def load(
     cls: "type[MultiTaskModel]",
     path: str | os.PathLike[str],
     backbone: nn.Module,
-    heads: "Heads",
+    heads: "Heads | None",
     features: Any,
+    decoder: Decoder | None,
 ) -> "MultiTaskModel":
     config, tensors = _read(Path(path))
     if features is None and config["features"] is None:
         raise ValueError(f"{path} was saved with a function for features: give from_pretrained(..., features=function)")
-    if set(heads) != set(config["tasks"]):
-        raise ValueError(f"{path} holds the tasks {config['tasks']}, but heads are for {list(heads)}")
-    if any(tensor.is_meta for module in (backbone, *heads.values()) for tensor in module.parameters()):
-        raise ValueError("backbone and heads must hold real tensors, not meta ones: call to_empty(device=...) first")
-    model = cls(backbone, heads, features or config["features"])
+    _check_decoder(path, config, decoder)
+    heads = {} if heads is None else heads
+    if set(heads) != set(config.get("heads", config["tasks"])):
+        kind = "heads for" if "heads" in config else "the tasks"
+        raise ValueError(f"{path} holds {kind} {config.get('heads', config['tasks'])}, but heads are for {list(heads)}")
+    given = [module for module in (backbone, *heads.values(), decoder) if isinstance(module, nn.Module)]
+    if any(tensor.is_meta for module in given for tensor in module.parameters()):
+        raise ValueError(
+            "backbone, heads and decoder must hold real tensors, not meta ones: call to_empty(device=...) first"
+        )
+    model = cls(backbone, heads, features or config["features"], decoder, config["tasks"] or None)
     if config["plan"] is not None:
         try:
             plan = ExpansionPlan(**config["plan"])
@@ -100,13 +112,23 @@ def load(
     return model
 
 
+def _check_decoder(path: Any, config: Mapping[str, Any], decoder: Decoder | None) -> None:
+    saved = config.get("decoder")
+    if saved is not None and decoder is None:
+        raise ValueError(f"{path} was saved with the decoder {saved}: give from_pretrained(..., decoder=...)")
+    if saved is None and decoder is not None:
+        raise ValueError(
+            f"{path} was saved without a decoder, but the decoder {name_of(decoder)} is given: leave it out"
+        )
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing")
-    config = load_json(folder / CONFIG, KIND, FIELDS, {"shared_prefix"})
+    config = load_json(folder / CONFIG, KIND, FIELDS, OPTIONAL)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             embedded = (file.metadata() or {}).get("dtme")

@@ -91,6 +91,7 @@ class Expansion:
         # Where torch.compile, which cannot read a ContextVar, finds the forward that it traces: None again when the
         # compiled code has run. For compiled parts of an eager forward threads wait for each other (forwards.Opening).
         self.traced: Forward | None = None
+        self.has_warned_of_rows = False  # to whoever chose no tasks: those of all come back
 
 
 class Run:

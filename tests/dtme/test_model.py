@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dtme
 from dtme.blocks import find_blocks
-from tests.dtme.clients import CLIENTS, TASKS, WIDTH, make_input, mixed_plan, same_predictions
+from tests.dtme.clients import CLIENTS, TASKS, WIDTH, OwnTransformer, make_input, mixed_plan, same_predictions
 
 # --- copies -----------------------------------------------------------------------------------------------------------
 
@@ -234,3 +235,24 @@ def test_printing_parameters(build, capsys):
 def test_bad_models_say_what_is_wrong(backbone, heads, features, error, says):
     with pytest.raises(error, match=says):
         dtme.MultiTaskModel(backbone, heads, features)(torch.zeros(2, 3, 4))
+
+
+# --- a backbone that is called as before ------------------------------------------------------------------------------
+
+
+def test_a_bare_backbone_says_once_that_it_returns_the_rows_of_all_tasks():
+    backbone, x = OwnTransformer(), torch.randn(2, 5, WIDTH)
+    dtme.expand(backbone, mixed_plan(dtme.MultiTaskModel(backbone, {"a": nn.Identity()})))
+    model = dtme.MultiTaskModel(backbone, {task: nn.Identity() for task in TASKS})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x), model(x, "depth"), dtme.verify(model, x), dtme.verify(backbone, x)
+        for chosen in (TASKS, "depth"):
+            with dtme.tasks(backbone, chosen):
+                backbone(x)
+    with pytest.warns(UserWarning, match=r"OwnTransformer is expanded, and returns 3 \* B rows .*split") as caught:
+        rows = backbone(x)
+    assert rows.shape[0] == 3 * len(x) and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone(x)

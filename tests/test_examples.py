@@ -1,0 +1,99 @@
+"""The examples run as they are, and what they predict equals plain models with the task tokens concatenated."""
+
+import copy
+import importlib
+import runpy
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import dtme
+from dtme.trees import map_tensors, tensors
+
+FOLDER = Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_as_a_script(name, capsys):
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "range rate" in out and "reloaded: the same predictions" in out
+
+
+def mixed_plan(model, width, with_tokens):
+    """Streams part at different blocks, and not every task has every module."""
+    first, second, third, fourth = (
+        name for name, _ in model.backbone.named_modules() if name.rpartition(".")[0] in ("blocks", "layers")
+    )
+    tasks = model.tasks
+    modulation = {first: tasks[1:2], second: tasks, fourth: tasks[:2]}
+    expansion = {second: tasks, third: tasks[:2]} if with_tokens else {}
+    widths = dict.fromkeys((first, second, third, fourth), width)
+    return dtme.ExpansionPlan(tasks, 2, modulation, expansion, widths)
+
+
+@contextmanager
+def concatenated(backbone, added, task):
+    """Blocks get their modulated tokens and behind them the task's own, which their outputs are rid of again."""
+    handles = []
+    for name, block in backbone.named_modules():
+        weight, bias, tokens = (added.get(f"{name}.dtme.{kind}.{task}") for kind in ("weight", "bias", "tokens"))
+
+        def enter(block, args, weight=weight, bias=bias, tokens=tokens):
+            (x,) = args
+            x = x if weight is None else x * weight + bias
+            return x if tokens is None else torch.cat([x, tokens.expand(len(x), -1, -1)], 1)
+
+        def leave(block, args, output, tokens=tokens):
+            if tokens is None:
+                return None
+            length = args[0].shape[1] - len(tokens)
+            # maps (rows, heads, N, N) between the tokens, or the tokens (rows, N, p)
+            return map_tensors(lambda y: y[..., :length, :length] if y.ndim == 4 else y[:, :length], output)
+
+        if weight is not None or tokens is not None:
+            handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def loss_of(predictions):
+    return sum((i + 1) * y.square().mean() for i, y in enumerate(tensors(predictions)))
+
+
+@pytest.mark.parametrize("with_tokens", [False, True], ids=["modulation", "modulation and task tokens"])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_plain_model_with_concatenated_task_tokens(name, with_tokens):
+    example = importlib.import_module(f"examples.{name}")
+    torch.manual_seed(0)
+    model = dtme.MultiTaskModel(**example.parts()).double().eval()
+    plain = copy.deepcopy(model)
+    dtme.expand(model, mixed_plan(model, example.WIDTH, with_tokens))
+    with torch.no_grad():  # far from the identity, and from uniform attention
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    parameters = dict(model.named_parameters())
+    own = {key: value for key, value in parameters.items() if ".dtme." not in key}
+    plain.load_state_dict(own, strict=False)
+    added = {key.removeprefix("backbone."): value for key, value in parameters.items() if ".dtme." in key}
+    images = torch.randn(3, 3, 32, 32).double()
+
+    features = {}
+    for task in model.tasks:
+        with concatenated(plain.backbone, added, task):
+            features |= plain.extract(images, (task,))
+    want, got = plain.predict(features, model.tasks), model(images)
+    assert got.keys() == want.keys() and dtme.sharing_of(model) == "shared prefix"
+    for a, b in zip(tensors(got), tensors(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    of_plain = dict(plain.named_parameters()) | {f"backbone.{key}": value for key, value in added.items()}
+    ours = torch.autograd.grad(loss_of(got), list(parameters.values()))
+    naive = torch.autograd.grad(loss_of(want), [of_plain[key] for key in parameters])
+    for key, a, b in zip(parameters, ours, naive, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
