@@ -69,8 +69,10 @@ def attend(
     if task_kv is not None and len(joined) == num_streams:
         return run(joined, task_kv).flatten(0, 1)
     rest = [i for i in range(num_streams) if i not in joined]
-    none = tuple(x.new_empty(len(rest), x.shape[1], 0, x.shape[-1]) for x in (key, key if value is None else value))
-    plain = run(rest, none)
+    no_key, no_value = (
+        x.new_empty(len(rest), x.shape[1], 0, x.shape[-1]) for x in (key, key if value is None else value)
+    )
+    plain = run(rest, (no_key, no_value))
     if task_kv is None:
         return plain.flatten(0, 1)
     order = [*joined, *rest]

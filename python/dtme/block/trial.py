@@ -106,7 +106,7 @@ def check_seam(site: Site, title: str, num_features: int, like: Tensor) -> None:
             seam.keys_values(_random(like, 1, 3, num_features))
             tokens = _random(like, 2, seam.num_tokens(), num_features)
             args = (tokens,) * (3 if isinstance(seam.attention, nn.MultiheadAttention) else 1)
-            got = _first(seam.run(plain_attention, *args)) if seam.copied else None
+            got: Any = _first(seam.run(plain_attention, *args)) if seam.copied else None
     except (AttributeError, TypeError) as error:
         if not seam.copied:
             raise

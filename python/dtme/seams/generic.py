@@ -85,7 +85,7 @@ class GenericSeam(Seam):
             self._try_numbers(tokens, num_tokens=tokens.shape[1])
             return
         on_fewer = [(m, given, out) for m, given, out in before if given.ndim == 3 and given.shape[1] == num_keys]
-        layers = [m for m, _, out in on_fewer if not any(given is out for _, given, _ in on_fewer)]
+        layers: list[Any] = [m for m, _, out in on_fewer if not any(given is out for _, given, _ in on_fewer)]
         if not layers or not all(is_plain_linear(layer) for layer in layers):
             raise NotExpandable(
                 f"block {self.block!r}: its attention has {num_keys} keys for {num_queries} queries, which no linear "
