@@ -3,6 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
+OLD_TIMM := 0.5.4 0.6.13
 WORKERS ?= 2
 DEMO ?=
 EXAMPLES ?= 1000
@@ -83,6 +84,9 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	python3 -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
+	for release in $(OLD_TIMM); do \
+	    $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/timm-$$release timm==$$release || exit; \
+	done
 	touch $@
 
 clean:
