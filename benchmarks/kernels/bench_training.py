@@ -5,6 +5,7 @@ from functools import cache, partial
 import pytest
 import torch
 
+from . import invpt
 from .conftest import Shape
 from .device import ON_GPU
 from .race import Rival, compiled
@@ -14,29 +15,49 @@ RIVALS = ["concatenated", "concatenated, compiled", "ours, compiled", "ours"]
 SHAPES = {"ViT-B, 512 px": Shape(6, 1024, 768, 12, tasks=5)} if ON_GPU else {"ViT-T, 224 px": Shape(4, 197, 192, 3)}
 
 
+def mean_square(predictions):
+    return sum(prediction.float().square().mean() for prediction in predictions)
+
+
 @pytest.mark.parametrize("where", WHERE)
 def test_training_step(report, device, shape, where):
+    def losses(predict, plain, expanded, x):
+        """Every task's forward on its own, one backward: what the rest of the model would wait for."""
+        return mean_square(predict(plain, expanded, task, x) for task in plain.heads)
+
+    race(report, device, shape, where, plain_model(shape), concatenated, losses)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_training_step_of_a_model_like_invpt(report, device, shape, where):
+    def losses(predict, plain, expanded, x):
+        return mean_square(predict(plain, expanded, x).values())
+
+    race(report, device, shape, where, invpt.plain_model(shape), invpt.concatenated, losses)
+
+
+def race(report, device, shape, where, plain, naive, losses):
+    """Loss and gradients of all tasks, ours in one pass, against ``losses`` of what is ``naive``."""
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    plain = plain_model(shape).to(device, dtype)
+    plain = plain.to(device, dtype)
     expanded = expanded_model(plain, shape, where)
     x = torch.randn(shape.images, shape.tokens, shape.channels, device=device).to(dtype)
 
-    def loop(predict):
-        """Every task's forward on its own, one backward: what the rest of the model would wait for."""
-        loss = sum(predict(plain, expanded, task, x).float().square().mean() for task in plain.heads)
+    def one_by_one(predict):
+        loss = losses(predict, plain, expanded, x)
         loss.backward()
         return loss.detach()
 
     def batched(model):
-        loss = sum(prediction.float().square().mean() for prediction in model(x).values())
+        loss = mean_square(model(x).values())
         loss.backward()
         return loss.detach()
 
     def make_rivals():
-        compiled_loop, compiled_model = compiled(concatenated, None), compiled(expanded, None)
+        compiled_naive, compiled_model = compiled(naive, None), compiled(expanded, None)
         functions = {
-            "concatenated": lambda: loop(concatenated),
-            "concatenated, compiled": lambda: loop(compiled_loop),
+            "concatenated": lambda: one_by_one(naive),
+            "concatenated, compiled": lambda: one_by_one(compiled_naive),
             "ours, compiled": lambda: batched(compiled_model),
             "ours": lambda: batched(expanded),
         }
