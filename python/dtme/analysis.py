@@ -317,7 +317,7 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Compiled code runs none of the hooks that were added later, and its graphs go backward once only."""
+    """Run eagerly what is compiled, in all threads: compiled code may not run the hooks that are added here."""
     with warnings.catch_warnings():
         # what torch.compile(module) says of hooks on all modules is about compiled code
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)

@@ -10,7 +10,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class BlockError(ValueError):
-    """A block whose tokens cannot be read; the message names it and, unless ``named``, says how to name others."""
+    """A block whose tokens cannot be read. The message names it and, unless ``named``, says how to leave it out."""
 
     named = False
     """Whether somebody chose the blocks, rather than ``find_blocks``."""
@@ -18,10 +18,8 @@ class BlockError(ValueError):
     def __str__(self) -> str:
         if self.named:
             return super().__str__()
-        return (
-            f"{super().__str__()}. If it is none of the blocks that count, name those that are, for example by "
-            "dtme.analyze(..., blocks='encoder.layers')"
-        )
+        hint = "Name the blocks that count to leave others out, for example dtme.analyze(..., blocks='encoder.layers')"
+        return f"{super().__str__()}. {hint}"
 
 
 def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | None = None) -> dict[str, nn.Module]:

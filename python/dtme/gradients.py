@@ -43,8 +43,6 @@ def token_gradients(
             heads, starts = zip(*pairs, strict=True)
             last = i == present[-1][0]
             gradients = torch.autograd.grad(heads, tokens, starts, retain_graph=not last, allow_unused=True)
-        if all(gradient is None for gradient in gradients):
-            raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
         rest = iter(gradients)
         for d, runs in enumerate(entered):
             for run in runs:
@@ -53,6 +51,8 @@ def token_gradients(
                     own = run.layout.index_of(task) if run.layout.tasks else 0
                     found[d][i] = unfold(gradient, run.layout.num_streams)[own]
                     reached[d, i] = True
+        if not reached[:, i].any():
+            raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
     return found, reached
 
 
