@@ -59,7 +59,8 @@ def analyze(
         blocks: None finds them; else the attribute path of their container, names, or modules.
         max_batches: stop each pass after so many; None for all.
         covariance_batches: the same for the first pass alone; by default ``max_batches``.
-        count_zero_gradients: Algorithm 1's letter: a zero gradient conflicts with everything.
+        count_zero_gradients: Algorithm 1's letter: a zero gradient conflicts with everything, in the blocks that its
+            task reaches.
         train_mode: run in training mode (dropout, batch statistics) instead of evaluation mode.
         progress: show two progress bars.
         device: where batches are moved; by default the model's.
@@ -67,8 +68,8 @@ def analyze(
             (``dataset[rank::world]``) and returns the same report.
 
     Returns:
-        The report. The model, its buffers, modes, hooks and the random state are as before, also after an error or
-        Ctrl-C.
+        The report. The model and whatever else ran, buffers, modes, hooks and the random state are as before, also
+        after an error or Ctrl-C.
 
     Raises:
         TypeError, ValueError: bad arguments; a loss that is not a finite scalar or not connected to the blocks, naming
