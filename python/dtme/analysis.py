@@ -1,7 +1,10 @@
 """Where do the tasks fight? Two passes over the data: the token space of every block, then the conflicts in it."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from itertools import islice
+from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -11,16 +14,20 @@ from torch import Tensor, nn
 
 from dtme_kernels import ConflictCounts, StreamingCovariance, TokenSpace, count_conflicts, split_token_space
 
-from .blocks import find_blocks
-from .capture import BlockInputs, Entered, unchanged
+from .blocks import BlockError, find_blocks
+from .capture import BlockInputs, Entered, Unchanged
+from .gradients import any_gradient, nothing_shared, only_of, token_gradients
 from .model import MultiTaskModel
 from .plan import check_tasks
 from .report import ConflictReport, stack_if_equal
-from .streams import unfold
+from .sums import SumFinder
 from .trees import map_tensors, tensors, to_device
 
-Step = Callable[[nn.Module, Any], Mapping[str, Tensor]]
-"""``step(model, batch) -> {task: scalar loss}``, for models that own their loop."""
+Step = Callable[[nn.Module, Any], Mapping[str, Tensor | float]]
+"""``step(model, batch) -> {task: scalar loss}``, for models that own their loop.
+
+A number, such as 0.0 where a batch has no label of a task, says that the task has no gradient in this batch.
+"""
 
 
 def analyze(
@@ -46,12 +53,14 @@ def analyze(
     Args:
         model: a ``MultiTaskModel``; with a ``step`` function, any transformer.
         loader: yields ``(x, {task: target})`` (with ``step``: whatever it takes), and can be iterated twice.
-        losses: ``{task: loss(prediction, target)}`` for at least two tasks, or ``step``.
+        losses: ``{task: loss(prediction, target)}`` for at least two tasks, or ``step``, which may run more than
+            ``model``: whatever it calls is in the same mode meanwhile. It returns the tasks' losses and no sum of them.
         ratio: r, range energy over null energy (method.md, section 1).
         blocks: None finds them; else the attribute path of their container, names, or modules.
         max_batches: stop each pass after so many; None for all.
         covariance_batches: the same for the first pass alone; by default ``max_batches``.
-        count_zero_gradients: Algorithm 1's letter: a zero gradient conflicts with everything.
+        count_zero_gradients: Algorithm 1's letter: a zero gradient conflicts with everything, in the blocks that its
+            task reaches.
         train_mode: run in training mode (dropout, batch statistics) instead of evaluation mode.
         progress: show two progress bars.
         device: where batches are moved; by default the model's.
@@ -59,27 +68,33 @@ def analyze(
             (``dataset[rank::world]``) and returns the same report.
 
     Returns:
-        The report. The model, its buffers, modes, hooks and the random state are as before, also after an error or
-        Ctrl-C.
+        The report. The model and whatever else ran, buffers, modes, hooks and the random state are as before, also
+        after an error or Ctrl-C.
 
     Raises:
         TypeError, ValueError: bad arguments; a loss that is not a finite scalar or not connected to the blocks, naming
-            the task; tokens or gradients that are not finite, naming the block; a task without a gradient anywhere.
+            the task; tokens or gradients that are not finite, naming the block; a task without a gradient anywhere; no
+            block that two tasks reach; a loss that is the sum of others.
     """
     _check_arguments(model, loader, losses, ratio, max_batches, covariance_batches)
     backbone = model.backbone if isinstance(model, MultiTaskModel) else model
-    found = find_blocks(backbone, blocks)
     if device is None:
         device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    analysis = _Analysis(model, losses, found, ratio, count_zero_gradients, torch.device(device), process_group)
-    with unchanged(model, train_mode), torch.inference_mode(False), torch.no_grad():
-        first = max_batches if covariance_batches is None else covariance_batches
-        for batch in _batches(loader, first, "token space", progress):
-            analysis.add_tokens(batch)
-        spaces = analysis.token_spaces()
-        for batch in _batches(loader, max_batches, "conflicts", progress):
-            analysis.add_gradients(batch, spaces)
-        return analysis.report(spaces)
+    try:
+        found = find_blocks(backbone, blocks)
+        with Unchanged(model, train_mode) as held, _without_compiler(), torch.inference_mode(False), torch.no_grad():
+            options = (ratio, count_zero_gradients, torch.device(device), process_group)
+            analysis = _Analysis(model, losses, found, held, *options)
+            first = max_batches if covariance_batches is None else covariance_batches
+            for batch in _batches(loader, first, "token space", progress):
+                analysis.add_tokens(batch)
+            spaces = analysis.token_spaces()
+            for batch in _batches(loader, max_batches, "conflicts", progress):
+                analysis.add_gradients(batch, spaces)
+            return analysis.report(spaces)
+    except BlockError as error:
+        error.named = blocks is not None
+        raise
 
 
 class _Analysis:
@@ -90,13 +105,18 @@ class _Analysis:
         model: Any,
         losses: Any,
         blocks: dict[str, nn.Module],
+        held: Unchanged,
         ratio: float,
         zero: bool,
         device: torch.device,
         group: Any,
     ) -> None:
-        self.model, self.losses, self.device = model, losses, device
+        self.model, self.losses, self.held, self.device = model, losses, held, device
         self.ratio, self.zero, self.group = ratio, zero, group
+        functions = [*(losses.values() if isinstance(losses, Mapping) else [losses]), getattr(model, "features", None)]
+        for owner in [getattr(function, "__self__", None) for function in functions]:
+            if isinstance(owner, nn.Module):  # whose method is called, but not it itself
+                held.hold(owner)
         self.inputs = BlockInputs(blocks)
         self.names = list(blocks)
         self.tasks: tuple[str, ...] = tuple(losses) if isinstance(losses, Mapping) else ()
@@ -104,12 +124,14 @@ class _Analysis:
         self.moments: dict[int, StreamingCovariance] = {}
         self.counts: list[ConflictCounts | None] = [None] * len(blocks)
         self.alive: Tensor | None = None
+        self.reached: Tensor | None = None
+        self.sums: SumFinder | None = None
         self.distributed = dist.is_available() and dist.is_initialized()
 
     # --- first pass ---------------------------------------------------------------------------------------------------
 
     def add_tokens(self, batch: Any) -> None:
-        with self.inputs.record(gradients=False) as inputs:
+        with self.inputs.record(gradients=False) as inputs, self.held.watch():
             self._forward(to_device(batch, self.device))
         self.inputs.check(inputs)
         self.names = list(inputs)  # in the order they ran
@@ -120,7 +142,8 @@ class _Analysis:
             for p in sorted(set(widths)):
                 self.moments[p] = StreamingCovariance(p, widths.count(p), device=tokens[0].device)
         elif widths != self.widths:
-            raise ValueError(f"the widths of the blocks' tokens changed from {self.widths} to {widths}")
+            changed = [name for name, old, new in zip(self.names, self.widths, widths, strict=True) if old != new]
+            raise BlockError(f"the width of the tokens of {', '.join(map(repr, changed))} changed between batches")
         for p, moment in self.moments.items():  # one launch for all blocks of a width
             moment.update([x for x in tokens if x.shape[-1] == p])
 
@@ -141,7 +164,7 @@ class _Analysis:
                 moment.all_reduce_(self.group)
             finite = moment.accumulator.isfinite().flatten(1).all(1).tolist()
             if bad := [name for name, fine in zip(names, finite, strict=True) if not fine]:
-                raise ValueError(f"the tokens of {', '.join(map(repr, bad))} hold NaN or Inf")
+                raise BlockError(f"the tokens of {', '.join(map(repr, bad))} hold NaN or Inf")
             space = split_token_space(moment.compute(), self.ratio)
             self._same_everywhere(space)
             ranks = space.rank.tolist() if isinstance(space.rank, Tensor) else [space.rank]
@@ -161,14 +184,18 @@ class _Analysis:
     def add_gradients(self, batch: Any, spaces: dict[str, tuple[Tensor, Tensor, int]]) -> None:
         batch = to_device(batch, self.device)
         with torch.enable_grad(), self.inputs.record(gradients=True) as inputs:
-            outputs, seeds = (self._heads_first if isinstance(self.losses, Mapping) else self._step)(batch)
+            with self.held.watch():
+                outputs, seeds = (self._heads_first if isinstance(self.losses, Mapping) else self._step)(batch)
             self.inputs.check(inputs)
-            gradients = self._gradients([inputs[name] for name in self.names], outputs, seeds)
+            entered = [inputs[name] for name in self.names]
+            gradients, reached = token_gradients(self.tasks, entered, outputs, seeds)
         nonfinite: list[Tensor] = []
         for d, name in enumerate(self.names):
             basis, _, rank = spaces[name]
             counts = count_conflicts(gradients[d], basis, rank, count_zero_gradients=self.zero)
             nonfinite.append(torch.as_tensor(counts.nonfinite_pairs))
+            if self.zero and not reached[d].all():
+                counts = only_of(reached[d], counts)
             self.counts[d] = counts if self.counts[d] is None else self.counts[d] + counts  # type: ignore[operator]
         bad_blocks = torch.stack(nonfinite).nonzero().flatten().tolist()  # the one wait for the device
         if bad_blocks:
@@ -178,8 +205,23 @@ class _Analysis:
             raise ValueError(
                 f"the token gradients of task {', '.join(map(repr, bad))} at block {self.names[d]!r} hold NaN or Inf"
             )
-        alive = gradients[0].flatten(1).any(1)
+        self.reached = reached if self.reached is None else self.reached | reached
+        alive = any_gradient(gradients, reached)
         self.alive = alive if self.alive is None else self.alive | alive
+        if not isinstance(self.losses, Mapping):
+            self._refuse_sums(gradients, reached, inputs)
+
+    def _refuse_sums(self, gradients: list[Tensor], reached: Tensor, inputs: dict[str, list[Entered]]) -> None:
+        num_tasks = reached.sum(1).tolist()
+        d = max(range(len(num_tasks)), key=lambda d: (num_tasks[d], d))  # near to the losses there is little rounding
+        precisions = {run.precision for runs in inputs.values() for run in runs}
+        self.sums = self.sums or SumFinder(self.tasks)
+        if found := self.sums.add(gradients[d], max(precisions, key=lambda dtype: torch.finfo(dtype).eps)):
+            total, parts = found
+            raise ValueError(
+                f"the loss of task {total!r} is a sum of those of {', '.join(map(repr, parts))}: leave it out of what "
+                "step returns, which is a loss for every task and no total"
+            )
 
     def _heads_first(self, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None]]]:
         """Every head's own graph is walked once and freed; K gradients at the features then go through the encoder.
@@ -203,8 +245,8 @@ class _Analysis:
         ]
         return leaves, seeds
 
-    def _step(self, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None]]]:
-        values = self.losses(self.model, batch)
+    def _step(self, batch: Any) -> tuple[list[Tensor], list[list[Tensor | None] | None]]:
+        values: Any = self.losses(self.model, batch)
         if not isinstance(values, Mapping):
             raise TypeError(f"step must return {{task: scalar loss}}, got {type(values).__name__}")
         tasks = check_tasks(list(values))
@@ -213,52 +255,27 @@ class _Analysis:
         if self.tasks and set(tasks) != set(self.tasks):
             raise ValueError(f"step returned losses of {list(tasks)}, in the first batch of {list(self.tasks)}")
         self.tasks = self.tasks or tasks
-        self._check_losses(values)
-        ones = torch.ones_like
-        seeds: list[list[Tensor | None]] = [
-            [ones(values[t]) if t == task else None for t in self.tasks] for task in self.tasks
+        present = [task for task in self.tasks if not _is_number(values[task])]
+        self._check_losses({task: values[task] for task in present})
+        if bad := [task for task in self.tasks if task not in present and not isfinite(values[task])]:
+            raise ValueError(f"the loss of task {bad[0]!r} is not finite: {values[bad[0]]}")
+        seeds = [
+            [torch.ones_like(values[t]) if t == task else None for t in present] if task in present else None
+            for task in self.tasks
         ]
-        return [values[task] for task in self.tasks], seeds
+        return [values[task] for task in present], seeds
 
     def _check_losses(self, values: Mapping[str, Tensor]) -> None:
-        for task in self.tasks:
-            value = values[task]
+        for task, value in values.items():
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"the loss of task {task!r} must be a scalar tensor, got {got}")
             if not value.requires_grad:
                 raise ValueError(f"the loss of task {task!r} is not connected to the blocks: it has no gradient")
-        finite = torch.stack([values[task].detach().double().reshape(()) for task in self.tasks]).isfinite().tolist()
-        if bad := [task for task, fine in zip(self.tasks, finite, strict=True) if not fine]:
-            raise ValueError(f"the loss of task {bad[0]!r} is not finite: {values[bad[0]].item()}")
-
-    def _gradients(
-        self, entered: list[list[Entered]], outputs: list[Tensor], seeds: list[list[Tensor | None]]
-    ) -> list[Tensor]:
-        """Per block (K, B, N, p): every task's gradient at the block's input, in its own stream if it has one."""
-        tokens = [run.tokens for runs in entered for run in runs]
-        found: list[Tensor] = []
-        for i, (task, seed) in enumerate(zip(self.tasks, seeds, strict=True)):
-            pairs = [(output, gradient) for output, gradient in zip(outputs, seed, strict=True) if gradient is not None]
-            gradients: Sequence[Tensor | None] = [None] * len(tokens)
-            if pairs:
-                heads, starts = zip(*pairs, strict=True)
-                last = i == len(self.tasks) - 1
-                gradients = torch.autograd.grad(heads, tokens, starts, retain_graph=not last, allow_unused=True)
-            if all(gradient is None for gradient in gradients):
-                raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
-            rest = iter(gradients)
-            for d, runs in enumerate(entered):
-                if i == 0:
-                    first = runs[0]
-                    size = (first.tokens.shape[0] // first.layout.num_streams, *first.tokens.shape[1:])
-                    found.append(first.tokens.new_zeros((len(self.tasks), *size)))
-                for run in runs:
-                    gradient = next(rest)
-                    if gradient is not None and (not run.layout.tasks or task in run.layout.tasks):
-                        own = run.layout.index_of(task) if run.layout.tasks else 0
-                        found[d][i] = unfold(gradient, run.layout.num_streams)[own]
-        return found
+        finite = [value.detach().double().reshape(()) for value in values.values()]
+        for task, fine in zip(values, torch.stack(finite).isfinite().tolist() if finite else (), strict=True):
+            if not fine:
+                raise ValueError(f"the loss of task {task!r} is not finite: {values[task].item()}")
 
     def _unpack(self, batch: Any) -> tuple[Any, Mapping[str, Any]]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Mapping):
@@ -273,13 +290,16 @@ class _Analysis:
         if self.alive is None:
             raise ValueError("loader yielded no batch in the second pass: it must be possible to iterate it twice")
         counts = [torch.stack([getattr(c, name) for c in self.counts]) for name in ("range", "null", "valid")]
+        assert self.reached is not None
         if self.distributed:
-            alive = self.alive.int()
-            for tensor in (*counts, alive):
+            alive, reached = self.alive.int(), self.reached.to(self.alive.device, torch.int32)
+            for tensor in (*counts, alive, reached):
                 dist.all_reduce(tensor, group=self.group)
-            self.alive = alive.bool()
+            self.alive, self.reached = alive.bool(), reached.bool().cpu()
         if dead := [task for task, alive in zip(self.tasks, self.alive.tolist(), strict=True) if not alive]:
             raise ValueError(f"task {dead[0]!r} has no gradient anywhere: are all its labels ignored?")
+        if not counts[2].any():
+            raise ValueError(nothing_shared(self.names, self.tasks, self.reached))
         range_counts, null_counts, valid_counts = (tensor.cpu() for tensor in counts)
         return ConflictReport(
             tasks=self.tasks,
@@ -297,6 +317,20 @@ class _Analysis:
 def num_tasks(runs: list[Entered]) -> int:
     """How many tasks' tokens all runs of a block hold together; 1 where the backbone is not expanded."""
     return sum(len(run.layout.tasks) for run in runs) or 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Run eagerly what is compiled, in all threads: compiled code may not run the hooks that are added here."""
+    with warnings.catch_warnings():
+        # what torch.compile(module) says of hooks on all modules is about compiled code
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
 
 def _batches(loader: Iterable[Any], limit: int | None, name: str, progress: bool) -> Iterator[Any]:

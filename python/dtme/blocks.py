@@ -9,6 +9,19 @@ from torch import Tensor, nn
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class BlockError(ValueError):
+    """A block whose tokens cannot be read. The message names it and, unless ``named``, says how to leave it out."""
+
+    named = False
+    """Whether somebody chose the blocks, rather than ``find_blocks``."""
+
+    def __str__(self) -> str:
+        if self.named:
+            return super().__str__()
+        hint = "Name the blocks that count to leave others out, for example dtme.analyze(..., blocks='encoder.layers')"
+        return f"{super().__str__()}. {hint}"
+
+
 def find_blocks(backbone: nn.Module, blocks: str | Sequence[str | nn.Module] | None = None) -> dict[str, nn.Module]:
     """The blocks of ``backbone`` by name, in the order they are registered.
 
@@ -57,7 +70,7 @@ def check_batch_first(blocks: Mapping[str, nn.Module]) -> None:
     """Rows must be images: blocks that take (N, B, p) would have their tasks mixed up."""
     for name, block in blocks.items():
         if any(isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in block.modules()):
-            raise ValueError(f"block {name!r} takes its tokens sequence first: build it with batch_first=True")
+            raise BlockError(f"block {name!r} takes its tokens sequence first: build it with batch_first=True")
 
 
 def _detect(backbone: nn.Module) -> dict[str, nn.Module]:
@@ -171,10 +184,7 @@ def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) ->
     for where, value in named:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
             return where, value
-    raise ValueError(
-        f"block {block!r} was called without tokens: none of its arguments is a floating tensor (B, ..., p); if it is "
-        "no block, name those that are by blocks="
-    )
+    raise BlockError(f"block {block!r} was called without tokens: none of its arguments is a floating (B, ..., p)")
 
 
 def check_channels(block: nn.Module, name: str, tokens: Tensor, num_features: int | None) -> None:
@@ -190,9 +200,9 @@ def check_channels(block: nn.Module, name: str, tokens: Tensor, num_features: in
     if tokens.ndim == 4 and tokens.shape[1] in widths:
         convolves = any(isinstance(module, nn.Conv2d) for module in block.modules())
         if width not in widths or (convolves and width == tokens.shape[1]):
-            raise ValueError(
+            raise BlockError(
                 f"block {name!r} ({type(block).__name__}) takes maps {tuple(tokens.shape)}, whose channels are on the "
-                "second axis; dtme needs them on the last: leave it out by blocks="
+                "second axis; dtme needs them on the last"
             )
     if num_features and width != num_features:
         raise ValueError(

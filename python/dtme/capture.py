@@ -1,15 +1,18 @@
 """Look into a model without changing it: record its blocks' inputs, and put everything back."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from . import nested_tensors
-from .blocks import check_channels, find_tokens, replace_argument
-from .randomness import put_back
+from .blocks import BlockError, check_channels, find_tokens, replace_argument
+from .randomness import Saved, random_state, was_drawn, wind_back
 from .streams import Layout, innermost, unfold
 from .torch_private import recomputing
 
@@ -22,11 +25,20 @@ class Entered(NamedTuple):
 
     tokens: Tensor
     """(T * B, ..., p)."""
+    inside: Tensor
+    """What the block was given: the tokens, or a view of them, which only what goes through the block depends on."""
     layout: Layout
     """Their T streams."""
     version: int
     attempt: int
     """Of the forward: an earlier one was given up."""
+    precision: torch.dtype
+    """In which the block computes: that of autocast, or its tokens'."""
+
+    @property
+    def image_shape(self) -> torch.Size:
+        """(B, ..., p): the shape of one stream."""
+        return torch.Size([self.tokens.shape[0] // self.layout.num_streams, *self.tokens.shape[1:]])
 
     def by_image(self, num_tasks: int) -> Tensor:
         """(B, n, p): all tokens that each image has here, so weighted that each of ``num_tasks`` tasks counts the same.
@@ -71,12 +83,13 @@ class BlockInputs:
                     tokens = tokens.clone()
                 if gradients and not tokens.requires_grad:
                     started.append(tokens.requires_grad_())
-                args, kwargs = replace_argument(args, kwargs, where, tokens)
+                inside = tokens.view_as(tokens) if tokens.requires_grad and torch.is_grad_enabled() else tokens
+                args, kwargs = replace_argument(args, kwargs, where, inside)
                 if not recomputing():  # else it is recorded already
                     before = [known for known in seen.get(name, []) if known.attempt == attempt]
                     if any(set(known.layout.tasks) & set(layout.tasks) or not layout.tasks for known in before):
-                        raise ValueError(f"block {name!r} runs more than once in a forward: its tokens are ambiguous")
-                    seen[name] = [*before, Entered(tokens, layout, tokens._version, attempt)]
+                        raise BlockError(f"block {name!r} runs more than once in a forward: its tokens are ambiguous")
+                    seen[name] = [*before, Entered(tokens, inside, layout, tokens._version, attempt, precision(tokens))]
                 return args, kwargs
 
             return enter
@@ -94,27 +107,94 @@ class BlockInputs:
                 tokens.requires_grad_(False)
 
     def check(self, seen: dict[str, list[Entered]]) -> None:
-        """ValueError naming a block that did not run, or whose tokens were changed in place."""
+        """BlockError naming a block that did not run, or whose tokens were changed in place."""
         if missing := [name for name in self.blocks if name not in seen]:
-            raise ValueError(f"block {missing[0]!r} did not run in a forward")
+            raise BlockError(f"block {missing[0]!r} did not run in a forward")
         for name, runs in seen.items():
             if any(run.tokens._version != run.version for run in runs):
                 where = f"block {name!r} or one before it"
-                raise ValueError(f"{where} changes its tokens in place: their gradient cannot be taken")
+                raise BlockError(f"{where} changes its tokens in place: their gradient cannot be taken")
 
 
-@contextmanager
-def unchanged(model: nn.Module, train_mode: bool) -> Iterator[None]:
-    """Freeze all weights and set one mode; at the end weights, buffers, modes and random states are as before."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    nested = nested_tensors.switch_off(model)
-    try:
-        with put_back(model):
-            model.train(train_mode)
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            yield
-    finally:
-        nested_tensors.switch_back(nested)
-        for parameter in trained:
+def precision(tokens: Tensor) -> torch.dtype:
+    """What matrix products with ``tokens`` are computed in here."""
+    kind = tokens.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+
+
+class Unchanged:
+    """Holds a model, and every other module that runs beside it, frozen and in one mode.
+
+    When it is left, also by an exception or Ctrl-C, weights, buffers, modes and random numbers are as before.
+
+    Args:
+        model: held from the beginning.
+        train_mode: the mode.
+    """
+
+    def __init__(self, model: nn.Module, train_mode: bool) -> None:
+        self.model, self.train_mode = model, train_mode
+        # weak: a forward may make a module for one line, as in nn.Softmax(-1)(scores), again and again
+        self._saved: WeakKeyDictionary[nn.Module, Saved] = WeakKeyDictionary()
+        self._trained: list[nn.Parameter] = []
+        self._nested: list[tuple[nn.Module, str, bool]] = []
+        self._others: dict[str, None] = {}
+        """Classes of the modules with weights that are no part of the model, in the order they were met."""
+
+    def __enter__(self) -> "Unchanged":
+        self._random = random_state()
+        try:
+            self.hold(self.model)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module, saved in reversed(list(self._saved.items())):  # buffers that modules share: the first saved counts
+            saved.put_back(module)
+        nested_tensors.switch_back(self._nested)
+        for parameter in self._trained:
             parameter.requires_grad_(True)
+        wind_back(self._random)
+
+    def hold(self, module: nn.Module) -> None:
+        """Save ``module`` and all in it that is not held yet, freeze it and set its mode."""
+        for part in module.modules():
+            if part not in self._saved:
+                self._saved[part] = Saved(part)
+        self._nested += nested_tensors.switch_off(module)
+        module.train(self.train_mode)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                self._trained.append(parameter)
+                parameter.requires_grad_(False)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Hold whatever other module this thread calls inside, before its forward runs.
+
+        Raises:
+            ValueError: such modules ran, and random numbers were drawn in evaluation mode. A module whose method is
+                called, rather than itself, is never seen, only its children are: it may be what draws them.
+        """
+        thread, before = threading.get_ident(), random_state()
+
+        def meet(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == thread and module not in self._saved:
+                self.hold(module)
+                if next(module.parameters(), None) is not None:  # else it is a loss or an activation
+                    self._others[type(getattr(module, "_orig_mod", module)).__name__] = None
+
+        handle = register_module_forward_pre_hook(meet)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if self._others and not self.train_mode and was_drawn(before):
+            raise ValueError(
+                f"modules that are no part of {type(self.model).__name__} ran ({', '.join(self._others)}), and random "
+                "numbers were drawn, though all is in evaluation mode: something around these modules may still be in "
+                "training mode, with dropout. Pass the whole model and say where its blocks are, as in "
+                'analyze(net, loader, step, blocks="backbone")'
+            )

@@ -23,8 +23,9 @@ class ExpansionPlan:
         num_tokens: task tokens per task and expanded block, at least 1.
         modulation: ``{block name: tasks}`` that get a per-channel affine map.
         expansion: ``{block name: tasks}`` that get task tokens.
-        num_features: ``{block name: p}`` of every analysed block in forward order. ``expand`` uses it to refuse a model
-            of other widths; a plan built by hand may leave it empty.
+        num_features: ``{block name: p}`` of every analysed block that two or more tasks reach, in forward order.
+            ``expand`` changes no other block, and uses the widths to refuse another model; a plan built by hand may
+            leave it empty.
 
     Raises:
         ValueError: naming the field, the block and the value that is wrong.
@@ -72,8 +73,8 @@ class ExpansionPlan:
         """Parameters the plan adds: 2p per task and modulated block, t * p per task and expanded block.
 
         Args:
-            num_features: p, one width for all blocks, ``{block name: width}``, or one width per analysed block in
-                forward order; None takes the widths the plan itself carries.
+            num_features: p, one width for all blocks, ``{block name: width}``, or one width per block of the plan's own
+                ``num_features`` in their order; None takes those.
         """
         widths = self._widths(num_features)
         _check_widths(widths)

@@ -7,7 +7,7 @@ from .plan import ExpansionPlan
 if TYPE_CHECKING:
     from .report import ConflictReport
 
-RANGE, NULL, TEXT = "#2f6fb0", "#d9772b", "#444444"
+RANGE, NULL, TEXT, EMPTY = "#2f6fb0", "#d9772b", "#444444", "#eeeeee"
 
 
 def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
@@ -29,10 +29,13 @@ def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
     ):
         values = [[float(counts[d, i, j] / report.valid_counts[d, i, j]) for d in range(num_blocks)] for i, j in pairs]
         image = axes.imshow(values, cmap=colors, aspect="auto", vmin=0, vmax=1)
+        axes.set_facecolor(EMPTY)  # where a pair has no rate
         axes.set_yticks(range(len(pairs)), [f"{report.tasks[i]} · {report.tasks[j]}" for i, j in pairs], fontsize=8)
         axes.set_title(f"{name} space, by pair of tasks", fontsize=9, loc="left", color=TEXT)
         figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", ticks=[0, 0.5, 1], pad=0.01)
-    in_null.set_xticks(range(num_blocks), _short(report.blocks), fontsize=8, rotation=0 if num_blocks <= 12 else 90)
+    names = _short(report.blocks)
+    fits = sum(map(len, names)) + 2 * num_blocks <= 13 * figure.get_figwidth()
+    in_null.set_xticks(range(num_blocks), names, fontsize=8, rotation=0 if fits else 90)
     in_null.set_xlabel("block")
     return figure
 
@@ -44,6 +47,12 @@ def _rates(axes: Any, report: "ConflictReport") -> None:
         (report.null_rates, NULL, "s", "null"),
     ):
         axes.plot(x, values.tolist(), color=color, marker=marker, markersize=5, linewidth=1.8, label=f"{name} space")
+    shared = set(report.shared_blocks)
+    for d, block in enumerate(report.blocks):
+        if block not in shared:
+            axes.axvspan(d - 0.5, d + 0.5, color=EMPTY, linewidth=0, zorder=0)
+            axes.set_title("grey: blocks that fewer than two tasks reach", loc="right", fontsize=9, color="#888888")
+    axes.set_xlim(-0.5, len(report.blocks) - 0.5)
     axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_ylabel("conflicting (token, pair)s")
@@ -53,15 +62,18 @@ def _rates(axes: Any, report: "ConflictReport") -> None:
 
 
 def _choice(axes: Any, report: "ConflictReport", plan: ExpansionPlan) -> None:
+    shared = report.shared_blocks
     for row, (blocks, color) in enumerate(((plan.modulation, RANGE), (plan.expansion, NULL))):
         for d, block in enumerate(report.blocks):
+            if block not in shared:
+                continue
             share = len(blocks.get(block, ())) / len(plan.tasks)
             axes.barh(
                 row,
                 0.9,
                 left=d - 0.45,
                 height=0.8,
-                color=color if share else "#eeeeee",
+                color=color if share else EMPTY,
                 alpha=0.35 + 0.65 * share if share else 1,
             )
     axes.set_yticks([0, 1], ["modulation", "expansion"], fontsize=8)

@@ -48,25 +48,35 @@ def was_drawn(state: State | None) -> bool:
     return not (state.python == now.python and numpy and all(torch.equal(a, b) for a, b in tensors))
 
 
+class Saved:
+    """The mode and the buffers of one module, without those of its children. It does not keep the module alive."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.training, self.buffers = module.training, dict(module._buffers)
+        self.values = [(b, b.detach().clone()) for b in self.buffers.values() if b is not None]
+
+    @torch.no_grad()
+    def put_back(self, module: nn.Module) -> None:
+        """Let ``module``, which it was made of, be as it was then."""
+        module.training = self.training
+        for name, buffer in self.buffers.items():
+            module._buffers[name] = buffer
+        for buffer, value in self.values:
+            # batch norm writes without telling the version counter; what a graph saved is not written for nothing
+            if not buffer.is_meta and not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Modes, buffers and random numbers are as before afterwards. Yields a function that winds random numbers back."""
-    modes = [(module, module.training) for module in model.modules()]
-    holders = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    saved = [(module, Saved(module)) for module in model.modules()]
     state = random_state()
     try:
         yield lambda: wind_back(state)
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for module, before in holders:
-            module._buffers.update(before)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                # batch norm writes without telling the version counter; what a graph saved is not written for nothing
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        for module, before in saved:
+            before.put_back(module)
         wind_back(state)
 
 

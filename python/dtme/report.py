@@ -15,6 +15,7 @@ from .files import load_json, save_json, write_beside
 from .plan import NUM_TOKENS, ExpansionPlan, check_tasks
 
 KIND = "dtme.ConflictReport"
+NOT_SHARED = "fewer than two tasks reach it"
 # strategy: (space that ranks modulation, space that ranks expansion, highest rate first), Tables 2 and 13
 STRATEGIES = {
     "conflict": ("range", "null", True),
@@ -33,7 +34,8 @@ class ConflictReport:
         blocks: D block names, in forward order.
         ranks: (D,) int64, dimension m of the range space.
         range_counts, null_counts, valid_counts: (D, K, K) int64, symmetric, zero diagonal: (token, pair)s that
-            conflict, and those that could.
+            conflict, and those that could. A block where no pair could is one that fewer than two tasks reach, such as
+            one of a task's own decoder: it has no rates, and no plan is made for it.
         eigenvalues: (D, p) float64, descending, of the uncentred second moment; a list of (p_d,) where widths differ.
         num_samples: images of the covariance pass.
         ratio: the r that split range from null.
@@ -64,6 +66,14 @@ class ConflictReport:
         """Width p of every block."""
         return {block: len(values) for block, values in zip(self.blocks, self.eigenvalues, strict=True)}
 
+    @property
+    def shared_blocks(self) -> tuple[str, ...]:
+        """The blocks that at least two tasks reach, in forward order: those that a plan is about."""
+        return tuple(self.blocks[d] for d in self._shared())
+
+    def _shared(self) -> list[int]:
+        return self.valid_counts.flatten(1).any(1).nonzero().flatten().tolist()
+
     def plan(
         self,
         *,
@@ -74,7 +84,7 @@ class ConflictReport:
         pair_threshold: float | None = None,
         seed: int = 0,
     ) -> ExpansionPlan:
-        """Choose blocks by their conflict rates (Algorithm 1, Appendix B.3).
+        """Choose blocks by their conflict rates (Algorithm 1, Appendix B.3), of those that at least two tasks reach.
 
         Args:
             modulation: share of the blocks that get modulations, those with the highest range rate; 0 for none.
@@ -101,18 +111,16 @@ class ConflictReport:
             order = self._order(space, descending=spaces[2])
             if strategy == "random":
                 generator.shuffle(order)
-            picked = sorted(order[: _quota(name, share, len(self.blocks))])
+            picked = sorted(order[: _quota(name, share, len(order))])
             members = {self.blocks[d]: self._members(d, space, pair_threshold) for d in picked}
             chosen.append({block: tasks for block, tasks in members.items() if tasks})
-        return ExpansionPlan(self.tasks, num_tokens, chosen[0], chosen[1], self.num_features)
+        widths = self.num_features
+        return ExpansionPlan(self.tasks, num_tokens, chosen[0], chosen[1], {b: widths[b] for b in self.shared_blocks})
 
     def _order(self, space: str, descending: bool) -> list[int]:
-        """Blocks by rate, ties to the earlier one; a block without a rate comes last either way."""
+        """Blocks that at least two tasks reach by rate, ties to the earlier one."""
         rates = (self.range_rates if space == "range" else self.null_rates).tolist()
-        sign = -1 if descending else 1
-        return sorted(
-            range(len(rates)), key=lambda d: (rates[d] != rates[d], sign * rates[d] if rates[d] == rates[d] else 0, d)
-        )
+        return sorted(self._shared(), key=lambda d: (-rates[d] if descending else rates[d], d))
 
     def _members(self, d: int, space: str, threshold: float | None) -> tuple[str, ...]:
         if threshold is None:
@@ -123,35 +131,34 @@ class ConflictReport:
         return tuple(task for task, hit in zip(self.tasks, reached, strict=True) if hit)
 
     def table(self, plan: ExpansionPlan | None = None) -> str:
-        """One row a block: width, rank, both rates and, given a plan, what it puts there."""
-        rows = [["block", "p", "rank", "range rate", "null rate", "plan"]]
-        columns = (
-            self.blocks,
-            self.eigenvalues,
-            self.ranks.tolist(),
-            self.range_rates.tolist(),
-            self.null_rates.tolist(),
-        )
-        for block, values, rank, in_range, in_null in zip(*columns, strict=True):
+        """One row per block: width, rank, both rates and, given a plan, what it puts there."""
+        rows = [["block", "p", "rank", "range rate", "null rate", "plan" if plan else ""]]
+        rates = list(zip(self.range_rates.tolist(), self.null_rates.tolist(), strict=True))
+        shared = set(self._shared())
+        for d, (block, width) in enumerate(self.num_features.items()):
+            row = [block, str(width), str(self.ranks[d].item())]
+            if d not in shared:
+                rows.append([*row, "-", "-", NOT_SHARED])
+                continue
             marks = [] if plan is None else [_mark("modulate", plan.modulation.get(block, ()), plan.tasks)]
             marks += [] if plan is None else [_mark("expand", plan.expansion.get(block, ()), plan.tasks)]
-            rates = [f"{in_range:.1%}", f"{in_null:.1%}"]
-            rows.append([block, str(len(values)), str(rank), *rates, " + ".join(filter(None, marks))])
-        if plan is None:
-            rows = [row[:-1] for row in rows]
+            rows.append([*row, *(f"{rate:.1%}" for rate in rates[d]), " + ".join(filter(None, marks))])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         align = ["<", ">", ">", ">", ">", "<"]
         lines = [
-            "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=False)).rstrip() for row in rows
+            "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip() for row in rows
         ]
         return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
     def __str__(self) -> str:
-        plan = self.plan()
+        plan, num_shared = self.plan(), len(self._shared())
         tasks = ", ".join(self.tasks)
         head = f"Token-space gradient conflicts of {tasks} over {self.num_samples:,} samples (ratio {self.ratio:g})"
+        blocks = f"{num_shared} blocks"
+        if num_shared < len(self.blocks):
+            blocks = f"the {num_shared} blocks (of {len(self.blocks)}) that two or more tasks reach"
         foot = (
-            f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {len(self.blocks)} blocks: "
+            f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {blocks}: "
             f"{plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"
         )
         return "\n".join([head, "", self.table(plan), "", foot])

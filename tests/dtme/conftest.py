@@ -64,3 +64,24 @@ def expanded(build, randomise) -> Callable[..., tuple[dtme.MultiTaskModel, Any]]
         return model, x
 
     return make
+
+
+@pytest.fixture
+def problem(build):
+    """problem(client) → model, loader of three uneven batches, of which some labels give no gradient at all."""
+
+    def make(client="own, generic seam"):
+        model, _ = build(client)
+        generator = torch.Generator().manual_seed(3)
+        loader = []
+        for i, rows in enumerate((3, 2, 1)):
+            x = make_input(client, rows, seed=i)
+            tokens = model.extract(x, TASKS)["depth"]
+            target = {
+                t: torch.randn(*tokens.shape[:2], 2 + k, generator=generator, dtype=torch.float64)
+                for k, t in enumerate(TASKS)
+            }
+            loader.append((x, target))
+        return model, loader
+
+    return make

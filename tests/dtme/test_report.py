@@ -72,11 +72,33 @@ def test_share_of_blocks(share, count):
     assert len(plan.modulation) == count and not plan.expansion
 
 
-def test_blocks_without_a_rate_come_last():
+def test_blocks_that_fewer_than_two_tasks_reach_are_shown_and_not_planned_for(tmp_path):
     report = make_report()
-    report.valid_counts[1] = report.range_counts[1] = 0
-    assert blocks(report.plan(modulation=0.75).modulation) == [0, 2, 3]
-    assert blocks(report.plan(modulation=0.75, strategy="reverse").modulation) == [0, 2, 3]
+    report.valid_counts[1] = report.range_counts[1] = report.null_counts[1] = 0
+    assert blocks(report.shared_blocks) == [0, 2, 3] and report.range_rates[1].isnan()
+    for strategy, modulated in (("conflict", [2, 3]), ("reverse", [0, 3]), ("swap", [0, 2])):
+        plan = report.plan(modulation=0.6, strategy=strategy)
+        assert blocks(plan.modulation) == modulated  # two of three, not two of four
+        assert blocks(plan.num_features) == [0, 2, 3]
+    drawn = [report.plan(modulation=0.3, expansion=1, strategy="random", seed=seed) for seed in range(9)]
+    assert {tuple(blocks(plan.modulation)) for plan in drawn} == {(0,), (2,), (3,)}
+    assert all(blocks(plan.expansion) == [0, 2, 3] for plan in drawn)
+    for table in (str(report), report.table()):
+        (row,) = [line for line in table.splitlines() if "encoder.layer.1" in line]
+        assert row.split(None, 5)[3:] == ["-", "-", "fewer than two tasks reach it"] and "nan" not in table
+    assert "of the 3 blocks (of 4) that two or more tasks reach" in str(report)
+    report.plot(tmp_path / "conflicts.svg")
+    report.save(tmp_path / "report.json")
+    assert dtme.ConflictReport.load(tmp_path / "report.json").plan() == report.plan()
+
+
+def test_a_report_without_shared_blocks_plans_nothing():
+    report = make_report()
+    for counts in (report.valid_counts, report.range_counts, report.null_counts):
+        counts.zero_()
+    plan = report.plan(modulation=1, expansion=1)
+    assert not plan.modulation and not plan.expansion and not plan.num_features
+    assert "of the 0 blocks (of 4)" in str(report)
 
 
 def test_pair_threshold_keeps_tasks_of_some_pair_that_reaches_it():

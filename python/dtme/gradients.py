@@ -1,0 +1,90 @@
+"""Every task's gradient at the input of every block, and which tasks reach which block."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dtme_kernels import ConflictCounts
+
+from .capture import Entered
+from .streams import unfold
+
+
+def token_gradients(
+    tasks: Sequence[str],
+    entered: Sequence[list[Entered]],
+    outputs: Sequence[Tensor],
+    seeds: Sequence[list[Tensor | None] | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Differentiate ``outputs`` for each of K tasks.
+
+    Args:
+        entered: what entered each of D blocks.
+        seeds: per task its gradients at ``outputs``; None for a task that has none in this batch.
+
+    Returns:
+        Per block (K, B, ..., p), of each task in its own stream if it has one; and (D, K) bool, whether the task
+        reaches the block at all, be its gradient zero. One that uses the tokens beside the block only, as the decoders
+        of other tasks do, does not reach it.
+
+    Raises:
+        ValueError: a task with seeds reaches no block.
+    """
+    tokens = [tensor for runs in entered for run in runs for tensor in (run.tokens, run.inside)]
+    found = [runs[0].tokens.new_zeros((len(tasks), *runs[0].image_shape)) for runs in entered]
+    reached = torch.zeros(len(entered), len(tasks), dtype=torch.bool)
+    present = [(i, task, seed) for i, (task, seed) in enumerate(zip(tasks, seeds, strict=True)) if seed is not None]
+    for i, task, seed in present:
+        pairs = [(output, gradient) for output, gradient in zip(outputs, seed, strict=True) if gradient is not None]
+        gradients: Sequence[Tensor | None] = [None] * len(tokens)
+        if pairs:
+            heads, starts = zip(*pairs, strict=True)
+            last = i == present[-1][0]
+            gradients = torch.autograd.grad(heads, tokens, starts, retain_graph=not last, allow_unused=True)
+        rest = iter(gradients)
+        for d, runs in enumerate(entered):
+            for run in runs:
+                gradient, inside = next(rest), next(rest)
+                if gradient is not None and inside is not None and (not run.layout.tasks or task in run.layout.tasks):
+                    own = run.layout.index_of(task) if run.layout.tasks else 0
+                    found[d][i] = unfold(gradient, run.layout.num_streams)[own]
+                    reached[d, i] = True
+        if not reached[:, i].any():
+            raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
+    return found, reached
+
+
+def any_gradient(gradients: Sequence[Tensor], reached: Tensor) -> Tensor:
+    """(K,) bool: whether a task's gradient has a non-zero entry, looked for where it begins.
+
+    Args:
+        gradients, reached: as ``token_gradients`` returns them.
+    """
+    nearest = [max(row.nonzero().flatten().tolist(), default=0) for row in reached.T]
+    return torch.stack([gradients[d][i].any() for i, d in enumerate(nearest)])
+
+
+def only_of(reached: Tensor, counts: ConflictCounts) -> ConflictCounts:
+    """Without the pairs of a task that is not in ``reached`` (K,): that it is zero there is no conflict."""
+    both = (reached[:, None] & reached).to(counts.valid.device)
+    return replace(counts, range=counts.range * both, null=counts.null * both, valid=counts.valid * both)
+
+
+def nothing_shared(blocks: Sequence[str], tasks: Sequence[str], reached: Tensor) -> str:
+    """Why no two tasks were compared anywhere: what to tell whoever asked."""
+    if (reached.sum(1) > 1).any():
+        return (
+            "no two tasks have a gradient at the same token, so that none can conflict: does every image have labels "
+            "of one task only?"
+        )
+    reaching = [[task for task, is_in in zip(tasks, row, strict=True) if is_in] for row in reached.tolist()]
+    shown = [
+        f"{block!r} by {' and '.join(map(repr, some)) or 'none'}" for block, some in zip(blocks, reaching, strict=True)
+    ]
+    shown = [*shown[:4], "…"] if len(shown) > 5 else shown
+    return (
+        f"no block is reached by the losses of two tasks, so that none can conflict ({', '.join(shown)}): name the "
+        "blocks that the tasks share by blocks="
+    )
