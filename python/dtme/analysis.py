@@ -20,6 +20,7 @@ from .gradients import any_gradient, nothing_shared, only_of, token_gradients
 from .model import MultiTaskModel
 from .plan import check_tasks
 from .report import ConflictReport, stack_if_equal
+from .streams import Layout, together
 from .sums import SumFinder
 from .trees import map_tensors, tensors, to_device
 
@@ -113,7 +114,7 @@ class _Analysis:
     ) -> None:
         self.model, self.losses, self.held, self.device = model, losses, held, device
         self.ratio, self.zero, self.group = ratio, zero, group
-        functions = [*(losses.values() if isinstance(losses, Mapping) else [losses]), getattr(model, "features", None)]
+        functions = [*(losses.values() if isinstance(losses, Mapping) else [losses]), *_functions(model)]
         for owner in [getattr(function, "__self__", None) for function in functions]:
             if isinstance(owner, nn.Module):  # whose method is called, but not it itself
                 held.hold(owner)
@@ -188,7 +189,7 @@ class _Analysis:
                 outputs, seeds = (self._heads_first if isinstance(self.losses, Mapping) else self._step)(batch)
             self.inputs.check(inputs)
             entered = [inputs[name] for name in self.names]
-            gradients, reached = token_gradients(self.tasks, entered, outputs, seeds)
+            gradients, reached = token_gradients(self.tasks, entered, outputs, seeds, self._sharing(entered))
         nonfinite: list[Tensor] = []
         for d, name in enumerate(self.names):
             basis, _, rank = spaces[name]
@@ -210,6 +211,17 @@ class _Analysis:
         self.alive = alive if self.alive is None else self.alive | alive
         if not isinstance(self.losses, Mapping):
             self._refuse_sums(gradients, reached, inputs)
+
+    def _sharing(self, entered: list[list[Entered]]) -> list[Layout] | None:
+        """Which tasks share the tokens that enter each block of an expanded backbone, in the order the blocks ran."""
+        tasks = [task for run in entered[0] for task in run.layout.tasks]
+        if not tasks:
+            return None
+        layouts = [together(tasks)]
+        for name in self.names:
+            adapter = self.inputs.blocks[name]._modules.get("dtme")
+            layouts.append(layouts[-1].part(getattr(adapter, "own_tasks", ())))
+        return layouts[:-1]
 
     def _refuse_sums(self, gradients: list[Tensor], reached: Tensor, inputs: dict[str, list[Entered]]) -> None:
         num_tasks = reached.sum(1).tolist()
@@ -312,6 +324,11 @@ class _Analysis:
             num_samples=next(iter(self.moments.values())).num_samples,
             ratio=float(self.ratio),
         )
+
+
+def _functions(model: Any) -> list[Any]:
+    """What a model calls beside its modules."""
+    return [getattr(model, name, None) for name in ("features", "decoder")]
 
 
 def num_tasks(runs: list[Entered]) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dtme_kernels import ConflictCounts
 
 from .capture import Entered
-from .streams import unfold
+from .streams import Layout, unfold
 
 
 def token_gradients(
@@ -17,12 +17,15 @@ def token_gradients(
     entered: Sequence[list[Entered]],
     outputs: Sequence[Tensor],
     seeds: Sequence[list[Tensor | None] | None],
+    sharing: Sequence[Layout] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Differentiate ``outputs`` for each of K tasks.
 
     Args:
         entered: what entered each of D blocks.
         seeds: per task its gradients at ``outputs``; None for a task that has none in this batch.
+        sharing: the streams that an expanded backbone has before each block, also where it ran once for every task:
+            what a decoder reads of other tasks depends on the tokens that they share. None where nothing is expanded.
 
     Returns:
         Per block (K, B, ..., p), of each task in its own stream if it has one; and (D, K) bool, whether the task
@@ -47,10 +50,13 @@ def token_gradients(
         for d, runs in enumerate(entered):
             for run in runs:
                 gradient, inside = next(rest), next(rest)
-                if gradient is not None and inside is not None and (not run.layout.tasks or task in run.layout.tasks):
-                    own = run.layout.index_of(task) if run.layout.tasks else 0
-                    found[d][i] = unfold(gradient, run.layout.num_streams)[own]
-                    reached[d, i] = True
+                if gradient is None or inside is None:
+                    continue
+                together = sharing[d].stream_of(task) if sharing is not None and run.layout.tasks else ()
+                for stream, part in zip(run.layout.streams, unfold(gradient, run.layout.num_streams), strict=True):
+                    if not run.layout.tasks or not set(together).isdisjoint(stream):
+                        found[d][i] += part
+                        reached[d, i] = True
         if not reached[:, i].any():
             raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
     return found, reached

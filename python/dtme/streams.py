@@ -45,8 +45,12 @@ class Layout(NamedTuple):
         return [before.index_of(stream[0]) for stream in self.streams]
 
     def index_of(self, task: str) -> int:
-        """The stream that ``task`` is in."""
+        """Where the stream is that ``task`` is in."""
         return next(i for i, stream in enumerate(self.streams) if task in stream)
+
+    def stream_of(self, task: str) -> tuple[str, ...]:
+        """The tasks that share the tokens of ``task``."""
+        return self.streams[self.index_of(task)]
 
     @property
     def num_streams(self) -> int:

@@ -207,9 +207,13 @@ def naive_counts(plain, added, plan, batches, losses):
     return counts
 
 
-@pytest.mark.parametrize("expands", [False, True], ids=["plain", "expanded"])
-def test_analysis_equals_a_naive_one(expands):
-    model, _ = decoding(expands=expands)
+@pytest.mark.parametrize(
+    ("expands", "shared_prefix"),
+    [(False, True), (True, True), (True, False)],
+    ids=["plain", "expanded", "expanded, one by one"],
+)
+def test_analysis_equals_a_naive_one(expands, shared_prefix):
+    model, _ = decoding(expands=expands, shared_prefix=shared_prefix)
     torch.manual_seed(3)
     batches = [
         (torch.randn(3, 5, WIDTH).double(), {t: torch.randn(3, 5, 2 + i).double() for i, t in enumerate(TASKS)})
