@@ -152,8 +152,11 @@ def _attending(name: str, title: str, block: nn.Module, call: BlockCall) -> list
             hook.remove()
     innermost = {names[modules[-1]]: modules for modules in times}
     chosen = _of_own_tokens(innermost)
-    if len(chosen) != 1 or sum(names[modules[-1]] == chosen[0] for modules in times) != 1:
+    if len(chosen) != 1:
         raise NotExpandable(_several(title, [modules[-1] for modules in times]) + ("" if times else _NONE_FOUND))
+    if (count := sum(names[modules[-1]] == chosen[0] for modules in times)) > 1:
+        kind = type(innermost[chosen[0]][-1]).__name__
+        raise NotExpandable(f"{title}: its {kind} attends {count} times, where task tokens would join once")
     return innermost[chosen[0]][::-1]
 
 
