@@ -213,3 +213,53 @@ def test_it_compiles_in_one_graph(kind):
     )
     torch.testing.assert_close(run(x), net[0].attn(x))
     torch.testing.assert_close(keys_values(tokens), site.seam.keys_values(tokens))
+
+
+# --- dtme.attention ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 1])
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "causal"])
+def test_attention_is_plain_attention_outside_of_expanded_blocks(mask, key_heads):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 4).double() for heads in (HEADS, key_heads, key_heads))
+    seen = torch.rand(2, 1, 5, 5) > 0.3
+    seen |= torch.eye(5, dtype=torch.bool)
+    options = {"bool": {"attn_mask": seen}, "additive": {"attn_mask": torch.randn(HEADS, 5, 5).double()}}.get(mask, {})
+    options |= {"is_causal": mask == "causal", "scale": 0.7}
+    out, scores = dtme.attention(q, k, v, **options, return_scores=True)
+    key, value = (x.repeat_interleave(HEADS // key_heads, 1) for x in (k, v))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, key, value, **options))
+    torch.testing.assert_close(out, dtme.attention(q, k, v, **options))
+    torch.testing.assert_close(scores.softmax(-1) @ value, out)
+    assert scores.shape == (2, HEADS, 5, 5) and (mask in ("none", "additive")) == bool(scores.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "says"),
+    [
+        ([(5, 4)] * 3, {}, r"query must be \(B, H, N, d\), got \(5, 4\)"),
+        ([(1, 3, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)], {}, r"divide those of query, got \[3, 2, 2\]"),
+        ([(1, 2, 5, 4)] * 3, {"is_causal": True, "attn_mask": torch.zeros(5, 5)}, "is_causal must be False"),
+    ],
+)
+def test_bad_arguments_of_attention_say_what_is_wrong(shapes, options, says):
+    with pytest.raises(ValueError, match=says):
+        dtme.attention(*(torch.zeros(shape) for shape in shapes), **options)
+
+
+def test_attention_in_an_expanded_block_compiles_and_keeps_its_scores():
+    torch._dynamo.reset()
+
+    def scoring(self, q, k, v, mask):
+        out, scores = dtme.attention(q, k, v, scale=self.scale, return_scores=True)
+        return merged(out) + scores[..., 0].mean(1).unsqueeze(-1)  # of the first key, whatever else is attended to
+
+    net, x = of_blocks(partial(Attention, scoring)), torch.randn(4, TOKENS, WIDTH, dtype=torch.float64)
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, *PLAN))
+    moved(net)
+    model = dtme.MultiTaskModel(net, {task: nn.Identity() for task in TASKS})
+    want = model(x)
+    got = torch.compile(model, fullgraph=True, backend="eager")(x)
+    for task in TASKS:
+        torch.testing.assert_close(got[task], want[task])
