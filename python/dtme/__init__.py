@@ -3,10 +3,11 @@
 from .analysis import analyze
 from .expansion import collapse, expand
 from .model import MultiTaskModel, verify
+from .output import split
 from .plan import ExpansionPlan
 from .report import ConflictReport
 from .sharing import sharing_of
-from .streams import is_expanded, split, tasks
+from .streams import is_expanded, tasks
 from .written_out import attention
 
 __all__ = [

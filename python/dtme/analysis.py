@@ -98,6 +98,9 @@ def analyze(
         raise
 
 
+_NO_LABELS = "; where a batch has no labels of a task, step returns the number 0.0 for it"
+
+
 class _Analysis:
     """Running sums of one analysis."""
 
@@ -265,7 +268,8 @@ class _Analysis:
         if len(tasks) < 2:
             raise ValueError(f"step must return the losses of at least two tasks, got {list(tasks)}")
         if self.tasks and set(tasks) != set(self.tasks):
-            raise ValueError(f"step returned losses of {list(tasks)}, in the first batch of {list(self.tasks)}")
+            before = f"in the first batch of {list(self.tasks)}"
+            raise ValueError(f"step returned losses of {list(tasks)}, {before}{_NO_LABELS}")
         self.tasks = self.tasks or tasks
         present = [task for task in self.tasks if not _is_number(values[task])]
         self._check_losses({task: values[task] for task in present})
@@ -278,12 +282,14 @@ class _Analysis:
         return [values[task] for task in present], seeds
 
     def _check_losses(self, values: Mapping[str, Tensor]) -> None:
+        hint = "" if isinstance(self.losses, Mapping) else _NO_LABELS
         for task, value in values.items():
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"the loss of task {task!r} must be a scalar tensor, got {got}")
+                raise ValueError(f"the loss of task {task!r} must be a scalar tensor, got {got}{hint}")
             if not value.requires_grad:
-                raise ValueError(f"the loss of task {task!r} is not connected to the blocks: it has no gradient")
+                problem = "is not connected to the blocks: it has no gradient"
+                raise ValueError(f"the loss of task {task!r} {problem}{hint}")
         finite = [value.detach().double().reshape(()) for value in values.values()]
         for task, fine in zip(values, torch.stack(finite).isfinite().tolist() if finite else (), strict=True):
             if not fine:
@@ -309,7 +315,9 @@ class _Analysis:
                 dist.all_reduce(tensor, group=self.group)
             self.alive, self.reached = alive.bool(), reached.bool().cpu()
         if dead := [task for task, alive in zip(self.tasks, self.alive.tolist(), strict=True) if not alive]:
-            raise ValueError(f"task {dead[0]!r} has no gradient anywhere: are all its labels ignored?")
+            raise ValueError(
+                f"task {dead[0]!r} has no gradient anywhere: are all its labels ignored, or did step return numbers?"
+            )
         if not counts[2].any():
             raise ValueError(nothing_shared(self.names, self.tasks, self.reached))
         range_counts, null_counts, valid_counts = (tensor.cpu() for tensor in counts)

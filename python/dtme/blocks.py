@@ -49,21 +49,29 @@ def _named(backbone: nn.Module, blocks: str | Sequence[str | nn.Module]) -> dict
     modules = {name: module for name, module in backbone.named_modules() if name}
     if isinstance(blocks, str):
         if blocks not in modules:
-            raise ValueError(f"blocks={blocks!r} is not a module of {type(backbone).__name__}")
+            raise ValueError(f"blocks={blocks!r} is not a module of {type(backbone).__name__}{_meant(blocks, modules)}")
         return {f"{blocks}.{name}": child for name, child in modules[blocks].named_children()} or {
             blocks: modules[blocks]
         }
-    if not isinstance(blocks, Sequence):
+    if not isinstance(blocks, (Sequence, nn.ModuleList, nn.Sequential)):
         raise TypeError(f"blocks must be None, a path, or a sequence of names or modules, got {type(blocks).__name__}")
     names = {id(module): name for name, module in modules.items()}
     wanted = [block if isinstance(block, str) else names.get(id(block)) for block in blocks]
     for block, name in zip(blocks, wanted, strict=True):
         if name not in modules:
             shown = repr(block) if isinstance(block, str) else type(block).__name__
-            raise ValueError(f"blocks names {shown}, which is not a module of {type(backbone).__name__}")
+            meant = _meant(block, modules) if isinstance(block, str) else ""
+            raise ValueError(f"blocks names {shown}, which is not a module of {type(backbone).__name__}{meant}")
     if not wanted or len(set(wanted)) != len(wanted):
         raise ValueError(f"blocks must name one or more different blocks, got {wanted}")
     return {name: modules[name] for name in wanted if name is not None}
+
+
+def _meant(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """What somebody may have meant whose names begin at another module."""
+    last = name.rpartition(".")[2]
+    like = next((known for known in modules if known.rpartition(".")[2] == last), None)
+    return "" if like is None else f"; did you mean {like!r}?"
 
 
 def check_batch_first(blocks: Mapping[str, nn.Module]) -> None:
@@ -197,9 +205,12 @@ def check_channels(block: nn.Module, name: str, tokens: Tensor, num_features: in
         ValueError: names the block.
     """
     widths, width = [num_features] if num_features else block_widths(block), tokens.shape[-1]
-    if tokens.ndim == 4 and tokens.shape[1] in widths:
-        convolves = any(isinstance(module, nn.Conv2d) for module in block.modules())
-        if width not in widths or (convolves and width == tokens.shape[1]):
+    if tokens.ndim == 4:
+        convolved = [module.in_channels for module in block.modules() if isinstance(module, nn.Conv2d)]
+        channels = tokens.shape[1]
+        if (channels in widths and (width not in widths or (convolved and width == channels))) or (
+            channels in convolved and width not in widths
+        ):
             raise BlockError(
                 f"block {name!r} ({type(block).__name__}) takes maps {tuple(tokens.shape)}, whose channels are on the "
                 "second axis; dtme needs them on the last"

@@ -88,7 +88,10 @@ class BlockInputs:
                 if not recomputing():  # else it is recorded already
                     before = [known for known in seen.get(name, []) if known.attempt == attempt]
                     if any(set(known.layout.tasks) & set(layout.tasks) or not layout.tasks for known in before):
-                        raise BlockError(f"block {name!r} runs more than once in a forward: its tokens are ambiguous")
+                        raise BlockError(
+                            f"block {name!r} runs more than once in a forward, so that its tokens are ambiguous: let "
+                            "a step call the model once"
+                        )
                     seen[name] = [*before, Entered(tokens, inside, layout, tokens._version, attempt, precision(tokens))]
                 return args, kwargs
 

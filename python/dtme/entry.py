@@ -12,6 +12,7 @@ from torch import nn
 
 from . import nested_tensors
 from .forwards import Opening, run_folded
+from .output import remember_tasks
 from .sharing import Call, Ways, _caller
 from .streams import Expansion, chosen, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
@@ -106,7 +107,9 @@ class Entry:
         opening = eagerly(self._open, Call(self._function(), args, kwargs), calls_compiler())
         if opening is None:
             return self._function()(*args, **kwargs)
-        return opening.carry_out(run_folded)
+        output = opening.carry_out(run_folded)
+        eagerly(remember_tasks, output, opening.asked)
+        return output
 
     stay_eager(__call__)
 

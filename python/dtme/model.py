@@ -15,10 +15,11 @@ from .entry import Root
 from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
+from .output import split
 from .plan import check_tasks
 from .randomness import left_as_it_was
 from .sharing import Call, Way, Ways
-from .streams import Expansion, Forward, choose, expansions, expansions_of, running, split, survey
+from .streams import Expansion, Forward, choose, expansions, expansions_of, running, survey
 from .streams import tasks as streams_of
 from .torch_private import calls_compiler, eagerly, stay_eager
 from .trees import tensors
@@ -182,6 +183,11 @@ class MultiTaskModel(nn.Module):
             raise ValueError(
                 f"the decoder {name_of(self.decoder)} must return {{task: prediction}} with {list(selected)}, but it "
                 f"returned predictions {got}"
+            )
+        if others := [name for name in found if name not in features]:
+            raise ValueError(
+                f"the decoder {name_of(self.decoder)} returned {others[0]!r} beside predictions of {list(features)}: "
+                "what belongs to a task goes with its prediction, as {task: (prediction, more)}"
             )
         return {task: self.heads[task](found[task]) if task in self.heads else found[task] for task in selected}
 
@@ -353,6 +359,6 @@ def backbone_tokens(backbone: nn.Module, x: Any) -> Tensor:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(
             f"features='tokens' needs a backbone that returns (B, N, p), {type(backbone).__name__} returned {got}: "
-            "give a function"
+            "give a function, features=lambda backbone, x: backbone(x) for what it returns as it is"
         )
     return tokens

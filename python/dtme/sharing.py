@@ -94,7 +94,7 @@ class Ways:
         self.known: dict[Any, Way] = {}
         self.last: Way | None = None
         """What was found last."""
-        self._failed: dict[Any, set[int]] = {}
+        self._failed: dict[Any, list[int]] = {}
         self._has_warned = False
         self._before: dict[Any, Any] = {}
         self._fingerprint: int | None = None
@@ -158,9 +158,10 @@ class Ways:
         if way.shares and not comparison.forward.distinct and rows not in (None, 1):
             return ONE_BY_ONE  # all images are the same: rows that were mixed up would not be seen
         if not way.shares:
-            failed = self._failed.setdefault(kind, set())
-            failed.add(rows or 0)
-            if len(failed) < MOST_TRIES and rows:  # sizes may have coincided
+            failed = self._failed.setdefault(kind, [])
+            failed.append(rows or 0)
+            # sizes may have coincided, which another batch, of another size, will show
+            if len(set(failed)) == len(failed) < MOST_TRIES and rows and not comparison.mixed:
                 return way
         self.known[kind] = way
         return way

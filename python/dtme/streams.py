@@ -11,7 +11,6 @@ thread (or asyncio task) that opened it, and gone when it closes. Nothing about 
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from contextvars import ContextVar
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from .plan import ExpansionPlan
 from .torch_private import is_compiled
-from .trees import map_tensors
 
 if TYPE_CHECKING:
     from .block.adapter import BlockAdapter
@@ -381,29 +379,3 @@ def expansions_of(adapters: "Iterable[BlockAdapter]") -> tuple[Expansion, ...]:
 def is_expanded(module: nn.Module) -> bool:
     """Whether ``expand`` gave anything in ``module`` modules of its tasks that are still there."""
     return bool(adapters(module))
-
-
-def split(output: Any, tasks: str | Sequence[str]) -> dict[str, Any]:
-    """Take the task-major batch apart that an expanded backbone returns.
-
-    Args:
-        output: a tensor (K * B, ...), or any nesting of sequences, mappings and model outputs of such tensors.
-        tasks: the K names that ran, in the order they were chosen.
-
-    Returns:
-        ``{task: output}`` with B rows each; views, nothing is copied. A tensor without dimensions belongs to all.
-
-    Raises:
-        ValueError: a tensor's rows are no multiple of K.
-    """
-    names = choose(tasks, (tasks,) if isinstance(tasks, str) else tuple(tasks or ()))
-
-    def part(index: int, tensor: Tensor) -> Tensor:
-        if not tensor.ndim:
-            return tensor
-        num_rows, rest = divmod(tensor.shape[0], len(names))
-        if rest:
-            raise ValueError(f"output of shape {tuple(tensor.shape)} does not hold the rows of {len(names)} tasks")
-        return tensor[index * num_rows : (index + 1) * num_rows]
-
-    return {task: map_tensors(partial(part, i), output) for i, task in enumerate(names)}

@@ -260,10 +260,10 @@ class MixedAfter(OwnBlock):
 
 
 REFUSED = {
-    "a bias by distance": (lambda: OwnBlock(Attention(distance_bias)), "would not be what task tokens beside"),
-    "rotary positions": (lambda: OwnBlock(Attention(rotated_by_place)), "would not be what task tokens beside"),
-    "centred keys": (lambda: OwnBlock(Attention(centred_keys)), "would not be what task tokens beside"),
-    "a convolution behind": (MixedAfter, "would not be what task tokens beside"),
+    "a bias by distance": (lambda: OwnBlock(Attention(distance_bias)), "would not compute what it does"),
+    "rotary positions": (lambda: OwnBlock(Attention(rotated_by_place)), "would not compute what it does"),
+    "centred keys": (lambda: OwnBlock(Attention(centred_keys)), "would not compute what it does"),
+    "a convolution behind": (MixedAfter, "would not compute what it does"),
 }
 
 

@@ -227,3 +227,16 @@ def test_a_model_whose_forward_somebody_replaced_later_is_not_collapsed_by_half(
     net.forward = entry
     dtme.collapse(model)
     assert not dtme.is_expanded(model) and "forward" not in vars(net)
+
+
+def test_split_knows_what_has_just_been_returned():
+    torch.manual_seed(0)
+    net, x = OwnTransformer(), torch.randn(4, 5, WIDTH)
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 1, {"layers.1": TASKS}))
+    with dtme.tasks(net, TASKS):
+        output = net(x)
+    for names in (TASKS[::-1], TASKS[:2], TASKS[0]):
+        with pytest.raises(ValueError, match=rf"tasks must be \['{TASKS[0]}', .*, whose rows output holds"):
+            dtme.split(output, names)
+    assert list(dtme.split(output, TASKS)) == list(TASKS)
+    assert list(dtme.split(2 * output, TASKS[::-1])) == list(TASKS[::-1])  # what is made of it is the caller's own

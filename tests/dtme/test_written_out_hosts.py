@@ -376,3 +376,49 @@ def test_scores_without_gradients_are_refused_where_gradients_are_asked_for():
         net(x)
     with pytest.raises(ValueError, match=r"block '1'.*without gradients"), dtme.tasks(net, "a"):
         net(x)
+
+
+class Keeping(Attention):
+    """Maps that are looked at afterwards stay where the attention has put them."""
+
+    def __init__(self):
+        super().__init__(timm_like)
+        self.kept = []
+
+    def forward(self, x, extra=None, mask=None):
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.q(x), *self.kv(x).chunk(2, -1)))
+        scores = q @ k.mT * self.scale
+        self.weights = scores.softmax(-1)
+        self.kept.append({"raw": scores})
+        return self.proj(merged(self.weights @ v))
+
+
+def test_maps_kept_by_the_attention_are_tensors_with_the_rows_of_all_tasks():
+    net, x = of_blocks(Keeping), torch.randn(4, TOKENS, WIDTH).double()
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, *PLAN))
+    moved(net)
+    with dtme.tasks(net, TASKS):
+        net(x)
+    kept = net[2].attn.weights, net[2].attn.kept[-1]["raw"]
+    for task in TASKS:
+        with dtme.tasks(net, task):
+            net(x)
+        for some, alone_ in zip(kept, (net[2].attn.weights, net[2].attn.kept[-1]["raw"]), strict=True):
+            assert isinstance(some, torch.Tensor)
+            torch.testing.assert_close(dtme.split(some, TASKS)[task], alone_)
+    assert (net[2].attn.weights.sum(-1) < 1).all()  # the rest goes to the task tokens
+
+
+def test_maps_kept_by_somebody_else_are_refused():
+    net, kept = of_blocks(lambda: Attention(timm_like)), []
+    keep = net[1].attn.drop.register_forward_hook(lambda module, args, output: kept.append(output))
+    with pytest.raises(ValueError, match=r"block '1': somebody keeps the scores or weights .*clone\(\)"):
+        dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+    assert not dtme.is_expanded(net)
+    keep.remove()
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+    kept.clear()
+    net[1].attn.drop.register_forward_hook(lambda module, args, output: kept.append(output.clone()))
+    with dtme.tasks(net, "a"):
+        net(torch.randn(2, TOKENS, WIDTH).double())
+    assert kept[-1].shape == (2, HEADS, TOKENS, TOKENS)

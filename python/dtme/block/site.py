@@ -115,9 +115,14 @@ def _of_own_tokens(paths: Any) -> list[str]:
 
 
 _NONE_FOUND = (
-    ": attention is seen where it calls scaled_dot_product_attention, or is written out as the softmax of "
-    "q kᵀ · scale + bias, times v. Put timm.layers.Attention in its place (its parameters have the names of older "
-    "ones), let it call dtme.attention(query, key, value, ...), or modulate the block instead"
+    ". Attention is seen where it calls scaled_dot_product_attention or dtme.attention(query, key, value, ...), or is "
+    "written out as the softmax of q kᵀ · scale + bias, times v. Modulate the block instead, and leave it out of the "
+    "plan's expansion"
+)
+_UNKNOWN = (
+    "{title} cannot take task tokens: {what!r} is done to its scores or weights, and between q kᵀ and the product with "
+    "v only scales, biases, masks, a softmax over the keys and dropout are known. Modulate the block instead, and "
+    "leave it out of the plan's expansion; where plain attention will do, call dtme.attention(query, key, value, ...)"
 )
 
 
@@ -144,19 +149,24 @@ def _attending(name: str, title: str, block: nn.Module, call: BlockCall) -> list
 
     hooks = [module.register_forward_pre_hook(enter) for module in block.modules()]
     hooks += [module.register_forward_hook(leave, always_call=True) for module in block.modules()]
+    caught = Caught(attend, call.rows, name)
     try:
-        with Catch(Caught(attend, call.rows, name)):
+        with Catch(caught):
             call.run(block)
     finally:
         for hook in hooks:
             hook.remove()
     innermost = {names[modules[-1]]: modules for modules in times}
     chosen = _of_own_tokens(innermost)
+    if not chosen and caught.unknown:
+        raise NotExpandable(_UNKNOWN.format(title=title, what=caught.unknown[0]))
     if len(chosen) != 1:
         raise NotExpandable(_several(title, [modules[-1] for modules in times]) + ("" if times else _NONE_FOUND))
     if (count := sum(names[modules[-1]] == chosen[0] for modules in times)) > 1:
         kind = type(innermost[chosen[0]][-1]).__name__
-        raise NotExpandable(f"{title}: its {kind} attends {count} times, where task tokens would join once")
+        raise NotExpandable(
+            f"{title}: its {kind} attends {count} times, where task tokens join once; modulate it instead"
+        )
     return innermost[chosen[0]][::-1]
 
 

@@ -203,8 +203,9 @@ def check_block(site: Site, title: str, block: nn.Module, call: BlockCall) -> bo
         if got is not None and _close(got, want[:, shared]):
             return True
     raise NotExpandable(
-        f"{title}: keys of task tokens in its attention would not be what task tokens beside its own tokens are "
-        "(because of a bias by key, of positions, or of another layer that mixes tokens); modulate it instead"
+        f"{title}: with task tokens in its attention it would not compute what it does with them beside its own tokens "
+        "(a bias, a mask or positions that they would get as well, keys from elsewhere, another use of its scores, or "
+        "another layer that mixes tokens); modulate it instead, and leave it out of the plan's expansion"
     )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..trees import map_leaves
+from ..trees import leaves, map_leaves
 from .deferred import Caught, Deferred, Maps, Scores
 from .einsum import maps_and_values, queries_and_keys
 
@@ -75,12 +75,21 @@ def carry_out(function: Any, args: Any, kwargs: Any) -> Any:
             return result
     if isinstance(args[0], Deferred) and (name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")):
         raise args[0].caught.refusal(f"changes its scores in place by {name}")
-    args, kwargs = map_leaves(_as_tensor, (args, kwargs))
+    for some in leaves((args, kwargs)):
+        if isinstance(some, Deferred):
+            some.caught.unknown.append(name.strip("_"))
+    args, kwargs = map_leaves(as_tensor, (args, kwargs))
     return function(*args, **kwargs)
 
 
-def _as_tensor(leaf: Any) -> Any:
+def as_tensor(leaf: Any) -> Any:
+    """The tensor that ``leaf`` stands for, if it stands for one."""
     return leaf.tensor() if isinstance(leaf, Deferred) else leaf
+
+
+def without_deferred(tree: Any) -> Any:
+    """``tree`` with tensors in place of what was put off; itself if nothing was."""
+    return map_leaves(as_tensor, tree) if any(isinstance(leaf, Deferred) for leaf in leaves(tree)) else tree
 
 
 def _name(function: Any) -> str:
@@ -212,7 +221,6 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "bfloat16": lambda some: some.cast(torch.bfloat16),
     "type_as": lambda some, other: some.cast(other.dtype),
     "contiguous": lambda some: some,
-    "clone": lambda some: some.copy() if isinstance(some, Scores) else NotImplemented,
 }
 _EITHER = ("mul", "div", "rdiv", "add", "sub", "rsub", "matmul", "einsum", "where")
 """Functions that know what to do where what is put off is not their first argument."""

@@ -7,6 +7,7 @@ either is asked of the tensor that it stands for, which is then computed (``catc
 """
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,13 @@ class Caught:
         self.num_calls = 0
         self.is_aside = False
         """Whether what was put off is being computed, whose products are not to be put off again."""
+        self.unknown: list[str] = []
+        """What was done to scores or weights that needed them as tensors."""
+        self.made: list[weakref.ref[Deferred]] = []
+
+    def kept(self) -> "list[Deferred]":
+        """What is still held by somebody."""
+        return [some for reference in self.made if (some := reference()) is not None]
 
     def refusal(self, what: str) -> NotExpandable:
         return NotExpandable(f"block {self.block!r}: its attention {what}, which task tokens do not support")
@@ -53,9 +61,13 @@ class _Aside:
 class Deferred:
     """A tensor that is computed where something needs it as one."""
 
-    caught: Caught
     shape: torch.Size
     dtype: torch.dtype
+
+    def __init__(self, caught: Caught) -> None:
+        self.caught = caught
+        if not torch.compiler.is_compiling():
+            caught.made.append(weakref.ref(self))
 
     def tensor(self) -> Tensor:
         raise NotImplementedError
@@ -63,6 +75,7 @@ class Deferred:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        self.caught.unknown.append(name)
         return getattr(self.tensor(), name)
 
     @property
@@ -87,7 +100,8 @@ class Scores(Deferred):
     """``query @ key.mT * factor + bias``, of queries (..., N, d) and keys (..., M, d)."""
 
     def __init__(self, caught: Caught, query: Tensor, key: Tensor) -> None:
-        self.caught, self.query, self.key = caught, query, key
+        super().__init__(caught)
+        self.query, self.key = query, key
         self.factor: Factor = 1.0
         self.bias: Tensor | None = None
         """(..., N or 1, M), of the shared keys alone."""
@@ -244,7 +258,8 @@ class Maps(Deferred):
     """The softmax of ``scores`` over the keys, perhaps with dropout."""
 
     def __init__(self, scores: Scores, dtype: torch.dtype, dropout_p: float = 0.0) -> None:
-        self.scores, self.caught, self.dropout_p = scores, scores.caught, dropout_p
+        super().__init__(scores.caught)
+        self.scores, self.dropout_p = scores, dropout_p
         self.shape, self.dtype = scores.shape, dtype
         self._computed: Tensor | None = None
 

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import find_tokens, replace_argument
-from ..trees import leaves, map_leaves
 from ..written_out import attention_weights
 from .base import Attend, KeysValues, NotExpandable, Seam, is_plain_linear
-from .catch import Catch
-from .deferred import Caught, Deferred
+from .catch import Catch, without_deferred
+from .deferred import Caught
 
 
 class Reduction(NamedTuple):
@@ -46,11 +45,32 @@ class GenericSeam(Seam):
         with Catch(caught):
             output = type(self.attention).forward(self.attention, *args, **kwargs)
         if caught.num_calls != 1:
-            times = f"{caught.num_calls} times, not once, in a way that is known"
+            done = f"; its scores go through {caught.unknown[0]!r}" if caught.unknown else ""
+            times = f"{caught.num_calls} times in a way that is known, not once{done}"
             raise NotExpandable(f"block {self.block!r}: its attention attends {times}")
-        if any(isinstance(leaf, Deferred) for leaf in leaves(output)):
-            output = map_leaves(lambda leaf: leaf.tensor() if isinstance(leaf, Deferred) else leaf, output)
+        output = without_deferred(output)
+        if not torch.compiler.is_compiling():
+            self._settle(caught)
         return output
+
+    def _settle(self, caught: Caught) -> None:
+        """Let whatever the attention keeps be tensors.
+
+        Raises:
+            NotExpandable: somebody else keeps its scores or weights.
+        """
+        if not caught.kept():
+            return
+        for module in self.attention.modules():
+            for name, value in vars(module).items():
+                if (settled := without_deferred(value)) is not value:
+                    vars(module)[name] = settled
+            value = settled = None
+        if caught.kept():
+            raise NotExpandable(
+                f"block {self.block!r}: somebody keeps the scores or weights of its attention while it runs, a hook say: "
+                "keep what .clone() or .detach() makes of them, or an attribute of the attention itself"
+            )
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out, by a call with plain tokens, how keys and values of others can be had.
