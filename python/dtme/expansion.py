@@ -9,6 +9,7 @@ from .block.site import Site, find_attention
 from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
 from .entry import Root
 from .plan import ExpansionPlan
+from .randomness import random_state, wind_back
 from .sharing import SHARED_PREFIX
 from .streams import Expansion, adapters, expansions
 from .torch_private import is_compiled
@@ -69,11 +70,13 @@ def expand(
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     frozen = trained if freeze_backbone else []
     expansion = Expansion(tasks, plan, modulator, shared_prefix, frozen)
+    state = random_state()
     try:
         _attach(blocks, sites, widths, expansion)
         Root(backbone, expansion, plan.blocks).attach()
     except BaseException:
         _detach(backbone, expansion)
+        wind_back(state)
         raise
     for name in frozen:
         backbone.get_parameter(name).requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attention", "attention_weights"]
+__all__ = ["attention", "attention_of_scores", "attention_weights"]
 
 
 def attention(
@@ -82,7 +82,7 @@ def attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """(..., H, N, M): how much each query takes of each key; with what it takes of the task keys, they sum to 1.
+    """(..., H, N, M): how much each query takes of each key, in float32 or better; with the task keys' they sum to 1.
 
     Args:
         task_key: (..., H', t, d), seen by every query.
@@ -90,5 +90,34 @@ def attention_weights(
     scores = attention_scores(query, key, attn_mask, is_causal, scale)
     if task_key is not None:
         scores = torch.cat([scores, attention_scores(query, task_key, None, False, scale)], -1)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., : key.shape[-2]]
+
+
+def attention_of_scores(
+    scores: Tensor,
+    query: Tensor,
+    value: Tensor | None,
+    task_key: Tensor,
+    task_value: Tensor,
+    scale: float | None,
+    shift: float | Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """Attention whose scores (..., H, N, M) of the shared keys are there already; of None the weights of those keys.
+
+    Args:
+        query: (..., H, N, d); the scores of task keys (..., H', t, d) are scale * query · task_key + shift.
+        shift: a number, or broadcastable to (..., H, N, 1).
+    """
+    of_tasks = attention_scores(query, task_key, None, False, scale)
+    of_tasks = of_tasks if shift is None else of_tasks + shift
     wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wide)[..., : key.shape[-2]].to(query.dtype)
+    weights = torch.cat([scores.to(wide), of_tasks.to(wide)], -1).softmax(-1)
+    num_keys = scores.shape[-1]
+    if value is None:
+        return weights[..., :num_keys]
+    weights = F.dropout(weights, dropout_p).to(value.dtype) if dropout_p else weights.to(value.dtype)
+    values = [value, task_value]
+    if value.shape[-3] != weights.shape[-3]:
+        values = [x.repeat_interleave(weights.shape[-3] // x.shape[-3], -3) for x in values]
+    return weights[..., :num_keys] @ values[0] + weights[..., num_keys:] @ values[1]

@@ -1,5 +1,7 @@
 """Written-out attention in the hosts it is found in: windows, coarser keys, prompts, maps as a second output."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -374,7 +376,7 @@ def test_scores_without_gradients_are_refused_where_gradients_are_asked_for():
     x = torch.randn(2, TOKENS, WIDTH).double()
     with torch.no_grad(), dtme.tasks(net, TASKS):
         net(x)
-    with pytest.raises(ValueError, match=r"block '1'.*without gradients"), dtme.tasks(net, "a"):
+    with pytest.raises(ValueError, match=r"block '1'.*with gradients and in another without"), dtme.tasks(net, "a"):
         net(x)
 
 
@@ -409,16 +411,24 @@ def test_maps_kept_by_the_attention_are_tensors_with_the_rows_of_all_tasks():
     assert (net[2].attn.weights.sum(-1) < 1).all()  # the rest goes to the task tokens
 
 
-def test_maps_kept_by_somebody_else_are_refused():
-    net, kept = of_blocks(lambda: Attention(timm_like)), []
-    keep = net[1].attn.drop.register_forward_hook(lambda module, args, output: kept.append(output))
-    with pytest.raises(ValueError, match=r"block '1': somebody keeps the scores or weights .*clone\(\)"):
+def test_hooks_that_would_see_no_tensors_are_refused():
+    net, seen = of_blocks(lambda: Attention(timm_like)), []
+    hook = net[1].attn.drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"block '1': a hook hangs on the Dropout .* let the attention return them"):
         dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
-    assert not dtme.is_expanded(net)
-    keep.remove()
+    assert not dtme.is_expanded(net) and not seen and torch.equal(before, torch.get_rng_state())
+    hook.remove()
     dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
-    kept.clear()
-    net[1].attn.drop.register_forward_hook(lambda module, args, output: kept.append(output.clone()))
-    with dtme.tasks(net, "a"):
-        net(torch.randn(2, TOKENS, WIDTH).double())
-    assert kept[-1].shape == (2, HEADS, TOKENS, TOKENS)
+
+
+def kept_outside(store, self, q, k, v, mask):
+    weights = (q @ k.mT * self.scale).softmax(-1)
+    store.append(weights)
+    return merged(weights @ v)
+
+
+def test_maps_kept_by_somebody_else_are_refused():
+    net = of_blocks(lambda: Attention(partial(kept_outside, [])))
+    with pytest.raises(ValueError, match=r"block '1': somebody outside of its attention keeps .*clone\(\)"):
+        dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))

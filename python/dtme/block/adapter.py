@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dtme_kernels
 
 from ..blocks import Arguments, check_channels, find_tokens, replace_argument
+from ..randomness import left_as_it_was
 from ..seams import KeysValues
 from ..streams import (
     Expansion,
@@ -116,7 +117,7 @@ class BlockAdapter(nn.Module):
                 for child, one in parent.named_children()
                 if one is module
             ]
-        with torch.no_grad():  # what cannot be projected is refused now rather than in the first forward
+        with left_as_it_was(self._block[0]):  # what cannot be projected is refused now, not in the first forward
             self._project(torch.stack([self.tokens[tasks[0]]]))
 
     def remove(self) -> None:

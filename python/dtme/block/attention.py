@@ -10,7 +10,7 @@ import dtme_kernels
 
 from ..seams import KeysValues, NotExpandable
 from ..streams import unfold
-from ..written_out import attention_weights
+from ..written_out import attention_of_scores, attention_weights
 
 
 def attend(
@@ -28,6 +28,8 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    scores: Tensor | None = None,
+    shift: float | Tensor | None = None,
 ) -> Tensor:
     """``scaled_dot_product_attention`` over (T * B, H, N, d); the weights of the shared keys where ``value`` is None.
 
@@ -38,6 +40,8 @@ def attend(
         task_kv: their keys and values, (len(joined), H, t, d) each.
         num_rows: of the block's tokens, where it is known: T * B, or a multiple of it, in windows.
         is_square: whether there are as many queries as keys.
+        scores: those of the shared keys, where they are not scale * query · key + mask.
+        shift: added to all scores, those of the task keys too.
     """
     if (is_square and query.shape[-2] != key.shape[-2]) or query.shape[0] % num_streams:
         sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
@@ -60,6 +64,11 @@ def attend(
     def run(streams: list[int], task_kv: KeysValues) -> Tensor:
         mask = None if attn_mask is None else part(attn_mask, streams)
         q, k = part(query, streams), part(key, streams)
+        if scores is not None:
+            v = None if value is None else part(value, streams)
+            by = part(shift, streams) if isinstance(shift, Tensor) and shift.ndim else shift
+            task_key, task_value = (x.unsqueeze(1) for x in task_kv)
+            return attention_of_scores(part(scores, streams), q, v, task_key, task_value, scale, by, dropout_p)
         if value is None:
             return attention_weights(q, k, task_kv[0].unsqueeze(1), mask, is_causal, scale)
         v = part(value, streams)
@@ -90,6 +99,8 @@ def attend_concatenated(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    scores: Tensor | None = None,
+    shift: float | Tensor | None = None,
 ) -> Tensor:
     """One stream, by concatenation; also of a task that is not known before it runs, where only some have task tokens.
 
@@ -97,6 +108,12 @@ def attend_concatenated(
         has_tokens: (1,) bool, whether the task has; None where it has.
         task_kv: (1, H, t, d) each; hidden by a mask where it has none.
     """
+    if scores is not None:
+        if has_tokens is not None:
+            raise NotExpandable(
+                "an attention whose masks put numbers in the place of scores needs its task to be known"
+            )
+        return attention_of_scores(scores, query, value, task_kv[0], task_kv[1], scale, shift, dropout_p)
     hidden: Tensor | None = None
     if has_tokens is not None or is_causal:
         hidden = query.new_zeros(query.shape[-2], key.shape[-2])

@@ -48,7 +48,7 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
         NotExpandable: names the block and says what is in the way.
     """
     title = f"block {name!r} ({type(block).__name__})"
-    with left_as_it_was(block), unseen(block):
+    with torch.inference_mode(False), left_as_it_was(block), unseen(block):
         seam = _known_seam(name, title, block)
         try:
             return _tried(name, title, block, seam, num_features)
@@ -76,7 +76,7 @@ def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_featu
     if check_block(site, title, block, call):
         check_copy(site, title, block, call)
     else:
-        check_keys(site, title, like)
+        check_keys(site, title, block, call)
     return replace(site, arguments=None)
 
 
@@ -158,8 +158,8 @@ def _attending(name: str, title: str, block: nn.Module, call: BlockCall) -> list
             hook.remove()
     innermost = {names[modules[-1]]: modules for modules in times}
     chosen = _of_own_tokens(innermost)
-    if not chosen and caught.unknown:
-        raise NotExpandable(_UNKNOWN.format(title=title, what=caught.unknown[0]))
+    if not chosen and caught.read:
+        raise NotExpandable(_UNKNOWN.format(title=title, what=caught.read[0]))
     if len(chosen) != 1:
         raise NotExpandable(_several(title, [modules[-1] for modules in times]) + ("" if times else _NONE_FOUND))
     if (count := sum(names[modules[-1]] == chosen[0] for modules in times)) > 1:
@@ -196,6 +196,10 @@ def _find_site(
 def _generic_site(name: str, title: str, block: nn.Module, attending: list[nn.Module], call: BlockCall) -> Site:
     """The innermost of the modules around an attention that makes it of the block's own tokens."""
     problem: NotExpandable | None = None
+    kind = type(attending[0])
+    alike = _of_own_tokens([path for path, module in block.named_modules() if type(module) is kind])
+    if len(alike) > 1 and attending[0] is not block:
+        raise NotExpandable(_several(title, [block.get_submodule(path) for path in alike]))
     for module in attending:
         if "forward" in vars(module):
             continue  # somebody else has replaced it: nothing is known about what runs

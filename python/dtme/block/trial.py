@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..blocks import find_tokens, replace_argument
 from ..seams import GenericSeam, NotExpandable, Seam, no_positions, plain_attention, required_parameters
 from ..seams.base import Attend
 from ..trees import map_tensors, tensors
@@ -132,20 +133,22 @@ def _check_generic(site: Site, seam: GenericSeam, title: str) -> None:
         attention(*args, **kwargs)
     except Exception:
         attention, (args, kwargs) = seam.attention, site.arguments
-    twin = GenericSeam(seam.block, attention)
+    twin, known = GenericSeam(seam.block, attention), frozenset[str]()
     for options in ({}, *_masks(attention, args, kwargs)):
         try:
             want = list(tensors(attention(*args, **{**kwargs, **options})))
         except Exception:
             continue  # a mask of another shape or dtype than it takes
         try:
-            got = list(tensors(twin.run(plain_attention, *args, **{**kwargs, **options})))
+            output, readings = twin.tried(args, {**kwargs, **options})
         except NotExpandable:
             if options:
                 continue  # which a forward will say, if it is given such a mask
             raise
+        known, got = known | readings, list(tensors(output))
         if len(got) != len(want) or not all(_close(a, b) for a, b in zip(got, want, strict=True)):
             raise _differs(title, seam, "the softmax of query and key times value" + (" under a mask" * bool(options)))
+    seam.readings = known
 
 
 def _masks(attention: nn.Module, args: Any, kwargs: Any) -> Iterator[dict[str, Tensor]]:
@@ -209,22 +212,52 @@ def check_block(site: Site, title: str, block: nn.Module, call: BlockCall) -> bo
     )
 
 
-def check_keys(site: Site, title: str, like: Tensor) -> None:
-    """An attention of unknown make that cannot run on more tokens must make keys of each token by itself."""
+def check_keys(site: Site, title: str, block: nn.Module, call: BlockCall) -> None:
+    """An attention of unknown make in a block that does not run on more tokens must be one beyond doubt.
+
+    It makes keys and values of each token by itself, wherever and beside whatever it is, and nobody uses its scores for
+    anything but the softmax and the values.
+    """
     seam = site.seam
-    if not isinstance(seam, GenericSeam) or like.is_meta:
+    if not isinstance(seam, GenericSeam) or call.tokens.is_meta:
         return
     assert site.arguments is not None
+    name = type(seam.attention).__name__
+    if seam.readings:
+        raise NotExpandable(
+            f"{title}: its {name} does {min(seam.readings)!r} to its scores or weights, which cannot be compared, as "
+            "the block does not run on more tokens; modulate it instead, and leave it out of the plan's expansion"
+        )
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        return seam.tried(args, kwargs, poisons=True)[0]
+
+    output = _first(_run(block, call, seam, poisoned))
+    if not isinstance(output, Tensor) or output.isnan().any():
+        raise NotExpandable(f"{title} uses the scores or weights that its {name} returns; modulate it instead")
     read, *together = seam.projected(*site.arguments)
+    if seam.reduction is None:  # one token in all places
+        where, tokens = find_tokens(*site.arguments, name)
+        everywhere = replace_argument(*site.arguments, where, tokens[:, :1].expand_as(tokens))
+        if any(not _close(x, x[:, :, :1].expand_as(x)) for x in seam.projected(*everywhere)[1:]):
+            raise _depends(title, name)
     for some in (slice(0, 2), slice(1, 3)):
         if read.shape[1] <= some.start:
             continue
         for alone, all_of_them in zip(seam.keys_values(read[:, some]), together, strict=True):
             if alone.shape[0] != all_of_them.shape[0] or not _close(alone, all_of_them[:, :, some]):
-                raise NotExpandable(
-                    f"{title}: its {type(seam.attention).__name__} makes keys and values of a token that depend on "
-                    "where it is or on other tokens, which task tokens do not have; modulate the block instead"
-                )
+                raise _depends(title, name)
+    for row in range(len(read)):  # heads and rows may lie the other way round
+        for alone, all_of_them in zip(seam.keys_values(read[row : row + 1, :2]), together, strict=True):
+            if not _close(alone, all_of_them[row : row + 1, :, :2]):
+                raise _depends(title, name)
+
+
+def _depends(title: str, name: str) -> NotExpandable:
+    return NotExpandable(
+        f"{title}: its {name} makes keys and values of a token that depend on where it is or on other tokens, which "
+        "task tokens do not have; modulate the block instead"
+    )
 
 
 def check_copy(site: Site, title: str, block: nn.Module, call: BlockCall) -> None:

@@ -77,7 +77,10 @@ class Seam(ABC):
             if self.is_square and query.shape[-2] != key.shape[-2]:
                 raise NotExpandable(f"block {self.block!r}: its attention is not of its tokens to each other")
             caught.append((key, value))
-            return value if value.shape[:-1] == query.shape[:-1] else query
+            # a copy: what comes out may be written to, and what was caught must not be
+            return value.clone() if value.shape[:-1] == query.shape[:-1] else query.clone()
+
+        catch.only_keys = True  # type: ignore[attr-defined]
 
         options: dict[str, Any] = dict.fromkeys(self._required)
         for width in self._widths:

@@ -6,6 +6,7 @@ its seam refuses.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ class Catch(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, caught = kwargs or {}, self.caught
         if caught.is_aside:
-            return function(*args, **kwargs)
+            return plainly(function, args, kwargs)
         if function is F.scaled_dot_product_attention:
-            caught.num_calls += 1
+            caught.count()
             return caught.attend(*args, **kwargs)
         if caught.replaced and function is F.linear:
             for weight, tokens in caught.replaced:
@@ -43,16 +44,21 @@ class Catch(TorchFunctionMode):
             return carry_out(function, args, kwargs)
         if (scores := _put_off(caught, name, args, kwargs)) is not None:
             return scores
-        if name == "unflatten" and torch.compiler.is_compiling():
-            return torch.unflatten(*args, **kwargs)  # under a mode the method is not traced
-        return function(*args, **kwargs)
+        return plainly(function, args, kwargs)
+
+
+def plainly(function: Any, args: Any, kwargs: Any) -> Any:
+    if function is Tensor.unflatten and torch.compiler.is_compiling():
+        return torch.unflatten(*args, **kwargs)  # under a mode the method is not traced
+    return function(*args, **kwargs)
 
 
 def _put_off(caught: Caught, name: str, args: Any, kwargs: Any) -> Any:
     """A product that may be that of queries and keys; None for any other."""
     if name == "matmul" and len(args) == 2 and not kwargs:
         query, key = args
-        return Scores(caught, query, key.mT) if query.ndim >= 3 and key.ndim >= 3 else None
+        is_product = query.ndim >= 3 and key.ndim >= 3 and not isinstance(key, torch.nn.Parameter)
+        return Scores(caught, query, key.mT) if is_product else None
     if name == "einsum" and len(args) == 3:
         pair = queries_and_keys(*args)
         return None if pair is None else Scores(caught, *pair)
@@ -69,17 +75,26 @@ def carry_out(function: Any, args: Any, kwargs: Any) -> Any:
     if not args and "input" in kwargs:
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     known = _KNOWN.get(name)
-    if known is not None and args and (isinstance(args[0], Deferred) or name in _EITHER):
+    if known is not None and args and (isinstance(args[0], Deferred) or name in _EITHER) and _are_known(kwargs):
         result = known(*args, **kwargs)
         if result is not NotImplemented:
+            if isinstance(result, Deferred):
+                for some in args:
+                    if isinstance(some, Deferred):
+                        some.check_mode()
             return result
     if isinstance(args[0], Deferred) and (name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")):
         raise args[0].caught.refusal(f"changes its scores in place by {name}")
-    for some in leaves((args, kwargs)):
-        if isinstance(some, Deferred):
-            some.caught.unknown.append(name.strip("_"))
-    args, kwargs = map_leaves(as_tensor, (args, kwargs))
-    return function(*args, **kwargs)
+    args, kwargs = map_leaves(partial(_read, name.strip("_")), (args, kwargs))
+    return plainly(function, args, kwargs)
+
+
+def _are_known(kwargs: Any) -> bool:
+    return not kwargs.keys() & {"out", "alpha", "rounding_mode", "other", "exponent"}
+
+
+def _read(name: str, leaf: Any) -> Any:
+    return leaf.read(name) if isinstance(leaf, Deferred) else leaf
 
 
 def as_tensor(leaf: Any) -> Any:
@@ -87,9 +102,18 @@ def as_tensor(leaf: Any) -> Any:
     return leaf.tensor() if isinstance(leaf, Deferred) else leaf
 
 
-def without_deferred(tree: Any) -> Any:
-    """``tree`` with tensors in place of what was put off; itself if nothing was."""
-    return map_leaves(as_tensor, tree) if any(isinstance(leaf, Deferred) for leaf in leaves(tree)) else tree
+def without_deferred(tree: Any, *, poisons: bool = False) -> Any:
+    """``tree`` with tensors in place of what was put off; itself if nothing was.
+
+    Args:
+        poisons: let them be NaN, by which it is seen who uses them.
+    """
+
+    def settled(leaf: Any) -> Any:
+        tensor = as_tensor(leaf)
+        return torch.full_like(tensor, torch.nan) if poisons and tensor is not leaf else tensor
+
+    return map_leaves(settled, tree) if any(isinstance(leaf, Deferred) for leaf in leaves(tree)) else tree
 
 
 def _name(function: Any) -> str:
@@ -145,8 +169,11 @@ def _sub(a: Any, b: Any, **kwargs: Any) -> Any:
 
 
 def _matmul(a: Any, b: Any) -> Any:
-    if isinstance(b, Maps) and not isinstance(a, Deferred) and torch.compiler.is_compiling():
-        a, b = b, a  # it hands over the operands of both products in this order; expand has refused the other one
+    if torch.compiler.is_compiling() and isinstance(b, Deferred) and not isinstance(a, Deferred):
+        # it hands over the operands of either product in this order; of maps, expand has refused the other one
+        if not isinstance(b, Maps):
+            raise b.caught.refusal("multiplies its scores by something before their softmax, which, compiled,")
+        a, b = b, a
     return a.attended(b) if isinstance(a, Maps) and isinstance(b, Tensor) else NotImplemented
 
 
@@ -164,7 +191,7 @@ def _softmax(scores: Any, dim: Any = None, *args: Any, dtype: torch.dtype | None
     if not isinstance(scores, Scores) or dim not in (-1, len(scores.shape) - 1):
         return NotImplemented
     dtypes = [one for one in (dtype, *args) if isinstance(one, torch.dtype)]  # beside F.softmax's stack level
-    return Maps(scores, dtypes[0] if dtypes else scores.dtype)
+    return Maps(scores.copy(), dtypes[0] if dtypes else scores.dtype)
 
 
 def _dropout(maps: Any, p: float = 0.5, training: bool = True, inplace: bool = False, **kwargs: Any) -> Any:
@@ -243,7 +270,8 @@ def _method(name: str) -> Any:
 for _dunder in (
     *("__matmul__", "__rmatmul__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__add__", "__radd__"),
     *("__sub__", "__rsub__", "__imul__", "__itruediv__", "__iadd__", "__isub__", "__neg__", "__pow__"),
-    *("__getitem__", "__setitem__", "__lt__", "__le__", "__gt__", "__ge__"),
+    *("__getitem__", "__setitem__", "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__abs__", "__mod__"),
+    *("__floordiv__", "__rpow__", "__invert__", "__and__", "__or__", "__xor__", "__bool__", "__float__", "__int__"),
     *("matmul", "bmm", "mul", "mul_", "multiply", "div", "div_", "divide", "add", "add_", "sub", "sub_"),
     *("masked_fill", "masked_fill_", "softmax", "view", "reshape", "unflatten", "to", "float", "double", "half"),
     *("bfloat16", "type_as", "contiguous", "clone"),

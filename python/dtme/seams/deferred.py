@@ -3,7 +3,8 @@
 ``Scores`` stands for ``query @ key.mT`` and remembers what is then done to it, as far as that is a scale, a bias or a
 mask. Its softmax, ``Maps``, waits as well; and the product of that with the values hands query, key, value, mask,
 dropout and scale to whoever attends, as a call of ``scaled_dot_product_attention`` does. Whatever else is asked of
-either is asked of the tensor that it stands for, which is then computed (``catch``).
+either is asked of the tensor that it stands for, which is then computed (``catch``). Such a reading must not come back:
+what was read may be added, as a shift of all keys, but no longer changes what single keys get.
 """
 
 import math
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Attend, NotExpandable
@@ -28,16 +28,36 @@ class Caught:
         rows: of the tokens that are attended to: where heads are folded into the batch, the rest is heads.
         block: its name, for messages.
         replaced: (weight, tokens) for linear layers that are to read other tokens than they are given.
+        readings: what the attention may ask of its scores as tensors; None while it is tried.
     """
 
-    def __init__(self, attend: Attend, rows: int, block: str, replaced: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        self.attend, self.rows, self.block, self.replaced = attend, rows, block, replaced
+    def __init__(
+        self,
+        attend: Attend,
+        rows: int,
+        block: str,
+        replaced: Sequence[tuple[Tensor, Tensor]] = (),
+        readings: frozenset[str] | None = None,
+    ) -> None:
+        self.attend, self.rows, self.block, self.replaced, self.readings = attend, rows, block, replaced, readings
+        self.has_gradient = torch.is_grad_enabled()
         self.num_calls = 0
         self.is_aside = False
         """Whether what was put off is being computed, whose products are not to be put off again."""
-        self.unknown: list[str] = []
-        """What was done to scores or weights that needed them as tensors."""
+        self.read: list[str] = []
+        """What was asked of scores or weights as tensors."""
         self.made: list[weakref.ref[Deferred]] = []
+
+    def remember_reading(self, name: str) -> None:
+        if self.readings is not None and name not in self.readings:
+            raise self.refusal(f"does {name!r} to its scores or weights, as it did not when it was tried")
+        self.read.append(name)
+
+    def count(self) -> None:
+        """It attends now."""
+        self.num_calls += 1
+        if torch.is_grad_enabled() != self.has_gradient:
+            raise self.refusal("attends without gradients, or in a reentrant checkpoint of its own,")
 
     def kept(self) -> "list[Deferred]":
         """What is still held by somebody."""
@@ -58,25 +78,62 @@ class _Aside:
         self.caught.is_aside = self.before
 
 
+_OF_GRAPH = ("data", "grad", "register_hook", "requires_grad_", "retain_grad", "backward")
+"""Attributes of a tensor by which its gradient, or its memory, is reached."""
+
+
 class Deferred:
     """A tensor that is computed where something needs it as one."""
 
     shape: torch.Size
     dtype: torch.dtype
+    device: torch.device
 
     def __init__(self, caught: Caught) -> None:
         self.caught = caught
+        self.has_gradient = torch.is_grad_enabled()
+        self._computed: tuple[Tensor, int, bool] | None = None
         if not torch.compiler.is_compiling():
             caught.made.append(weakref.ref(self))
 
     def tensor(self) -> Tensor:
+        """With a graph where one is wanted, also if it was read without before."""
+        self.check()
+        if self._computed is None or (torch.is_grad_enabled() and not self._computed[2]):
+            with _Aside(self.caught):
+                tensor = self._compute()
+            self._computed = tensor, version(tensor), torch.is_grad_enabled()
+        return self._computed[0]
+
+    def _compute(self) -> Tensor:
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuse what was written to behind its back."""
+        if self._computed is not None and version(self._computed[0]) != self._computed[1]:
+            raise self.caught.refusal("writes into its scores or weights")
+
+    def check_mode(self) -> None:
+        """What is remembered is done with gradients if they are wanted, as autograd would see it."""
+        if torch.is_grad_enabled() != self.has_gradient:
+            raise self.caught.refusal("computes with its scores in one place with gradients and in another without")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        self.caught.unknown.append(name)
-        return getattr(self.tensor(), name)
+        if name in _OF_GRAPH:
+            raise self.caught.refusal(f"uses {name!r} of its scores or weights")
+        return getattr(self.read(name), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_GRAPH:
+            raise self.caught.refusal(f"sets {name!r} of its scores or weights")
+        object.__setattr__(self, name, value)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, for something that is not remembered."""
+        self.caught.remember_reading(name)
+        return self.tensor()
 
     @property
     def ndim(self) -> int:
@@ -92,161 +149,220 @@ class Deferred:
         return self.shape[0]
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often it was written to, where that is known."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class Scores(Deferred):
-    """``query @ key.mT * factor + bias``, of queries (..., N, d) and keys (..., M, d)."""
+    """``query @ key.mT``, of queries (..., N, d) and keys (..., M, d), and what was done to it."""
 
     def __init__(self, caught: Caught, query: Tensor, key: Tensor) -> None:
         super().__init__(caught)
-        self.query, self.key = query, key
+        self.query, self.key, self.device = query, key, query.device
+        self.base = torch.Size(
+            (*torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
+        )
+        self.shape, self.dtype = self.base, torch.promote_types(query.dtype, key.dtype)
+        self.steps: tuple[tuple[str, Any, Any], ...] = ()
+        """As they were asked for: what a reader of the scores sees."""
         self.factor: Factor = 1.0
         self.bias: Tensor | None = None
         """(..., N or 1, M), of the shared keys alone."""
         self.shift: Factor | None = None
         """(..., N or 1, 1), of all keys: the softmax does not change by it."""
-        self.base = torch.Size(
-            (*torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
-        )
-        self.shape, self.dtype = self.base, query.dtype
-        self.has_gradient = torch.is_grad_enabled()
-        self._computed: tuple[Tensor, int] | None = None
-        self._changes = 0
-        """How often it was changed in place."""
-        self._origin: tuple[Scores, int] | None = None
-        """What it is a view of, and how often that had been changed."""
+        self.is_filled = False
+        """Whether a mask puts a number in the place of scores, as adding it does not."""
+        self.is_ambiguous = False
+        """Whether something of one column was added to scores of one key: of that key, or of all."""
+        self._inputs = [(query, version(query)), (key, version(key))]
+        self._was_read = [False]  # of all that one product has become
+        self._changes = [0]  # in place, of all views of one tensor
+        self._changes_seen = 0
 
     def copy(self) -> "Scores":
+        self.check()
         other = Scores(self.caught, self.query, self.key)
-        other.factor, other.bias, other.shift = self.factor, self.bias, self.shift
-        other.shape, other.dtype, other.has_gradient = self.shape, self.dtype, self.has_gradient
+        for name in ("steps", "factor", "bias", "shift", "is_filled", "is_ambiguous", "shape", "dtype", "has_gradient"):
+            setattr(other, name, getattr(self, name))
+        other._inputs, other._was_read = [*self._inputs], self._was_read
         return other
 
     def become(self, other: "Scores") -> "Scores":
-        """Become ``other``: an operation in place."""
-        self._check()
-        self.factor, self.bias, self.shift, self._computed = other.factor, other.bias, other.shift, None
-        self._changes += 1
-        if self._origin is not None:  # would change as well: whoever uses it now is told
-            self._origin[0]._changes, self._origin = -1, None
+        """An operation in place."""
+        self.check()
+        for name in ("steps", "factor", "bias", "shift", "is_filled", "is_ambiguous", "_inputs"):
+            setattr(self, name, getattr(other, name))
+        self._computed = None
+        self._changes[0] += 1
+        self._changes_seen = self._changes[0]
         return self
 
-    def tensor(self) -> Tensor:
-        self._check()
-        if self._computed is None:
-            with _Aside(self.caught):
-                scores = self.query @ self.key.mT * self.factor
-                for term in (self.bias, self.shift):
-                    scores = scores if term is None else scores + term
-                scores = scores.view(self.shape).to(self.dtype)
-            self._computed = scores, _version(scores)
-        return self._computed[0]
+    def check(self) -> None:
+        super().check()
+        if self._changes[0] != self._changes_seen:
+            raise self.caught.refusal("changes a view of its scores in place")
+        if any(version(tensor) != before for tensor, before in self._inputs):
+            raise self.caught.refusal("writes into what its scores are made of")
 
-    def _base(self, tensor: Tensor) -> Tensor | None:
-        """``tensor``, which meets scores of the present shape, so that it meets them as they were made."""
-        last = tensor.shape[-1]
-        if self.shape == self.base:
-            return tensor[(None,) * (len(self.base) - tensor.ndim)] if tensor.ndim <= len(self.base) else None
-        if tensor.ndim > len(self.shape):
-            return None
-        return tensor.expand(*self.shape[:-1], last).reshape(*self.base[:-1], last)
+    def read(self, name: str) -> Tensor:
+        self._was_read[0] = True
+        return super().read(name)
+
+    def _compute(self) -> Tensor:
+        scores = self.query @ self.key.mT
+        for kind, what, value in self.steps:
+            if kind == "scale":
+                scores = scores * what
+            elif kind == "add":
+                scores = scores + what
+            elif kind == "subtract":
+                scores = scores - what
+            elif kind == "fill":
+                scores = scores.masked_fill(what, value)
+            elif kind == "view":
+                scores = scores.reshape(what)
+            else:
+                scores = scores.to(what)
+        return scores
+
+    # --- steps, each of which returns NotImplemented where it is not known what it would mean for task keys -----------
+
+    def _after(self, kind: str, what: Any, value: Any = None) -> "Scores":
+        other = self.copy()
+        other.steps = (*self.steps, (kind, what, value))
+        if isinstance(what, Tensor):
+            other._inputs.append((what, version(what)))
+        return other
 
     def scaled(self, by: Any) -> Any:
-        if isinstance(by, Tensor) and by.ndim:
-            if by.shape[-1] != 1 or (by := self._base(by)) is None:
-                return NotImplemented
-        elif not isinstance(by, (int, float, Tensor)):
+        if not isinstance(by, (int, float, Tensor)):
             return NotImplemented
-        other = self.copy()
-        other.factor = self.factor * by
-        other.bias = None if self.bias is None else self.bias * by
-        other.shift = None if self.shift is None else self.shift * by
-        return other
+        factor: Any = by
+        if isinstance(by, Tensor) and by.ndim:
+            factor = None if by.shape[-1] != 1 or self._was_read[0] else self._base(by)
+        if factor is None:
+            return NotImplemented
+        other = self._after("scale", by)
+        other.factor = self.factor * factor
+        other.bias = None if self.bias is None else self.bias * factor
+        other.shift = None if self.shift is None else self.shift * factor
+        return self._promoted(other, by)
 
     def plus(self, term: Any, sign: int = 1) -> Any:
-        other = self.copy()
-        if isinstance(term, (int, float)) or (isinstance(term, Tensor) and not term.ndim):
-            other.shift = sign * term + (0.0 if self.shift is None else self.shift)
-            return other
-        if not isinstance(term, Tensor) or (term := self._base(term)) is None:
+        if not isinstance(term, (int, float, Tensor)):
             return NotImplemented
-        term = term if sign == 1 else -term
-        if term.shape[-1] == 1 != self.base[-1]:
-            other.shift = term if self.shift is None else self.shift + term
-        elif term.shape[-1] == 1 and self._computed is not None:
-            return NotImplemented  # of one key, a bias may also be a shift by the scores' own maximum
+        other, known = self._after("add" if sign == 1 else "subtract", term), term
+        if isinstance(term, Tensor):
+            known = term if term.is_floating_point() else term.to(self.dtype)
+        known = known if sign == 1 else -known
+        if not isinstance(known, Tensor) or not known.ndim:
+            other.shift = known if self.shift is None else self.shift + known
+            return self._promoted(other, term)
+        if (known := self._base(known)) is None:
+            return NotImplemented
+        if known.shape[-1] == 1 != self.base[-1]:
+            other.shift = known if self.shift is None else self.shift + known
+        elif self._was_read[0]:
+            return NotImplemented
         else:
-            other.bias = term if self.bias is None else self.bias + term
-        return other
+            other.is_ambiguous = self.is_ambiguous or known.shape[-1] == 1
+            other.bias = known if self.bias is None else self.bias + known
+        return self._promoted(other, term)
 
     def filled(self, mask: Any, value: Any) -> Any:
-        if not isinstance(mask, Tensor) or not mask.ndim or (isinstance(value, Tensor) and value.ndim):
+        if not isinstance(mask, Tensor) or not mask.ndim or self._was_read[0]:
             return NotImplemented
-        if (mask := self._base(mask)) is None:
+        if isinstance(value, Tensor) and (value.ndim or value.requires_grad):
             return NotImplemented
-        other = self.copy()
-        mask = mask.expand(*mask.shape[:-1], self.base[-1]).bool()
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling():
+            value = value.item()
+        other = self._after("fill", mask.bool(), value)
+        if (known := self._base(mask)) is None:
+            return NotImplemented
+        known = known.expand(*known.shape[:-1], self.base[-1]).bool()
         bias = torch.zeros((), dtype=self.dtype, device=mask.device) if self.bias is None else self.bias
-        value = torch.as_tensor(value, dtype=bias.dtype, device=mask.device)
-        other.bias = torch.where(mask, value, bias)
+        other.bias = bias.masked_fill(known, value) if bias.ndim else torch.where(known, value, bias)
+        other.is_filled = self.is_filled or isinstance(value, Tensor) or value != -math.inf
         return other
 
     def viewed(self, shape: Sequence[int]) -> Any:
         """Another view of the leading axes; queries and keys stay the last two."""
         if -1 in shape:
-            known = math.prod(size for size in shape if size != -1)
+            known = math.prod([size for size in shape if size != -1])
             shape = [math.prod(self.shape) // max(known, 1) if size == -1 else size for size in shape]
         if len(shape) < 3 or tuple(shape[-2:]) != tuple(self.base[-2:]) or math.prod(shape) != math.prod(self.base):
             return NotImplemented
-        other = self.copy()
+        other = self._after("view", tuple(shape))
         other.shape = torch.Size(shape)
-        other._origin = self, self._changes
+        other._changes, other._changes_seen = self._changes, self._changes_seen
         return other
 
     def cast(self, dtype: torch.dtype) -> "Scores":
         if dtype == self.dtype:
             return self
-        other = self.copy()
+        other = self._after("cast", dtype)
         other.dtype = dtype
         return other
 
+    def _promoted(self, other: "Scores", by: Any) -> "Scores":
+        if isinstance(by, Tensor) and by.ndim and by.is_floating_point():
+            other.dtype = torch.promote_types(self.dtype, by.dtype)
+        return other
+
+    def _base(self, tensor: Tensor) -> Tensor | None:
+        """``tensor``, which meets scores of the present shape, so that it meets them as they were made."""
+        if tensor.ndim > len(self.shape):
+            return None
+        if self.shape == self.base:
+            return tensor[(None,) * (len(self.base) - tensor.ndim)]
+        last = tensor.shape[-1]
+        return tensor.expand(*self.shape[:-1], last).reshape(*self.base[:-1], last)
+
+    # --- what it was for ----------------------------------------------------------------------------------------------
+
     def attended(self, value: Tensor | None, dropout_p: float = 0.0) -> Tensor:
         """What ``attend`` makes of the queries, keys and ``value`` (..., M, d); of None the weights (..., N, M)."""
-        self._check()
-        if torch.is_grad_enabled() and not self.has_gradient:
-            raise self.caught.refusal("computes its scores without gradients and attends with them")
-        query, scale = (self.query, float(self.factor)) if isinstance(self.factor, (int, float)) else (None, 1.0)
-        query = self.query * self.factor if query is None else query
-        parts = [query, self.key] if value is None else [query, self.key, value]
-        dtype = query.dtype
-        for part in parts:
-            dtype = torch.promote_types(dtype, part.dtype)
-        parts = [self._by_row(part).to(dtype) for part in parts]
-        bias = None if self.bias is None else self._bias_by_row(self.bias).to(dtype)
+        self.check()
+        if value is not None:
+            self.check_mode()
+            self.caught.count()
+            if self.is_ambiguous and not getattr(self.caught.attend, "only_keys", False):
+                raise self.caught.refusal("adds one number to the score of one key, of that or of all keys,")
+        query, scale = self.query, 1.0
+        if isinstance(self.factor, (int, float)):
+            scale = float(self.factor)
+        else:
+            query = query * self.factor
+        dtype = torch.promote_types(query.dtype, self.key.dtype)
+        dtype = dtype if value is None else torch.promote_types(dtype, value.dtype)
+        parts = [self._by_row(part).to(dtype) for part in (query, self.key)]
+        options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
         with _Aside(self.caught):
+            is_wide = self.bias is not None and self.bias.dtype.itemsize > dtype.itemsize
+            if self.is_filled or is_wide:
+                shift = self.shift if isinstance(self.shift, Tensor) and self.shift.ndim else None
+                options["scores"] = self._by_row(self._as_made(self.tensor()))
+                options["shift"] = self.shift if shift is None else self._bias_by_row(shift)
+            elif self.bias is not None:
+                options["attn_mask"] = self._bias_by_row(self.bias).to(dtype)
             if value is None:
-                return self.caught.attend(*parts, None, attn_mask=bias, scale=scale).reshape(self.shape)
-            self.caught.num_calls += 1
-            out = self.caught.attend(*parts, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+                return self.caught.attend(*parts, None, **options).reshape(self.shape)
+            out = self.caught.attend(*parts, self._by_row(value).to(dtype), **options)
         return out.reshape(*self.shape[:-1], value.shape[-1]).to(value.dtype)
 
-    def _check(self) -> None:
-        if self._computed is not None and _version(self._computed[0]) != self._computed[1]:
-            raise self.caught.refusal("writes into its scores")
-        if self._changes < 0 or (self._origin is not None and self._origin[0]._changes != self._origin[1]):
-            raise self.caught.refusal("changes a view of its scores in place")
+    def _as_made(self, scores: Tensor) -> Tensor:
+        return scores.reshape(self.base)
 
     def _by_row(self, tensor: Tensor) -> Tensor:
         """(..., N, d) as (rows, H, N, d)."""
         if tensor.ndim == 3:
-            return tensor.unflatten(0, (self.caught.rows, -1))
+            return tensor.reshape(self.caught.rows, tensor.shape[0] // max(self.caught.rows, 1), *tensor.shape[1:])
         return tensor if tensor.ndim == 4 else tensor.flatten(0, -4)
 
     def _bias_by_row(self, bias: Tensor) -> Tensor:
         if bias.ndim == 3:
-            return bias.unsqueeze(0) if bias.shape[0] == 1 else bias.unflatten(0, (self.caught.rows, -1))
+            return bias.unsqueeze(0) if bias.shape[0] == 1 else self._by_row(bias)
         if bias.ndim == 4:
             return bias
         if all(size == 1 for size in bias.shape[:-3]):
@@ -255,20 +371,21 @@ class Scores(Deferred):
 
 
 class Maps(Deferred):
-    """The softmax of ``scores`` over the keys, perhaps with dropout."""
+    """The softmax of scores over the keys, perhaps with dropout."""
 
     def __init__(self, scores: Scores, dtype: torch.dtype, dropout_p: float = 0.0) -> None:
         super().__init__(scores.caught)
         self.scores, self.dropout_p = scores, dropout_p
-        self.shape, self.dtype = scores.shape, dtype
-        self._computed: Tensor | None = None
+        self.shape, self.dtype, self.device = scores.shape, dtype, scores.device
 
-    def tensor(self) -> Tensor:
-        """(..., N, M): the weights of the shared keys, which with those of task keys sum to 1."""
-        if self._computed is None:
-            weights = self.scores.attended(None).to(self.dtype)
-            self._computed = F.dropout(weights, self.dropout_p) if self.dropout_p else weights
-        return self._computed
+    def _compute(self) -> Tensor:
+        """(..., N, M): the weights of the shared keys, which with those of task keys sum to 1; without dropout."""
+        return self.scores.attended(None).to(self.dtype)
+
+    def read(self, name: str) -> Tensor:
+        if self.dropout_p:
+            raise self.caught.refusal(f"does {name!r} to its weights after dropout")
+        return super().read(name)
 
     def viewed(self, shape: Sequence[int]) -> Any:
         scores = self.scores.viewed(shape)
@@ -278,6 +395,8 @@ class Maps(Deferred):
         return self if dtype == self.dtype else Maps(self.scores, dtype, self.dropout_p)
 
     def attended(self, value: Tensor) -> Tensor:
+        self.check()
+        self.check_mode()
         if self.shape != self.scores.base:
             raise self.caught.refusal("rearranges its weights before it takes them to its values")
         return self.scores.attended(value, self.dropout_p)

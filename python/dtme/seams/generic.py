@@ -4,6 +4,7 @@ Tried on torch 2.13, on attentions written for the tests, on timm 0.5.4, 0.6.13 
 PVT and SegFormer. What the arguments of such blocks mean is not known.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import find_tokens, replace_argument
-from ..written_out import attention_weights
-from .base import Attend, KeysValues, NotExpandable, Seam, is_plain_linear
+from ..written_out import attention_of_scores, attention_weights
+from .base import Attend, KeysValues, NotExpandable, Seam, is_hooked, is_plain_linear
 from .catch import Catch, without_deferred
 from .deferred import Caught
+
+_SEEING = (nn.Softmax, nn.Dropout)
+"""Modules that scores and weights go through."""
+_NO_TOKENS = ("mask", "bias", "pos", "rel", "rope")
+"""Parts of the names of arguments that are not attended to."""
 
 
 class Reduction(NamedTuple):
@@ -32,26 +38,64 @@ class Reduction(NamedTuple):
 class GenericSeam(Seam):
     def __init__(self, block: str, attention: Any) -> None:
         super().__init__(block, attention)
+        self._names = list(inspect.signature(type(attention).forward).parameters)[1:]
         self.reduction: Reduction | None = None
+        self.readings: frozenset[str] | None = None
+        """What its scores may be asked for as tensors: what they were asked for when it was tried."""
         self.fixed_tokens: int | None = None
         """The only number of tokens that it runs on, if it does not run on others: a window's."""
 
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
-        return self._run(attend, args, kwargs)
+        self._check_hooks()
+        return self._run(self._caught(attend, args, kwargs), args, kwargs)
 
-    def _run(self, attend: Attend, args: Any, kwargs: Any, replaced: Any = ()) -> Any:
-        rows = find_tokens(args, kwargs, self.block)[1].shape[0]
-        caught = Caught(attend, rows, self.block, replaced)
+    def tried(self, args: Any, kwargs: Any, *, poisons: bool = False) -> tuple[Any, frozenset[str]]:
+        """What the attention returns without task tokens, and what it asked of its scores as tensors.
+
+        Args:
+            poisons: let scores and weights that it returns be NaN.
+        """
+        caught = self._caught(plain_attention, args, kwargs)
+        return self._run(caught, args, kwargs, poisons=poisons), frozenset(caught.read)
+
+    def _caught(self, attend: Attend, args: Any, kwargs: Any, replaced: Any = ()) -> Caught:
+        tokens = find_tokens(args, kwargs, self.block)[1]
+        for name, value in (*zip(self._names, args, strict=False), *kwargs.items()):
+            if not isinstance(value, Tensor) or value is tokens or any(part in name for part in _NO_TOKENS):
+                continue
+            if value.is_floating_point() and value.ndim == 3 and value.shape[-1] == tokens.shape[-1]:
+                problem = f"is given {name!r} beside its tokens, to which it may attend instead"
+                raise NotExpandable(f"block {self.block!r}: its attention {problem}")
+        return Caught(attend, tokens.shape[0], self.block, replaced, self.readings)
+
+    def _run(self, caught: Caught, args: Any, kwargs: Any, *, poisons: bool = False) -> Any:
         with Catch(caught):
             output = type(self.attention).forward(self.attention, *args, **kwargs)
         if caught.num_calls != 1:
-            done = f"; its scores go through {caught.unknown[0]!r}" if caught.unknown else ""
+            done = f"; {caught.read[0]!r} is done to its scores" if caught.read else ""
             times = f"{caught.num_calls} times in a way that is known, not once{done}"
             raise NotExpandable(f"block {self.block!r}: its attention attends {times}")
-        output = without_deferred(output)
+        output = without_deferred(output, poisons=poisons)
         if not torch.compiler.is_compiling():
             self._settle(caught)
         return output
+
+    def _check_hooks(self) -> None:
+        for module in self.attention.modules():
+            if isinstance(module, _SEEING) and is_hooked(module):
+                raise NotExpandable(
+                    f"block {self.block!r}: a hook hangs on the {type(module).__name__} of its attention, whose "
+                    "weights are no tensors while task tokens join them: let the attention return them instead"
+                )
+
+    def _check_statistics(self) -> None:
+        for module in self.attention.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise NotExpandable(
+                    f"block {self.block!r}: the {type(module).__name__} of its attention takes statistics of the "
+                    "batch in training, and would take those of task tokens too: set it to evaluation mode, or "
+                    "modulate the block instead"
+                )
 
     def _settle(self, caught: Caught) -> None:
         """Let whatever the attention keeps be tensors.
@@ -68,8 +112,8 @@ class GenericSeam(Seam):
             value = settled = None
         if caught.kept():
             raise NotExpandable(
-                f"block {self.block!r}: somebody keeps the scores or weights of its attention while it runs, a hook say: "
-                "keep what .clone() or .detach() makes of them, or an attribute of the attention itself"
+                f"block {self.block!r}: somebody outside of its attention keeps its scores or weights: keep what "
+                ".clone() or .detach() makes of them, or let the attention return them"
             )
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,7 +138,7 @@ class GenericSeam(Seam):
 
         handles = [m.register_forward_hook(remember) for m in self.attention.modules() if m is not self.attention]
         try:
-            self.run(attend, *args, **kwargs)
+            self._run(self._caught(attend, args, kwargs), args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -147,6 +191,7 @@ class GenericSeam(Seam):
         return read[0], *caught[0]
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
+        self._check_statistics()
         if self.fixed_tokens is None:
             return self._keys_values(tokens)
         # beside zeros: every token's keys are its own, which is tried before any of this is used (block.trial)
@@ -172,12 +217,19 @@ class GenericSeam(Seam):
         layers, num_tokens, args, kwargs, where = self.reduction
         grid = tokens.new_zeros(len(tokens), num_tokens, tokens.shape[-1])
         args, kwargs = replace_argument(args, kwargs, where, grid)
-        self._run(catch, args, kwargs, [(layer.weight, tokens) for layer in layers])
+        catch.only_keys = True  # type: ignore[attr-defined]
+        self._run(self._caught(catch, args, kwargs, [(layer.weight, tokens) for layer in layers]), args, kwargs)
         return caught[0]
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
     """``scaled_dot_product_attention``, which also gives its weights, for ``value=None``."""
+    scores, shift = options.pop("scores", None), options.pop("shift", None)
+    if scores is not None:
+        none = key.new_empty(*key.shape[:-2], 0, key.shape[-1])
+        no_value = none if value is None else value.new_empty(*value.shape[:-2], 0, value.shape[-1])
+        scale, dropout_p = options.get("scale"), options.get("dropout_p", 0.0)
+        return attention_of_scores(scores, query, value, none, no_value, scale, shift, dropout_p)
     if value is None:
         mask, scale = options.get("attn_mask"), options.get("scale")
         return attention_weights(query, key, attn_mask=mask, scale=scale)

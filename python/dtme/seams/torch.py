@@ -46,7 +46,7 @@ class TorchSeam(Copied):
         out = attention.out_proj(attend(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2))
         if not need_weights:
             return out, None
-        weights = attend(q, k, None, attn_mask=mask)
+        weights = attend(q, k, None, attn_mask=mask).to(q.dtype)
         return out, weights.mean(1) if average_attn_weights else weights
 
     def _mask(self, rows: int, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -152,6 +152,7 @@ def _attention(
     weights = None
     if is_asked and is_eager:
         weights = attend(query, key, None, attn_mask=attention_mask, is_causal=causal, scale=scaling)
+        weights = weights.to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
 
 
