@@ -261,7 +261,10 @@ class MixedAfter(OwnBlock):
 
 REFUSED = {
     "a bias by distance": (lambda: OwnBlock(Attention(distance_bias)), "would not compute what it does"),
-    "rotary positions": (lambda: OwnBlock(Attention(rotated_by_place)), "would not compute what it does"),
+    "rotary positions": (
+        lambda: OwnBlock(Attention(rotated_by_place)),
+        "keys and values of a token that depend on where it is",
+    ),
     "centred keys": (lambda: OwnBlock(Attention(centred_keys)), "would not compute what it does"),
     "a convolution behind": (MixedAfter, "would not compute what it does"),
 }

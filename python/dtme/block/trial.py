@@ -23,7 +23,7 @@ from ..blocks import find_tokens, replace_argument
 from ..seams import GenericSeam, NotExpandable, Seam, no_positions, plain_attention, required_parameters
 from ..seams.base import Attend
 from ..trees import map_tensors, tensors
-from .attention import attend_concatenated
+from .attention import attend, attend_concatenated
 
 if TYPE_CHECKING:
     from .site import Site
@@ -97,6 +97,8 @@ def _grids(block: nn.Module, num_features: int) -> list[tuple[int, int]]:
 
 MOST_TOKENS = 4096
 """On which a block is tried."""
+MOST_TASK_TOKENS = 64
+"""Places in which the keys of one task token are compared."""
 
 
 def check_seam(site: Site, title: str, num_features: int, like: Tensor) -> None:
@@ -114,6 +116,9 @@ def check_seam(site: Site, title: str, num_features: int, like: Tensor) -> None:
         raise _differs(title, seam, f"what that of the known releases does ({error})") from error
     if isinstance(seam, GenericSeam):
         _check_generic(site, seam, title)
+        everywhere = seam.keys_values(_random(like, 1, 1, num_features).expand(-1, MOST_TASK_TOKENS, -1))
+        if any(not _close(x, x[:, :, :1].expand_as(x)) for x in everywhere):
+            raise _depends(title, type(seam.attention).__name__)
     elif seam.copied and not _close(got, _first(type(seam.attention).forward(seam.attention, *args))):
         raise _differs(title, seam, "what that of the known releases does")
 
@@ -149,6 +154,29 @@ def _check_generic(site: Site, seam: GenericSeam, title: str) -> None:
         if len(got) != len(want) or not all(_close(a, b) for a, b in zip(got, want, strict=True)):
             raise _differs(title, seam, "the softmax of query and key times value" + (" under a mask" * bool(options)))
     seam.readings = known
+    _check_joined(site, seam, title)
+
+
+def _check_joined(site: Site, seam: GenericSeam, title: str) -> None:
+    """What runs in a forward, against concatenated keys and values."""
+    assert site.arguments is not None
+    args, kwargs = site.arguments
+    tokens = find_tokens(args, kwargs, title)[1]
+    task_kv = seam.keys_values(_random(tokens, 1, 3, tokens.shape[-1]))
+    try:
+        got, want = (
+            list(tensors(seam.run(way, *args, **kwargs)))
+            for way in (
+                partial(attend, seam.block, 1, [0], task_kv, None, seam.is_square),
+                partial(attend_concatenated, None, task_kv),
+            )
+        )
+    except NotExpandable:
+        raise
+    except Exception as error:  # whatever operations raise that keys and values are not made for
+        raise NotExpandable(f"{title}: task tokens cannot join its {type(seam.attention).__name__}: {error}") from error
+    if not all(_close(a, b) for a, b in zip(got, want, strict=True)):
+        raise _differs(title, seam, "with task tokens what concatenated keys and values give")
 
 
 def _masks(attention: nn.Module, args: Any, kwargs: Any) -> Iterator[dict[str, Tensor]]:

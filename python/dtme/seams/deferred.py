@@ -252,7 +252,8 @@ class Scores(Deferred):
     def plus(self, term: Any, sign: int = 1) -> Any:
         if not isinstance(term, (int, float, Tensor)):
             return NotImplemented
-        other, known = self._after("add" if sign == 1 else "subtract", term), term
+        other = self._after("add" if sign == 1 else "subtract", term)
+        known: Any = term
         if isinstance(term, Tensor):
             known = term if term.is_floating_point() else term.to(self.dtype)
         known = known if sign == 1 else -known
