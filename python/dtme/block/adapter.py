@@ -1,5 +1,6 @@
 """What ``expand`` hangs on a block: its tasks' modulation and tokens, as the child module ``<block>.dtme``."""
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import dtme_kernels
 
 from ..blocks import Arguments, check_channels, find_tokens, replace_argument
 from ..randomness import left_as_it_was
-from ..seams import KeysValues
+from ..seams import KeysValues, NotExpandable
 from ..streams import (
     Expansion,
     Forward,
@@ -104,6 +105,8 @@ class BlockAdapter(nn.Module):
         # the block's own tokens reach the norm or, without one, the attention
         entrance = site.norm or site.seam.attention
         self._handles.append(entrance.register_forward_pre_hook(self.remember, with_kwargs=True))
+        if site.norm is not None:
+            self._handles.append(site.norm.register_forward_hook(self.note_norm))
         site.seam.install(self.attention_forward)
         self.plain_norm = PlainNorm.of(site)
         if self.plain_norm is not None:
@@ -250,6 +253,7 @@ class BlockAdapter(nn.Module):
             changed = self.modulate(run, tokens) if modulated and self.weight else run.repeat(tokens)
         if not recomputing() and self.site is not None:
             self._keep(changed, run)
+            self._note(changed, run)
         if run.after.num_streams > 1:
             args, kwargs = follow(block, run, tokens.shape[0], where, args, kwargs)
         return replace_argument(args, kwargs, where, changed)
@@ -325,11 +329,36 @@ class BlockAdapter(nn.Module):
         """Stands in for the attention's own forward."""
         assert self.site is not None
         run = self._run_with(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
+        if self.site.is_direct and self.folded is None:
+            self._check_feeds(run, args, kwargs)
         half, run.half = run.half, None
         alone = not any(isinstance(value, Tensor) or value for value in (*args[1:], *kwargs.values()))
         if half is not None and alone and args and half.is_of_norm(args[0]):
             return half.finish(half.attended)
         return self.site.seam.run(self._attend(run), *args, **kwargs)
+
+    def note_norm(self, module: nn.Module, args: Any, output: Any) -> None:
+        """What the norm before the attention has just put out."""
+        run = None if self.folded is not None or torch.compiler.is_compiling() else self._run_in_progress()
+        if run is not None and isinstance(output, Tensor):
+            self._note(output, run)
+
+    def _note(self, tensor: Tensor, run: Run) -> None:
+        if not torch.compiler.is_compiling():
+            run.feeds = weakref.ref(tensor)
+
+    def _check_feeds(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A block may do something else in a forward than it did when it was tried, by an argument that it is given."""
+        if torch.compiler.is_compiling() or recomputing() or run.feeds is None:
+            return
+        modules = self._block[0].modules()
+        is_dropped = self.training and any(isinstance(module, nn.Dropout) and module.p for module in modules)
+        if not is_dropped and not any(value is run.feeds() for value in (*args, *kwargs.values())):
+            raise NotExpandable(
+                f"block {self.name!r}: its attention is not given what it was given when the block was tried, the "
+                "block's tokens or what its norm makes of them: modulate it instead, and leave it out of the plan's "
+                "expansion"
+            )
 
     def _attend(self, run: Run) -> Any:
         assert self.site is not None

@@ -63,7 +63,7 @@ class PlainNorm:
         """
         if is_hooked(block, 1, 1) or getattr(block, "gradient_checkpointing", False):
             return None
-        return None if is_hooked(self.norm, 1) or is_hooked(self.seam.attention) else self.seam.projection()
+        return None if is_hooked(self.norm, 1, 1) or is_hooked(self.seam.attention) else self.seam.projection()
 
     def run(
         self, projection: Projection, streams: Tensor, weight: Tensor, bias: Tensor, task_tokens: Tensor

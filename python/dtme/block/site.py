@@ -31,6 +31,8 @@ class Site:
     norm: nn.Module | None
     is_pre_norm: bool = False
     """Whether the norm reads the block's own tokens, and the attention what it puts out, as it is."""
+    is_direct: bool = False
+    """Whether the attention reads just that, or its tokens, and not a rearrangement of them."""
     arguments: Arguments | None = None
     """What the attention is given while the block is tried."""
 
@@ -230,10 +232,10 @@ class _Probed(NamedTuple):
 def _site(title: str, seam: Seam, call: BlockCall, found: _Probed) -> Site:
     arrived, tokens = found.tokens, call.tokens
     if arrived is tokens:
-        return Site(seam, None, arguments=found.arguments)
+        return Site(seam, None, is_direct=True, arguments=found.arguments)
     for module, read, output in found.outputs:
         if output is arrived and read is tokens:
-            return Site(seam, module, is_pre_norm=True, arguments=found.arguments)
+            return Site(seam, module, is_pre_norm=True, is_direct=True, arguments=found.arguments)
     if any(output is arrived for _, _, output in found.outputs):
         raise NotExpandable(
             f"{title}: other layers change its tokens before the norm of its attention, which task tokens do not pass; "

@@ -283,6 +283,7 @@ class Scores(Deferred):
             return NotImplemented
         known = known.expand(*known.shape[:-1], self.base[-1]).bool()
         bias = torch.zeros((), dtype=self.dtype, device=mask.device) if self.bias is None else self.bias
+        bias = bias.to(torch.promote_types(bias.dtype, self.dtype))
         other.bias = bias.masked_fill(known, value) if bias.ndim else torch.where(known, value, bias)
         other.is_filled = self.is_filled or isinstance(value, Tensor) or value != -math.inf
         return other
