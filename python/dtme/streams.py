@@ -9,8 +9,7 @@ thread (or asyncio task) that opened it, and gone when it closes. Nothing about 
 """
 
 import threading
-import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -108,7 +107,7 @@ class Run:
         """The block among those of all expansions, and how often it ran in this forward before."""
         self.half: Any = None
         """What the block's first half made already of its input, on its way to the norm and the attention."""
-        self.feeds: weakref.ref[Tensor] | None = None
+        self.feeds: Callable[[], Tensor | None] | None = None
         """What the block's attention is to be given: its tokens, or what its norm has made of them."""
         self.next: Run | None = None
         """The run of the block behind it, for parts of several blocks that are recomputed together."""

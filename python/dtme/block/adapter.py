@@ -46,6 +46,10 @@ def is_added(name: str) -> bool:
     return ADDED in name
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class BlockAdapter(nn.Module):
     """Modulation and task tokens of one block; a block without either keeps the streams of earlier ones apart.
 
@@ -345,20 +349,29 @@ class BlockAdapter(nn.Module):
 
     def _note(self, tensor: Tensor, run: Run) -> None:
         if not torch.compiler.is_compiling():
-            run.feeds = weakref.ref(tensor)
+            # of what dropout in training makes of it, nobody else may keep it so long
+            run.feeds = partial(_itself, tensor) if self.training else weakref.ref(tensor)
 
     def _check_feeds(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A block may do something else in a forward than it did when it was tried, by an argument that it is given."""
         if torch.compiler.is_compiling() or recomputing() or run.feeds is None:
             return
-        modules = self._block[0].modules()
-        is_dropped = self.training and any(isinstance(module, nn.Dropout) and module.p for module in modules)
-        if not is_dropped and not any(value is run.feeds() for value in (*args, *kwargs.values())):
+        fed, run.feeds = run.feeds(), None
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if not any(value is fed for value in given) and not self._may_be_dropped(fed, given):
             raise NotExpandable(
                 f"block {self.name!r}: its attention is not given what it was given when the block was tried, the "
                 "block's tokens or what its norm makes of them: modulate it instead, and leave it out of the plan's "
                 "expansion"
             )
+
+    def _may_be_dropped(self, fed: Tensor | None, given: list[Tensor]) -> bool:
+        """Dropout on the way, which only training has, leaves every entry as it is or 0 up to one scale."""
+        if not self.training or fed is None or not given or given[0].shape != fed.shape:
+            return False
+        kept = given[0] != 0
+        ratio = (given[0] / fed)[kept & (fed != 0)]
+        return bool(torch.isclose(ratio, ratio[:1], rtol=1e-2).all())
 
     def _attend(self, run: Run) -> Any:
         assert self.site is not None
