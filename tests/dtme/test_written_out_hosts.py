@@ -432,3 +432,49 @@ def test_maps_kept_by_somebody_else_are_refused():
     net = of_blocks(lambda: Attention(partial(kept_outside, [])))
     with pytest.raises(ValueError, match=r"block '1': somebody outside of its attention keeps .*clone\(\)"):
         dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+
+
+class TwoNorms(Block):
+    """As in models of several modalities: another norm for some tokens, where an argument says which."""
+
+    def __init__(self):
+        super().__init__(Attention(timm_like))
+        self.other = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, mask=None):
+        normed = self.norm1(x) if mask is None else torch.where(mask, self.other(x), self.norm1(x))
+        return x + self.mlp(self.attn(normed))
+
+
+class MaskedNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoNorms() for _ in range(2))
+
+    def forward(self, x, mask=None):
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+def test_an_attention_that_is_fed_otherwise_than_it_was_tried_is_refused():
+    torch.manual_seed(0)
+    net, x = MaskedNet().double(), torch.randn(2, TOKENS, WIDTH).double()
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"blocks.1": TASKS}))
+    with dtme.tasks(net, "a"):
+        net(x)
+        with pytest.raises(ValueError, match=r"block 'blocks.1': its attention is not given what it was given when"):
+            net(x, torch.rand(2, TOKENS, 1) > 0.5)
+
+
+@pytest.mark.parametrize("value", [-10.0, -1e4, torch.finfo(torch.float64).min, -torch.inf])
+def test_a_mask_that_puts_numbers_in_the_place_of_scores_is_exact(value):
+    hidden = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.4
+    hidden[2] = value != -torch.inf  # a query that sees nothing
+
+    def masked(self, q, k, v, mask):
+        seen = F.pad(hidden.clone().fill_diagonal_(False) if value == -torch.inf else hidden, (0, k.shape[-2] - TOKENS))
+        return merged((q @ k.mT * self.scale).masked_fill(seen, value).softmax(-1) @ v)
+
+    net = of_blocks(lambda: Attention(masked, table=True))  # the table says of how many tokens
+    check_against_concatenation(net, torch.randn(4, TOKENS, WIDTH).double())

@@ -1,6 +1,5 @@
 """What ``expand`` hangs on a block: its tasks' modulation and tokens, as the child module ``<block>.dtme``."""
 
-import weakref
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import dtme_kernels
 
 from ..blocks import Arguments, check_channels, find_tokens, replace_argument
 from ..randomness import left_as_it_was
-from ..seams import KeysValues, NotExpandable
+from ..seams import KeysValues
 from ..streams import (
     Expansion,
     Forward,
@@ -29,7 +28,7 @@ from ..streams import (
 )
 from ..torch_private import recomputing
 from ..trees import map_tensors
-from . import recomputation
+from . import feeds, recomputation
 from .arguments import follow
 from .attention import attend, attend_concatenated
 from .first_half import FirstHalf, PlainNorm
@@ -44,10 +43,6 @@ ADDED = ".dtme."
 def is_added(name: str) -> bool:
     """Whether ``expand`` added the parameter of this name."""
     return ADDED in name
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class BlockAdapter(nn.Module):
@@ -257,7 +252,7 @@ class BlockAdapter(nn.Module):
             changed = self.modulate(run, tokens) if modulated and self.weight else run.repeat(tokens)
         if not recomputing() and self.site is not None:
             self._keep(changed, run)
-            self._note(changed, run)
+            feeds.note(run, changed, self.training)
         if run.after.num_streams > 1:
             args, kwargs = follow(block, run, tokens.shape[0], where, args, kwargs)
         return replace_argument(args, kwargs, where, changed)
@@ -334,7 +329,7 @@ class BlockAdapter(nn.Module):
         assert self.site is not None
         run = self._run_with(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
         if self.site.is_direct and self.folded is None:
-            self._check_feeds(run, args, kwargs)
+            feeds.check(self.name, run, (*args, *kwargs.values()), self.training)
         half, run.half = run.half, None
         alone = not any(isinstance(value, Tensor) or value for value in (*args[1:], *kwargs.values()))
         if half is not None and alone and args and half.is_of_norm(args[0]):
@@ -345,33 +340,7 @@ class BlockAdapter(nn.Module):
         """What the norm before the attention has just put out."""
         run = None if self.folded is not None or torch.compiler.is_compiling() else self._run_in_progress()
         if run is not None and isinstance(output, Tensor):
-            self._note(output, run)
-
-    def _note(self, tensor: Tensor, run: Run) -> None:
-        if not torch.compiler.is_compiling():
-            # of what dropout in training makes of it, nobody else may keep it so long
-            run.feeds = partial(_itself, tensor) if self.training else weakref.ref(tensor)
-
-    def _check_feeds(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A block may do something else in a forward than it did when it was tried, by an argument that it is given."""
-        if torch.compiler.is_compiling() or recomputing() or run.feeds is None:
-            return
-        fed, run.feeds = run.feeds(), None
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not any(value is fed for value in given) and not self._may_be_dropped(fed, given):
-            raise NotExpandable(
-                f"block {self.name!r}: its attention is not given what it was given when the block was tried, the "
-                "block's tokens or what its norm makes of them: modulate it instead, and leave it out of the plan's "
-                "expansion"
-            )
-
-    def _may_be_dropped(self, fed: Tensor | None, given: list[Tensor]) -> bool:
-        """Dropout on the way, which only training has, leaves every entry as it is or 0 up to one scale."""
-        if not self.training or fed is None or not given or given[0].shape != fed.shape:
-            return False
-        kept = given[0] != 0
-        ratio = (given[0] / fed)[kept & (fed != 0)]
-        return bool(torch.isclose(ratio, ratio[:1], rtol=1e-2).all())
+            feeds.note(run, output, self.training)
 
     def _attend(self, run: Run) -> Any:
         assert self.site is not None

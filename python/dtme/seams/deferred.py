@@ -326,10 +326,11 @@ class Scores(Deferred):
     def attended(self, value: Tensor | None, dropout_p: float = 0.0) -> Tensor:
         """What ``attend`` makes of the queries, keys and ``value`` (..., M, d); of None the weights (..., N, M)."""
         self.check()
+        only_keys = getattr(self.caught.attend, "only_keys", False)
         if value is not None:
             self.check_mode()
             self.caught.count()
-            if self.is_ambiguous and not getattr(self.caught.attend, "only_keys", False):
+            if self.is_ambiguous and not only_keys:
                 raise self.caught.refusal("adds one number to the score of one key, of that or of all keys,")
         query, scale = self.query, 1.0
         if isinstance(self.factor, (int, float)):
@@ -341,20 +342,20 @@ class Scores(Deferred):
         parts = [self._by_row(part).to(dtype) for part in (query, self.key)]
         options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
         with _Aside(self.caught):
-            is_wide = self.bias is not None and self.bias.dtype.itemsize > dtype.itemsize
-            if self.is_filled or is_wide:
-                shift = self.shift if isinstance(self.shift, Tensor) and self.shift.ndim else None
-                options["scores"] = self._by_row(self._as_made(self.tensor()))
-                options["shift"] = self.shift if shift is None else self._bias_by_row(shift)
-            elif self.bias is not None:
-                options["attn_mask"] = self._bias_by_row(self.bias).to(dtype)
+            if not only_keys:  # a table made for the block's own tokens does not fit others
+                options |= self._of_scores(dtype)
             if value is None:
                 return self.caught.attend(*parts, None, **options).reshape(self.shape)
             out = self.caught.attend(*parts, self._by_row(value).to(dtype), **options)
         return out.reshape(*self.shape[:-1], value.shape[-1]).to(value.dtype)
 
-    def _as_made(self, scores: Tensor) -> Tensor:
-        return scores.reshape(self.base)
+    def _of_scores(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The bias as a mask; or the scores themselves, where no bias, or none of ``dtype``, says what they are."""
+        if self.is_filled or (self.bias is not None and self.bias.dtype.itemsize > dtype.itemsize):
+            is_wide = isinstance(self.shift, Tensor) and self.shift.ndim > 0
+            shift = self._bias_by_row(self.shift) if is_wide else self.shift  # type: ignore[arg-type]
+            return {"scores": self._by_row(self.tensor().reshape(self.base)), "shift": shift}
+        return {} if self.bias is None else {"attn_mask": self._bias_by_row(self.bias).to(dtype)}
 
     def _by_row(self, tensor: Tensor) -> Tensor:
         """(..., N, d) as (rows, H, N, d)."""
