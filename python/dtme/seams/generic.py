@@ -219,6 +219,8 @@ class GenericSeam(Seam):
         args, kwargs = replace_argument(args, kwargs, where, grid)
         catch.only_keys = True  # type: ignore[attr-defined]
         self._run(self._caught(catch, args, kwargs, [(layer.weight, tokens) for layer in layers]), args, kwargs)
+        if any(x.shape[-2] != tokens.shape[1] for x in caught[0]):  # as many as the grid has, and other heads
+            raise NotExpandable(f"block {self.block!r}: its attention makes other keys than one for each task token")
         return caught[0]
 
 
