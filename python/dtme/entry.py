@@ -13,7 +13,7 @@ from torch import nn
 from . import nested_tensors
 from .forwards import Opening, run_folded
 from .output import remember_tasks
-from .sharing import Call, Ways, _caller
+from .sharing import Call, Ways, caller_level
 from .streams import Expansion, chosen, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
 
@@ -139,4 +139,4 @@ class Entry:
             "after the other. Choose tasks by `with dtme.tasks(backbone, [...])` and take the rows apart by "
             "`dtme.split(output, tasks)`, or use a dtme.MultiTaskModel"
         )
-        warnings.warn(message, stacklevel=_caller())
+        warnings.warn(message, stacklevel=caller_level())

@@ -176,10 +176,10 @@ class Ways:
         if reason and not self._has_warned:
             self._has_warned = True
             message = f"{where} runs once for every task instead of sharing its first blocks: {reason}"
-            warnings.warn(message, stacklevel=_caller())
+            warnings.warn(message, stacklevel=caller_level())
 
 
-def _caller() -> int:
+def caller_level() -> int:
     """The stack level of whoever called the model, as ``warnings.warn`` counts from the function that calls this."""
     inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
     frame, level = sys._getframe(1), 1

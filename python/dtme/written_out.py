@@ -77,20 +77,13 @@ def attention_scores(
 def attention_weights(
     query: Tensor,
     key: Tensor,
-    task_key: Tensor | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """(..., H, N, M): how much each query takes of each key, in float32 or better; with the task keys' they sum to 1.
-
-    Args:
-        task_key: (..., H', t, d), seen by every query.
-    """
+    """(..., H, N, M): how much each query takes of each key, in float32 or better."""
     scores = attention_scores(query, key, attn_mask, is_causal, scale)
-    if task_key is not None:
-        scores = torch.cat([scores, attention_scores(query, task_key, None, False, scale)], -1)
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., : key.shape[-2]]
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def attention_of_scores(

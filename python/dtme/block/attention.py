@@ -10,7 +10,7 @@ import dtme_kernels
 
 from ..seams import KeysValues, NotExpandable
 from ..streams import unfold
-from ..written_out import attention_of_scores, attention_weights
+from ..written_out import attention_of_scores, attention_scores, attention_weights
 
 
 def attend(
@@ -64,14 +64,12 @@ def attend(
     def run(streams: list[int], task_kv: KeysValues) -> Tensor:
         mask = None if attn_mask is None else part(attn_mask, streams)
         q, k = part(query, streams), part(key, streams)
-        if scores is not None:
-            v = None if value is None else part(value, streams)
+        v = None if value is None else part(value, streams)
+        if v is None or scores is not None:
+            own = attention_scores(q, k, mask, is_causal, scale) if scores is None else part(scores, streams)
             by = part(shift, streams) if isinstance(shift, Tensor) and shift.ndim else shift
             task_key, task_value = (x.unsqueeze(1) for x in task_kv)
-            return attention_of_scores(part(scores, streams), q, v, task_key, task_value, scale, by, dropout_p)
-        if value is None:
-            return attention_weights(q, k, task_kv[0].unsqueeze(1), mask, is_causal, scale)
-        v = part(value, streams)
+            return attention_of_scores(own, q, v, task_key, task_value, scale, by, dropout_p)
         options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
         return dtme_kernels.expanded_attention(q, k, v, task_kv[0], task_kv[1], attn_mask=mask, **options)
 
@@ -133,7 +131,7 @@ def attend_concatenated(
     num_keys = key.shape[-2]
     key = torch.cat([key, task_kv[0].expand(len(key), -1, -1, -1)], -2)
     if value is None:
-        return attention_weights(query, key, None, mask, False, scale)[..., :num_keys]
+        return attention_weights(query, key, mask, False, scale)[..., :num_keys]
     value = torch.cat([value, task_kv[1].expand(len(value), -1, -1, -1)], -2)
     gqa = enable_gqa or query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=gqa)

@@ -154,6 +154,10 @@ def version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
+_STEPS = ("steps", "factor", "bias", "shift", "is_filled", "is_ambiguous")
+"""What scores remember of what was done to them."""
+
+
 class Scores(Deferred):
     """``query @ key.mT``, of queries (..., N, d) and keys (..., M, d), and what was done to it."""
 
@@ -183,7 +187,7 @@ class Scores(Deferred):
     def copy(self) -> "Scores":
         self.check()
         other = Scores(self.caught, self.query, self.key)
-        for name in ("steps", "factor", "bias", "shift", "is_filled", "is_ambiguous", "shape", "dtype", "has_gradient"):
+        for name in (*_STEPS, "shape", "dtype", "has_gradient"):
             setattr(other, name, getattr(self, name))
         other._inputs, other._was_read = [*self._inputs], self._was_read
         return other
@@ -191,7 +195,7 @@ class Scores(Deferred):
     def become(self, other: "Scores") -> "Scores":
         """An operation in place."""
         self.check()
-        for name in ("steps", "factor", "bias", "shift", "is_filled", "is_ambiguous", "_inputs"):
+        for name in (*_STEPS, "_inputs"):
             setattr(self, name, getattr(other, name))
         self._computed = None
         self._changes[0] += 1
