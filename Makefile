@@ -20,13 +20,18 @@ GPU_PYTHON ?= python3.12
 THERE = out/triton-$(GPU_TRITON)-there
 HERE = out/triton-$(GPU_TRITON)-here
 
-.PHONY: demo test fuzz aot bench sweep gpu gpu-test gpu-cache lint clean
+.PHONY: demo test everything fuzz aot bench sweep gpu gpu-test gpu-cache lint clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks.paper demo $(DEMO)
 
 test: $(READY)
 	$(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+# what CI has no time for, too: every kernel for every chip, all that Triton's interpreter can run, every instruction set
+# under the sanitizers. Half an hour and more
+everything: $(READY)
+	DTME_TESTS=everything $(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # what Hypothesis draws, anew every time, where CI draws the same: EXAMPLES per test, SEED=... repeats a run
 fuzz: $(READY)
@@ -39,7 +44,7 @@ aot: $(READY)
 	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) triton==$(TRITON) \
 	    numpy safetensors tqdm pytest pytest-xdist hypothesis
-	DTME_AOT=everything PYTHONPATH=.:python $(AOT)/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/kernels/test_aot.py
+	DTME_TESTS=everything PYTHONPATH=.:python $(AOT)/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/kernels/test_aot.py
 
 bench: $(READY)
 	$(RUN) -m benchmarks.kernels --cpu

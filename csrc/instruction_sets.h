@@ -21,17 +21,21 @@ struct Kernels {
 };
 
 inline const Kernels INSTRUCTION_SETS[] = {
-#if defined(__x86_64__)
+#ifdef DTME_HAS_avx512
     {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
      DTME_EACH_KERNEL(DTME_OF_AVX512)},
+#endif
+#ifdef DTME_HAS_avx2
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
      DTME_EACH_KERNEL(DTME_OF_AVX2)},
 #endif
+#ifdef DTME_HAS_portable
     {"portable", [] { return true; }, DTME_EACH_KERNEL(DTME_OF_PORTABLE)},
+#endif
 };
 
 }  // namespace dtme

@@ -16,6 +16,7 @@ import_torchvision()
 LONG = ("aot", "interpreted", "test_csrc", "test_installation")  # groups that take minutes, and so come first
 
 
+@pytest.hookimpl(tryfirst=True)  # before that by which pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A worker of ``--dist loadgroup`` takes a file, or what a file has marked as a group of its own."""
     for item in items:

