@@ -67,6 +67,7 @@ def expand(
     widths = {name: _width(name, blocks[name], plan) for name in plan.blocks}
     # every block is probed before any is changed: probing calls it
     sites = {name: find_attention(name, blocks[name], widths[name]) for name in plan.expansion}
+    _refuse_shared(sites, blocks)
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     frozen = trained if freeze_backbone else []
     expansion = Expansion(tasks, plan, modulator, shared_prefix, frozen)
@@ -172,6 +173,18 @@ def _width(name: str, block: nn.Module, plan: ExpansionPlan) -> int:
             f"plan is for {planned} channels at block {name!r}, which has {own[0]}: it was made for another model"
         )
     return own[0] if planned is None else planned
+
+
+def _refuse_shared(sites: dict[str, Site], blocks: dict[str, nn.Module]) -> None:
+    """What joins the task tokens of one block must not run in another."""
+    for name, site in sites.items():
+        attention = site.seam.attention
+        for other, block in blocks.items():
+            if other != name and any(module is attention for module in block.modules()):
+                raise ValueError(
+                    f"blocks {name!r} and {other!r} share one {type(attention).__name__}, which the task tokens of "
+                    "only one of them could join: modulate them instead, and leave them out of the plan's expansion"
+                )
 
 
 def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], expansion: Expansion) -> None:

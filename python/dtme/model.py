@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -75,6 +76,7 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict(dict(heads.items()))
         self.features = features
         self.decoder = decoder
+        _warn_of_parameters_elsewhere(self, features=features, decoder=decoder)
         self._tasks = given
         self._ways: Ways | None = None
         self._example: Example | None = None
@@ -276,6 +278,20 @@ class MultiTaskModel(nn.Module):
                 check_independent(single, single.decoder, task, self.tasks or seen, self._example)
             fold(single.backbone, task)
             return TaskModel(single, task)
+
+
+def _warn_of_parameters_elsewhere(model: nn.Module, **functions: Any) -> None:
+    """A method brings along what its module holds, which is then nobody's child."""
+    held = {id(parameter) for parameter in model.parameters()}
+    for name, function in functions.items():
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, nn.Module) and any(id(parameter) not in held for parameter in owner.parameters()):
+            warnings.warn(
+                f"{name} is a method of a {type(owner).__name__} whose parameters are not all this model's: they are "
+                "not trained, moved, saved or put in evaluation mode with it, unless you do so. Give a module whose "
+                "forward does what the method does, and that holds what it needs beside the backbone",
+                stacklevel=3,
+            )
 
 
 def run_head(head: nn.Module, features: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -145,6 +146,31 @@ def test_where_the_names_of_tasks_come_from():
 def test_bad_models_say_what_is_wrong(options, error, says):
     with pytest.raises(error, match=says):
         dtme.MultiTaskModel(nn.Identity(), **options)
+
+
+class Whole(nn.Module):
+    """A model with its own decoder, of which a method is handed over."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.neck = OwnTransformer(), nn.Linear(WIDTH, 2)
+
+    def decode(self, features):
+        return {task: self.neck(found) for task, found in features.items()}
+
+    def taps(self, backbone, x):
+        return backbone(x)
+
+
+def test_a_method_whose_weights_the_model_would_not_hold_is_told_of():
+    whole, says = Whole(), "{} is a method of a Whole whose parameters are not all this model's"
+    with pytest.warns(UserWarning, match=says.format("decoder")):
+        dtme.MultiTaskModel(whole.backbone, decoder=whole.decode, tasks=TASKS)
+    with pytest.warns(UserWarning, match=says.format("features")):
+        dtme.MultiTaskModel(whole.backbone, {"a": nn.Identity()}, features=whole.taps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dtme.MultiTaskModel(whole, decoder=whole.decode, tasks=TASKS)  # it holds them all
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import nn
 
 import dtme
 from dtme.blocks import find_blocks
+from tests.dtme.backbones import timm_vit
 from tests.dtme.test_clients import transformers_model
 from tests.dtme.test_written_out import (
     HEADS,
@@ -370,14 +371,30 @@ def test_what_is_not_known_is_refused_with_ways_out_and_nothing_is_changed(write
         net(x).sum().backward()
 
 
-def test_scores_without_gradients_are_refused_where_gradients_are_asked_for():
-    net = of_blocks(lambda: Attention(without_gradients))
-    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
-    x = torch.randn(2, TOKENS, WIDTH).double()
-    with torch.no_grad(), dtme.tasks(net, TASKS):
-        net(x)
-    with pytest.raises(ValueError, match=r"block '1'.*with gradients and in another without"), dtme.tasks(net, "a"):
-        net(x)
+class Tenth(torch.autograd.Function):
+    """Hands on what it is given, and a tenth of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 10
+
+
+def tenth(self, q, k, v, mask):
+    return merged(Tenth.apply(q @ k.mT * self.scale).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize(
+    ("write", "says"), [(without_gradients, "in another without"), (tenth, "not compute gradients as")]
+)
+def test_gradients_of_the_attentions_own_making_are_refused(write, says):
+    net = of_blocks(lambda: Attention(write))
+    with pytest.raises(ValueError, match=rf"block '1'.*{says}"):
+        dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+    assert not dtme.is_expanded(net)
 
 
 class Keeping(Attention):
@@ -398,6 +415,7 @@ class Keeping(Attention):
 def test_maps_kept_by_the_attention_are_tensors_with_the_rows_of_all_tasks():
     net, x = of_blocks(Keeping), torch.randn(4, TOKENS, WIDTH).double()
     dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, *PLAN))
+    assert not any(block.attn.kept for block in net)  # it was tried on a copy
     moved(net)
     with dtme.tasks(net, TASKS):
         net(x)
@@ -432,6 +450,45 @@ def test_maps_kept_by_somebody_else_are_refused():
     net = of_blocks(lambda: Attention(partial(kept_outside, [])))
     with pytest.raises(ValueError, match=r"block '1': somebody outside of its attention keeps .*clone\(\)"):
         dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+
+
+@pytest.mark.parametrize("write", [timm_like, "library"])
+@pytest.mark.parametrize("kind", ["spectral norm", "batch norm"])
+def test_statistics_are_not_taken_of_task_tokens(kind, write):
+    """In training; in evaluation mode such a module is a map like any other."""
+    if write == "library":
+        net = timm_vit(depth=3)
+        blocks, x = net.blocks, torch.randn(2, 3, 32, 32)
+        attention, linear = blocks[1].attn, "qkv"
+    else:
+        net = blocks = of_blocks(lambda: Attention(timm_like))
+        attention, x, linear = blocks[1].attn, torch.randn(2, TOKENS, WIDTH).double(), "q"
+    if kind == "spectral norm":
+        nn.utils.parametrizations.spectral_norm(getattr(attention, linear))
+    else:
+        attention.k_norm = nn.BatchNorm2d(attention.num_heads, dtype=x.dtype)
+    before, name = {key: value.clone() for key, value in net.state_dict().items()}, list(find_blocks(net))[1]
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {name: TASKS}))
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items())
+    with dtme.tasks(net, "a"):
+        net.eval()(x)
+        with pytest.raises(ValueError, match=rf"block '{name}': the (_SpectralNorm|BatchNorm2d) before its attention"):
+            net.train()(x)
+        for module in attention.modules():
+            if isinstance(module, nn.BatchNorm2d) or type(module).__name__ == "_SpectralNorm":
+                module.eval()
+        net(x).sum().backward()
+
+
+def test_two_blocks_that_share_one_attention_are_told_of():
+    net = of_blocks(lambda: Attention(timm_like))
+    net[2].attn = net[0].attn
+    for names in (("0", "2"), ("2",), ("0",)):
+        with pytest.raises(
+            ValueError, match=rf"blocks '{names[0]}' and '.' share one Attention, which the task tokens"
+        ):
+            dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, dict.fromkeys(names, TASKS)))
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {"0": TASKS}, {"1": TASKS}))
 
 
 class TwoNorms(Block):

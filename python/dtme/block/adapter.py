@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import dtme_kernels
 
 from ..blocks import Arguments, check_channels, find_tokens, replace_argument
-from ..randomness import left_as_it_was
 from ..seams import KeysValues
 from ..streams import (
     Expansion,
@@ -34,6 +33,7 @@ from .attention import attend, attend_concatenated
 from .first_half import FirstHalf, PlainNorm
 from .probe import probe
 from .site import Site
+from .statistics import check_statistics
 from .task_buffers import TaskBuffers
 
 ADDED = ".dtme."
@@ -119,8 +119,7 @@ class BlockAdapter(nn.Module):
                 for child, one in parent.named_children()
                 if one is module
             ]
-        with left_as_it_was(self._block[0]):  # what cannot be projected is refused now, not in the first forward
-            self._project(torch.stack([self.tokens[tasks[0]]]))
+        site.seam.check_hooks()  # refused now, not in the first forward
 
     def remove(self) -> None:
         """Leave the block as it was found."""
@@ -372,6 +371,7 @@ class BlockAdapter(nn.Module):
 
     def _project(self, tokens: Tensor) -> KeysValues:
         assert self.site is not None
+        check_statistics(self.name, self.site.statistics)
         normed = tokens if self.site.norm is None else self.site.norm(tokens)
         return self.site.seam.keys_values(normed)
 

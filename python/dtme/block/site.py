@@ -1,6 +1,8 @@
 """Which attention of a block task tokens can join, and what feeds it."""
 
-from collections.abc import Iterator
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,7 +15,17 @@ from ..randomness import left_as_it_was
 from ..seams import GenericSeam, NotExpandable, Seam, class_of, declared_norm, plain_attention, seam_of
 from ..seams.catch import Catch
 from ..seams.deferred import Caught
-from .trial import BlockCall, block_calls, check_block, check_copy, check_keys, check_seam, check_weights, unseen
+from .trial import (
+    BlockCall,
+    block_calls,
+    check_block,
+    check_copy,
+    check_keys,
+    check_seam,
+    check_weights,
+    passed_statistics,
+    unseen,
+)
 
 
 def is_layer_norm(module: Any) -> bool:
@@ -35,6 +47,14 @@ class Site:
     """Whether the attention reads just that, or its tokens, and not a rearrangement of them."""
     arguments: Arguments | None = None
     """What the attention is given while the block is tried."""
+    statistics: tuple[nn.Module, ...] = ()
+    """Modules that task tokens pass, and that keep statistics of what passes through them in training."""
+
+    def on(self, modules: Mapping[nn.Module, nn.Module]) -> "Site":
+        """The same in what was copied, by what ``modules`` has in place of a copy's."""
+        norm = None if self.norm is None else modules[self.norm]
+        statistics = tuple(modules[module] for module in self.statistics)
+        return replace(self, seam=self.seam.on(modules), norm=norm, statistics=statistics)
 
 
 def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
@@ -51,17 +71,34 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
     """
     title = f"block {name!r} ({type(block).__name__})"
     with torch.inference_mode(False), left_as_it_was(block), unseen(block):
-        seam = _known_seam(name, title, block)
-        try:
-            return _tried(name, title, block, seam, num_features)
-        except NotExpandable:
-            if seam is None:
-                raise
-            try:  # what a library's file knows may be of another release, or of another attention of its kind
-                return _tried(name, title, block, None, num_features)
-            except NotExpandable:
-                pass
+        twin = _copy(block)
+        site = _search(name, title, block if twin is None else twin, num_features)
+        return site if twin is None else site.on(dict(zip(twin.modules(), block.modules(), strict=True)))
+
+
+def _copy(block: nn.Module) -> nn.Module | None:
+    """A copy to try things on, whose counters and lists are nobody's; None where there can be none."""
+    try:
+        twin = copy.deepcopy(block)
+    except Exception:  # tensors that are not leaves, weights that cannot be copied, or no memory for them
+        return None
+    pairs = list(itertools.zip_longest(twin.named_modules(), block.named_modules(), fillvalue=("", None)))
+    is_whole = all(name == own and one is not module for (name, one), (own, module) in pairs)
+    return twin if is_whole else None
+
+
+def _search(name: str, title: str, block: nn.Module, num_features: int) -> Site:
+    seam = _known_seam(name, title, block)
+    try:
+        return _tried(name, title, block, seam, num_features)
+    except NotExpandable:
+        if seam is None:
             raise
+        try:  # what a library's file knows may be of another release, or of another attention of its kind
+            return _tried(name, title, block, None, num_features)
+        except NotExpandable:
+            pass
+        raise
 
 
 def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_features: int) -> Site:
@@ -71,7 +108,7 @@ def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_featu
     if declared and seam is not None:
         site = Site(seam, norm, is_pre_norm=norm is not None)
         check_seam(site, title, num_features, like)
-        return site
+        return replace(site, statistics=passed_statistics(site, like, num_features))
     site, call = _find_site(name, title, block, seam, num_features, like)
     check_seam(site, title, num_features, like)
     check_weights(site, title, block, call)
@@ -79,7 +116,7 @@ def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_featu
         check_copy(site, title, block, call)
     else:
         check_keys(site, title, block, call)
-    return replace(site, arguments=None)
+    return replace(site, arguments=None, statistics=passed_statistics(site, like, num_features))
 
 
 # --- which attention --------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ..seams import GenericSeam, NotExpandable, Seam, no_positions, plain_attent
 from ..seams.base import Attend
 from ..trees import map_tensors, tensors
 from .attention import attend, attend_concatenated
+from .statistics import find_statistics
 
 if TYPE_CHECKING:
     from .site import Site
@@ -154,7 +155,45 @@ def _check_generic(site: Site, seam: GenericSeam, title: str) -> None:
         if len(got) != len(want) or not all(_close(a, b) for a, b in zip(got, want, strict=True)):
             raise _differs(title, seam, "the softmax of query and key times value" + (" under a mask" * bool(options)))
     seam.readings = known
+    if attention is not seam.attention:
+        _check_gradients(twin, attention, args, kwargs, title)
     _check_joined(site, seam, title)
+
+
+def _check_gradients(seam: GenericSeam, attention: nn.Module, args: Any, kwargs: Any, title: str) -> None:
+    """What is put off must come out with the gradients, too, that the attention has, which may be of its own making.
+
+    Args:
+        attention: a copy, whose parameters may be made to want gradients.
+    """
+    args, kwargs = map_tensors(_wanting_gradients, (args, kwargs))
+    attention.requires_grad_(True)
+    leaves = [x for x in (*tensors((args, kwargs)), *attention.parameters()) if x.requires_grad]
+    with torch.enable_grad():
+        try:
+            want = _gradients(attention(*args, **kwargs), leaves)
+        except Exception:
+            return  # nothing is asked of an attention that has no gradients
+        try:
+            got = _gradients(seam.tried(args, kwargs)[0], leaves)
+        except NotExpandable:
+            raise
+        except Exception as error:
+            raise NotExpandable(f"{title}: its {type(attention).__name__} has no gradients: {error}") from error
+    # together, as some are zero but for rounding: that of a bias of all keys, say
+    if not _close(torch.cat(got), torch.cat(want)):
+        raise _differs(title, seam, "gradients as of the softmax of query and key times value")
+
+
+def _wanting_gradients(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _gradients(output: Any, leaves: list[Tensor]) -> list[Tensor]:
+    """Of a random sum over all that ``output`` holds, flat."""
+    outputs = [x for x in tensors(output) if x.requires_grad]
+    found = torch.autograd.grad(outputs, leaves, [_random(x, *x.shape) for x in outputs], allow_unused=True)
+    return [(torch.zeros_like(x) if grad is None else grad).flatten() for x, grad in zip(leaves, found, strict=True)]
 
 
 def _check_joined(site: Site, seam: GenericSeam, title: str) -> None:
@@ -304,6 +343,15 @@ def check_copy(site: Site, title: str, block: nn.Module, call: BlockCall) -> Non
     except Exception:
         return  # weights that cannot be copied or widened, quantised ones say, or no memory for them
     check_block(twin_site, title, twin, call.on(tokens))
+
+
+def passed_statistics(site: Site, like: Tensor, num_features: int) -> tuple[nn.Module, ...]:
+    """The modules on the way of task tokens to their keys and values that keep statistics in training."""
+    task, norm = _random(like, 1, 3, num_features), site.norm
+    ways = [site.seam.attention] if norm is None else [norm, site.seam.attention]
+    modules = list(dict.fromkeys(module for way in ways for module in way.modules()))
+    with _installed(site.seam, plain_attention):
+        return find_statistics(modules, lambda: site.seam.keys_values(task if norm is None else norm(task)))
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def carry_out(function: Any, args: Any, kwargs: Any) -> Any:
                     if isinstance(some, Deferred):
                         some.check_mode()
             return result
-    if isinstance(args[0], Deferred) and (name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")):
+    if args and isinstance(args[0], Deferred) and (name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")):
         raise args[0].caught.refusal(f"changes its scores in place by {name}")
     args, kwargs = map_leaves(partial(_read, name.strip("_")), (args, kwargs))
     return plainly(function, args, kwargs)

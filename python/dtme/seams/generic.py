@@ -5,6 +5,7 @@ PVT and SegFormer. What the arguments of such blocks mean is not known.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +46,16 @@ class GenericSeam(Seam):
         self.fixed_tokens: int | None = None
         """The only number of tokens that it runs on, if it does not run on others: a window's."""
 
+    def on(self, modules: Mapping[nn.Module, nn.Module]) -> "GenericSeam":
+        other = super().on(modules)
+        assert isinstance(other, GenericSeam)
+        if self.reduction is not None:
+            layers: Any = tuple(modules[layer] for layer in self.reduction.layers)
+            other.reduction = self.reduction._replace(layers=layers)
+        return other
+
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
-        self._check_hooks()
+        self.check_hooks()
         return self._run(self._caught(attend, args, kwargs), args, kwargs)
 
     def tried(self, args: Any, kwargs: Any, *, poisons: bool = False) -> tuple[Any, frozenset[str]]:
@@ -80,21 +89,12 @@ class GenericSeam(Seam):
             self._settle(caught)
         return output
 
-    def _check_hooks(self) -> None:
+    def check_hooks(self) -> None:
         for module in self.attention.modules():
             if isinstance(module, _SEEING) and is_hooked(module):
                 raise NotExpandable(
                     f"block {self.block!r}: a hook hangs on the {type(module).__name__} of its attention, whose "
                     "weights are no tensors while task tokens join them: let the attention return them instead"
-                )
-
-    def _check_statistics(self) -> None:
-        for module in self.attention.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise NotExpandable(
-                    f"block {self.block!r}: the {type(module).__name__} of its attention takes statistics of the "
-                    "batch in training, and would take those of task tokens too: set it to evaluation mode, or "
-                    "modulate the block instead"
                 )
 
     def _settle(self, caught: Caught) -> None:
@@ -191,7 +191,6 @@ class GenericSeam(Seam):
         return read[0], *caught[0]
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
-        self._check_statistics()
         if self.fixed_tokens is None:
             return self._keys_values(tokens)
         # beside zeros: every token's keys are its own, which is tried before any of this is used (block.trial)
