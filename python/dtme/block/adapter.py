@@ -111,8 +111,7 @@ class BlockAdapter(nn.Module):
         if self.plain_norm is not None:
             self.plain_norm.norm.forward = self.norm_forward
         self.own_tasks |= frozenset(tasks)
-        modules = {"attention": site.seam.attention, "norm of the attention": site.norm}
-        for name, module in modules.items():
+        for name, module in {"attention": site.seam.attention, "norm of the attention": site.norm}.items():
             self._watched += [
                 (name, parent, child, module)
                 for parent in self._block[0].modules()
@@ -199,8 +198,7 @@ class BlockAdapter(nn.Module):
             return self._enter(torch.empty(0))
         run = self._run_in_progress()
         if run is None and recomputing():
-            run = None if tokens is None else recomputation.recall(self, tokens)
-            run = run or recomputation.last_run(self)
+            run = (None if tokens is None else recomputation.recall(self, tokens)) or recomputation.last_run(self)
         if run is None:
             raise self._lost()
         if tokens is not None and not recomputing():
@@ -265,9 +263,8 @@ class BlockAdapter(nn.Module):
 
     def _maps(self, run: Run, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, shared (B, N, p) or in streams (T, B, N, p), and every stream's map (T, p)."""
-        one = (
-            tokens.new_ones(tokens.shape[-1]) if not self.weight else torch.ones_like(next(iter(self.weight.values())))
-        )
+        some = next(iter(self.weight.values()), None)
+        one = tokens.new_ones(tokens.shape[-1]) if some is None else torch.ones_like(some)
         weight = self._of_streams(run, self.weight, one)
         bias = self._of_streams(run, self.bias, torch.zeros_like(one))
         # whatever lies between the batch and the channels is one token axis
@@ -277,14 +274,12 @@ class BlockAdapter(nn.Module):
 
     def _of_streams(self, run: Run, parameters: nn.ParameterDict, default: Tensor | None = None) -> Tensor:
         """A row for every stream: its task's parameter; without a ``default``, only of streams that have one."""
-        if run.forward.task_index is not None:
-            names = self.expansion.tasks
-        else:
-            names = tuple([task for task, *_ in run.after.streams])
+        index = run.forward.task_index
+        names = tuple([task for task, *_ in run.after.streams]) if index is None else self.expansion.tasks
         names = tuple([task for task in names if default is not None or task in parameters])
         take = partial(probe, self.name) if run.forward.probes else nn.ParameterDict.get
         rows = torch.stack([take(parameters, task, default) for task in names])  # type: ignore[misc]
-        return rows if run.forward.task_index is None else rows.index_select(0, run.forward.task_index)
+        return rows if index is None else rows.index_select(0, index)
 
     def _batch_norm(self, layout: Layout, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
@@ -345,11 +340,10 @@ class BlockAdapter(nn.Module):
         assert self.site is not None
         joined = self._joined(run)
         task_kv = self.task_keys_values(run) if joined else None
-        if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.tasks) and task_kv is not None:
-            has = torch.tensor(
-                [task in self.tokens for task in self.expansion.tasks], device=run.forward.task_index.device
-            )
-            return partial(attend_concatenated, has.index_select(0, run.forward.task_index), task_kv)
+        tasks, index = self.expansion.tasks, run.forward.task_index
+        if index is not None and len(self.tokens) < len(tasks) and task_kv is not None:
+            has = torch.tensor([task in self.tokens for task in tasks], device=index.device)
+            return partial(attend_concatenated, has.index_select(0, index), task_kv)
         rows = None if run.forward.num_rows is None else run.forward.num_rows * run.after.num_streams
         seam = self.site.seam
         return partial(attend, self.name, run.after.num_streams, joined, task_kv, rows, seam.is_square)

@@ -14,18 +14,9 @@ from ..blocks import Arguments, find_tokens, module_like
 from ..randomness import left_as_it_was
 from ..seams import GenericSeam, NotExpandable, Seam, class_of, declared_norm, plain_attention, seam_of
 from ..seams.catch import Catch
-from ..seams.deferred import Caught
-from .trial import (
-    BlockCall,
-    block_calls,
-    check_block,
-    check_copy,
-    check_keys,
-    check_seam,
-    check_weights,
-    passed_statistics,
-    unseen,
-)
+from ..seams.caught import Caught
+from .calls import BlockCall, block_calls, unseen
+from .trial import check_block, check_copy, check_keys, check_seam, check_weights, passed_statistics
 
 
 def is_layer_norm(module: Any) -> bool:

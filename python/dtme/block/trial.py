@@ -14,90 +14,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import find_tokens, replace_argument
-from ..seams import GenericSeam, NotExpandable, Seam, no_positions, plain_attention, required_parameters
+from ..seams import GenericSeam, NotExpandable, Seam, plain_attention
 from ..seams.base import Attend
 from ..trees import map_tensors, tensors
 from .attention import attend, attend_concatenated
+from .calls import BlockCall, random_like
 from .statistics import find_statistics
 
 if TYPE_CHECKING:
     from .site import Site
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@contextmanager
-def unseen(block: nn.Module) -> Iterator[None]:
-    """Run ``block`` without a hook of anybody's being called: what is tried here is nobody's forward."""
-    hooks = [(module, name, getattr(module, name)) for module in block.modules() for name in _HOOKS]
-    try:
-        for module, name, known in hooks:
-            setattr(module, name, type(known)())
-        yield
-    finally:
-        for module, name, known in hooks:
-            setattr(module, name, known)
-
-
-class BlockCall(NamedTuple):
-    """A call of a block by itself."""
-
-    tokens: Tensor
-    """(rows, N, p), random."""
-    options: dict[str, Any]
-    """What else it must be given; None for a mask and the like."""
-    is_rotary: bool
-    """Whether it takes cosines and sines, which are given so that they change nothing."""
-
-    @property
-    def rows(self) -> int:
-        return self.tokens.shape[0]
-
-    def run(self, block: nn.Module) -> Any:
-        positions = {"position_embeddings": no_positions(self.tokens)} if self.is_rotary else {}
-        return block(self.tokens, **{**self.options, **positions})
-
-    def on(self, tokens: Tensor) -> BlockCall:
-        return BlockCall(tokens, self.options, self.is_rotary)
-
-
-def block_calls(block: nn.Module, num_features: int, like: Tensor) -> Iterator[BlockCall]:
-    """Calls that a block may take: of any tokens, or of as many as it is made for, on a grid whose sides it wants."""
-    parameters = inspect.signature(block.forward).parameters
-    is_rotary = "position_embeddings" in parameters
-    options: dict[str, Any] = dict.fromkeys(required_parameters(block.forward))
-    unknown = [name for name in options if "mask" not in name.lower() and name != "position_embeddings"]
-    yield BlockCall(_random(like, 2, 5, num_features), options, is_rotary)
-    for height, width in _grids(block, num_features):
-        sizes: Any = [height, width] if len(unknown) == 2 else [(height, width)] * len(unknown)
-        on_grid = {**options, **dict(zip(unknown, sizes, strict=True))}
-        yield BlockCall(_random(like, 2, height * width, num_features), on_grid, is_rotary)
-
-
-def _grids(block: nn.Module, num_features: int) -> list[tuple[int, int]]:
-    """Heights and widths: by what the block says that it is made for, by its tables of pairs of tokens, and others."""
-    said: list[tuple[int, int]] = []
-    for module in block.modules():
-        for name in ("input_resolution", "window_size", "feat_size"):
-            size = getattr(module, name, None)
-            height, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-            said += [(height, width)] if isinstance(height, int) and isinstance(width, int) else []
-        for table in (*module.parameters(False), *module.buffers(False), *vars(module).values()):
-            if isinstance(table, Tensor) and table.ndim >= 2 and table.shape[-1] == table.shape[-2] != num_features:
-                said.append((1, table.shape[-1]))
-    said = sorted({grid for grid in said if 1 < grid[0] * grid[1] <= MOST_TOKENS}, reverse=True)
-    return list(dict.fromkeys([*said, (8, 8), (4, 4), (7, 7), (14, 14), (16, 16)]))
-
-
-MOST_TOKENS = 4096
-"""On which a block is tried."""
 MOST_TASK_TOKENS = 64
 """Places in which the keys of one task token are compared."""
 
@@ -107,8 +40,8 @@ def check_seam(site: Site, title: str, num_features: int, like: Tensor) -> None:
     seam = site.seam
     try:
         with _installed(seam, plain_attention):
-            seam.keys_values(_random(like, 1, 3, num_features))
-            tokens = _random(like, 2, seam.num_tokens(), num_features)
+            seam.keys_values(random_like(like, 1, 3, num_features))
+            tokens = random_like(like, 2, seam.num_tokens(), num_features)
             args = (tokens,) * (3 if isinstance(seam.attention, nn.MultiheadAttention) else 1)
             got: Any = _first(seam.run(plain_attention, *args)) if seam.copied else None
     except (AttributeError, TypeError) as error:
@@ -117,7 +50,7 @@ def check_seam(site: Site, title: str, num_features: int, like: Tensor) -> None:
         raise _differs(title, seam, f"what that of the known releases does ({error})") from error
     if isinstance(seam, GenericSeam):
         _check_generic(site, seam, title)
-        everywhere = seam.keys_values(_random(like, 1, 1, num_features).expand(-1, MOST_TASK_TOKENS, -1))
+        everywhere = seam.keys_values(random_like(like, 1, 1, num_features).expand(-1, MOST_TASK_TOKENS, -1))
         if any(not _close(x, x[:, :, :1].expand_as(x)) for x in everywhere):
             raise _depends(title, type(seam.attention).__name__)
     elif seam.copied and not _close(got, _first(type(seam.attention).forward(seam.attention, *args))):
@@ -192,7 +125,7 @@ def _wanting_gradients(tensor: Tensor) -> Tensor:
 def _gradients(output: Any, leaves: list[Tensor]) -> list[Tensor]:
     """Of a random sum over all that ``output`` holds, flat."""
     outputs = [x for x in tensors(output) if x.requires_grad]
-    found = torch.autograd.grad(outputs, leaves, [_random(x, *x.shape) for x in outputs], allow_unused=True)
+    found = torch.autograd.grad(outputs, leaves, [random_like(x, *x.shape) for x in outputs], allow_unused=True)
     return [(torch.zeros_like(x) if grad is None else grad).flatten() for x, grad in zip(leaves, found, strict=True)]
 
 
@@ -201,7 +134,7 @@ def _check_joined(site: Site, seam: GenericSeam, title: str) -> None:
     assert site.arguments is not None
     args, kwargs = site.arguments
     tokens = find_tokens(args, kwargs, title)[1]
-    task_kv = seam.keys_values(_random(tokens, 1, 3, tokens.shape[-1]))
+    task_kv = seam.keys_values(random_like(tokens, 1, 3, tokens.shape[-1]))
     try:
         got, want = (
             list(tensors(seam.run(way, *args, **kwargs)))
@@ -225,7 +158,7 @@ def _masks(attention: nn.Module, args: Any, kwargs: Any) -> Iterator[dict[str, T
     if tokens.ndim != 3:
         return
     rows, n, _ = tokens.shape
-    seen = _random(tokens, rows, n, n) > -0.5
+    seen = random_like(tokens, rows, n, n) > -0.5
     seen |= torch.eye(n, dtype=torch.bool, device=seen.device)
     bias = torch.zeros_like(seen, dtype=tokens.dtype).masked_fill(~seen, -100.0)
     for name in names[:1]:
@@ -259,7 +192,7 @@ def check_block(site: Site, title: str, block: nn.Module, call: BlockCall) -> bo
     """
     tokens = call.tokens
     n, p = tokens.shape[1:]
-    task = _random(tokens, 1, 3, p)
+    task = random_like(tokens, 1, 3, p)
     with _installed(site.seam, plain_attention):
         task_kv = site.seam.keys_values(task if site.norm is None else site.norm(task))
     attend = partial(attend_concatenated, None, task_kv)
@@ -347,7 +280,7 @@ def check_copy(site: Site, title: str, block: nn.Module, call: BlockCall) -> Non
 
 def passed_statistics(site: Site, like: Tensor, num_features: int) -> tuple[nn.Module, ...]:
     """The modules on the way of task tokens to their keys and values that keep statistics in training."""
-    task, norm = _random(like, 1, 3, num_features), site.norm
+    task, norm = random_like(like, 1, 3, num_features), site.norm
     ways = [site.seam.attention] if norm is None else [norm, site.seam.attention]
     modules = list(dict.fromkeys(module for way in ways for module in way.modules()))
     with _installed(site.seam, plain_attention):
@@ -383,12 +316,6 @@ def _run(
 def _first(output: Any) -> Any:
     """The tokens among what a block or an attention returns."""
     return next(iter(tensors(output)), None)
-
-
-def _random(like: Tensor, *shape: int) -> Tensor:
-    """The same numbers at every call with this shape."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(like)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..trees import leaves, map_leaves
-from .deferred import Caught, Deferred, Maps, Scores
+from .caught import Caught
+from .deferred import Deferred, Maps, Scores
 from .einsum import maps_and_values, queries_and_keys
 
 

@@ -15,68 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Attend, NotExpandable
+from .caught import Aside, Caught
 
 Factor = float | Tensor
-
-
-class Caught:
-    """What is known of one run of an attention: an object of its own, as torch.compile sees nothing on a mode.
-
-    Args:
-        attend: as ``scaled_dot_product_attention``; with None for the value it returns the weights of the keys.
-        rows: of the tokens that are attended to: where heads are folded into the batch, the rest is heads.
-        block: its name, for messages.
-        replaced: (weight, tokens) for linear layers that are to read other tokens than they are given.
-        readings: what the attention may ask of its scores as tensors; None while it is tried.
-    """
-
-    def __init__(
-        self,
-        attend: Attend,
-        rows: int,
-        block: str,
-        replaced: Sequence[tuple[Tensor, Tensor]] = (),
-        readings: frozenset[str] | None = None,
-    ) -> None:
-        self.attend, self.rows, self.block, self.replaced, self.readings = attend, rows, block, replaced, readings
-        self.has_gradient = torch.is_grad_enabled()
-        self.num_calls = 0
-        self.is_aside = False
-        """Whether what was put off is being computed, whose products are not to be put off again."""
-        self.read: list[str] = []
-        """What was asked of scores or weights as tensors."""
-        self.made: list[weakref.ref[Deferred]] = []
-
-    def remember_reading(self, name: str) -> None:
-        if self.readings is not None and name not in self.readings:
-            raise self.refusal(f"does {name!r} to its scores or weights, as it did not when it was tried")
-        self.read.append(name)
-
-    def count(self) -> None:
-        """It attends now."""
-        self.num_calls += 1
-        if torch.is_grad_enabled() != self.has_gradient:
-            raise self.refusal("attends without gradients, or in a reentrant checkpoint of its own,")
-
-    def kept(self) -> "list[Deferred]":
-        """What is still held by somebody."""
-        return [some for reference in self.made if (some := reference()) is not None]
-
-    def refusal(self, what: str) -> NotExpandable:
-        return NotExpandable(f"block {self.block!r}: its attention {what}, which task tokens do not support")
-
-
-class _Aside:
-    def __init__(self, caught: Caught) -> None:
-        self.caught, self.before = caught, caught.is_aside
-
-    def __enter__(self) -> None:
-        self.caught.is_aside = True
-
-    def __exit__(self, *error: object) -> None:
-        self.caught.is_aside = self.before
-
 
 _OF_GRAPH = ("data", "grad", "register_hook", "requires_grad_", "retain_grad", "backward")
 """Attributes of a tensor by which its gradient, or its memory, is reached."""
@@ -100,7 +41,7 @@ class Deferred:
         """With a graph where one is wanted, also if it was read without before."""
         self.check()
         if self._computed is None or (torch.is_grad_enabled() and not self._computed[2]):
-            with _Aside(self.caught):
+            with Aside(self.caught):
                 tensor = self._compute()
             self._computed = tensor, version(tensor), torch.is_grad_enabled()
         return self._computed[0]
@@ -345,7 +286,7 @@ class Scores(Deferred):
         dtype = dtype if value is None else torch.promote_types(dtype, value.dtype)
         parts = [self._by_row(part).to(dtype) for part in (query, self.key)]
         options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
-        with _Aside(self.caught):
+        with Aside(self.caught):
             if not only_keys:  # a table made for the block's own tokens does not fit others
                 options |= self._of_scores(dtype)
             if value is None:

@@ -16,7 +16,7 @@ from ..blocks import find_tokens, replace_argument
 from ..written_out import attention_of_scores, attention_weights
 from .base import Attend, KeysValues, NotExpandable, Seam, is_hooked, is_plain_linear
 from .catch import Catch, without_deferred
-from .deferred import Caught
+from .caught import Caught
 
 _SEEING = (nn.Softmax, nn.Dropout)
 """Modules that scores and weights go through."""

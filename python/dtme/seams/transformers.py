@@ -31,7 +31,7 @@ from .base import (
     names_in_forward,
 )
 from .catch import Catch
-from .deferred import Caught
+from .caught import Caught
 from .generic import plain_attention
 from .timm import continuous_bias, cosines, window_bias
 
