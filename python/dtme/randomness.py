@@ -58,7 +58,8 @@ class Saved:
 
     def is_changed(self, module: nn.Module) -> bool:
         """Whether a buffer of ``module``, which it was made of, is another or was written to since."""
-        if module._buffers != self.buffers:
+        now = module._buffers
+        if now.keys() != self.buffers.keys() or any(now[name] is not buffer for name, buffer in self.buffers.items()):
             return True
         # some write without telling the version counter, and some have no values to compare
         told = self.versions != [b._version for b, _ in self.values]

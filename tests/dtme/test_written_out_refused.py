@@ -1,5 +1,6 @@
 """Attention that is written out and does what task tokens do not support: refused by name, or kept right."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -106,8 +107,11 @@ def tenth(self, q, k, v, mask):
 @pytest.mark.parametrize(
     ("write", "says"), [(without_gradients, "in another without"), (tenth, "not compute gradients as")]
 )
-def test_gradients_of_the_attentions_own_making_are_refused(write, says):
+@pytest.mark.parametrize("copies", [True, False])
+def test_gradients_of_the_attentions_own_making_are_refused(write, says, copies):
     net = of_blocks(lambda: Attention(write))
+    if not copies:
+        net[1].attn.lock = threading.Lock()
     with pytest.raises(ValueError, match=rf"block '1'.*{says}"):
         dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
     assert not dtme.is_expanded(net)
@@ -168,8 +172,21 @@ def test_maps_kept_by_somebody_else_are_refused():
         dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
 
 
+class Centred(nn.Module):
+    """Takes off a mean over everything that it has seen, a new tensor every time."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 1, 1, 1))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean().view(1, 1, 1, 1)
+        return x - self.mean
+
+
 @pytest.mark.parametrize("write", [timm_like, "library"])
-@pytest.mark.parametrize("kind", ["spectral norm", "batch norm"])
+@pytest.mark.parametrize("kind", ["spectral norm", "batch norm", "its own"])
 def test_statistics_are_not_taken_of_task_tokens(kind, write):
     """In training; in evaluation mode such a module is a map like any other."""
     if write == "library":
@@ -182,16 +199,19 @@ def test_statistics_are_not_taken_of_task_tokens(kind, write):
     if kind == "spectral norm":
         nn.utils.parametrizations.spectral_norm(getattr(attention, linear))
     else:
-        attention.k_norm = nn.BatchNorm2d(attention.num_heads, dtype=x.dtype)
+        attention.k_norm = nn.BatchNorm2d(attention.num_heads) if kind == "batch norm" else Centred()
+        attention.k_norm.to(x.dtype)
     before, name = {key: value.clone() for key, value in net.state_dict().items()}, list(find_blocks(net))[1]
     dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {name: TASKS}))
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items())
     with dtme.tasks(net, "a"):
         net.eval()(x)
-        with pytest.raises(ValueError, match=rf"block '{name}': the (_SpectralNorm|BatchNorm2d) before its attention"):
+        with pytest.raises(
+            ValueError, match=rf"block '{name}': the (_SpectralNorm|BatchNorm2d|Centred) before its attention"
+        ):
             net.train()(x)
         for module in attention.modules():
-            if isinstance(module, nn.BatchNorm2d) or type(module).__name__ == "_SpectralNorm":
+            if isinstance(module, (nn.BatchNorm2d, Centred)) or type(module).__name__ == "_SpectralNorm":
                 module.eval()
         net(x).sum().backward()
 

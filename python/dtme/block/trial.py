@@ -88,22 +88,24 @@ def _check_generic(site: Site, seam: GenericSeam, title: str) -> None:
         if len(got) != len(want) or not all(_close(a, b) for a, b in zip(got, want, strict=True)):
             raise _differs(title, seam, "the softmax of query and key times value" + (" under a mask" * bool(options)))
     seam.readings = known
-    if attention is not seam.attention:
-        _check_gradients(twin, attention, args, kwargs, title)
+    parameters = [] if attention is seam.attention else list(attention.parameters())
+    _check_gradients(twin, parameters, args, kwargs, title)
     _check_joined(site, seam, title)
 
 
-def _check_gradients(seam: GenericSeam, attention: nn.Module, args: Any, kwargs: Any, title: str) -> None:
+def _check_gradients(seam: GenericSeam, parameters: list[nn.Parameter], args: Any, kwargs: Any, title: str) -> None:
     """What is put off must come out with the gradients, too, that the attention has, which may be of its own making.
 
     Args:
-        attention: a copy, whose parameters may be made to want gradients.
+        parameters: of a copy, which may be made to want gradients.
     """
-    args, kwargs = map_tensors(_wanting_gradients, (args, kwargs))
-    attention.requires_grad_(True)
-    leaves = [x for x in (*tensors((args, kwargs)), *attention.parameters()) if x.requires_grad]
+    attention = seam.attention
+    if any(x.dtype.itemsize < 4 for x in tensors((args, kwargs)) if x.is_floating_point()):
+        return  # whose rounding would hide what is looked for
     with torch.enable_grad():
         try:
+            args, kwargs = map_tensors(lambda x: x.detach().clone(), (args, kwargs))
+            leaves = [x.requires_grad_() for x in (*tensors((args, kwargs)), *parameters) if x.is_floating_point()]
             want = _gradients(attention(*args, **kwargs), leaves)
         except Exception:
             return  # nothing is asked of an attention that has no gradients
@@ -116,10 +118,6 @@ def _check_gradients(seam: GenericSeam, attention: nn.Module, args: Any, kwargs:
     # together, as some are zero but for rounding: that of a bias of all keys, say
     if not _close(torch.cat(got), torch.cat(want)):
         raise _differs(title, seam, "gradients as of the softmax of query and key times value")
-
-
-def _wanting_gradients(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def _gradients(output: Any, leaves: list[Tensor]) -> list[Tensor]:
