@@ -54,16 +54,6 @@ class Saved:
     def __init__(self, module: nn.Module) -> None:
         self.training, self.buffers = module.training, dict(module._buffers)
         self.values = [(b, b.detach().clone()) for b in self.buffers.values() if b is not None]
-        self.versions = [b._version for b, _ in self.values]
-
-    def is_changed(self, module: nn.Module) -> bool:
-        """Whether a buffer of ``module``, which it was made of, is another or was written to since."""
-        now = module._buffers
-        if now.keys() != self.buffers.keys() or any(now[name] is not buffer for name, buffer in self.buffers.items()):
-            return True
-        # some write without telling the version counter, and some have no values to compare
-        told = self.versions != [b._version for b, _ in self.values]
-        return told or any(not b.is_meta and not torch.equal(b, value) for b, value in self.values)
 
     @torch.no_grad()
     def put_back(self, module: nn.Module) -> None:

@@ -93,7 +93,7 @@ class ConflictReport:
                 (modulation by null, expansion by range).
             num_tokens: task tokens per task and block, or ``"text"`` (6) or ``"params"`` (1), the paper's two figures.
             pair_threshold: give a module only to tasks in some pair whose rate in that block and space reaches this;
-                None gives one to every task that reaches the block.
+                None gives one to every task.
             seed: of ``"random"``.
         """
         if strategy not in STRATEGIES:
@@ -124,9 +124,7 @@ class ConflictReport:
 
     def _members(self, d: int, space: str, threshold: float | None) -> tuple[str, ...]:
         if threshold is None:
-            # a task that met no other anywhere is not known to reach some blocks and not others
-            reached = (self.valid_counts[d].any(1) | ~self.valid_counts.any(2).any(0)).tolist()
-            return tuple(task for task, hit in zip(self.tasks, reached, strict=True) if hit)
+            return self.tasks
         counts = self.range_counts if space == "range" else self.null_counts
         # 0 / 0 on the diagonal and for pairs that never met is NaN, and NaN reaches no threshold
         reached = (counts[d].double() / self.valid_counts[d].double() >= threshold).any(1).tolist()

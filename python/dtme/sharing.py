@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .randomness import left_as_it_was, random_state, was_drawn
 from .streams import Expansion, Forward, Layout, Survey, hide, show, together
+from .torch_private import takes_statistics
 from .trees import fresh, leaves, opaque, structure, tensors
 
 SHARED_PREFIX = ("auto", True, False)
@@ -260,7 +261,7 @@ class Comparison:
             return was_drawn(state)
 
     def way(self) -> Way:
-        statistics = [module for module in self.owner.modules() if _takes_statistics(module)]
+        statistics = [module for module in self.owner.modules() if takes_statistics(module)]
         with left_as_it_was(self.owner, training=self.training) as rewind, _shown(self.forward):
             alone: list[Any] = []
             for task in self.tasks:
@@ -314,11 +315,6 @@ class Comparison:
             ):
                 return Leaf(axis, True)
         return None
-
-
-def _takes_statistics(module: nn.Module) -> bool:
-    """Of the batch, as it is now."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats)
 
 
 def same(found: Sequence[Tensor], own: Sequence[Tensor], axis: int | None, is_low: bool) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch._C._dynamo.eval_frame as _frames
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 def graph_task() -> int:
@@ -52,6 +53,18 @@ def eagerly(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     finally:
         _frames.set_eval_frame(callback)
+
+
+def takes_statistics(module: nn.Module) -> bool:
+    """Whether ``module`` computes with statistics of the batch that it is given, as it is now."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats)
+
+
+def iterates(module: nn.Module) -> bool:
+    """Whether ``module`` is a spectral norm, old or new, that takes a step of its power iteration whenever it runs."""
+    hooks = module._forward_pre_hooks.values()
+    is_spectral_norm = isinstance(module, nn.utils.parametrizations._SpectralNorm)
+    return module.training and (is_spectral_norm or any(isinstance(hook, SpectralNorm) for hook in hooks))
 
 
 def num_hooks(module: nn.Module) -> tuple[int, int, bool]:

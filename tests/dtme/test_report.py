@@ -92,18 +92,6 @@ def test_blocks_that_fewer_than_two_tasks_reach_are_shown_and_not_planned_for(tm
     assert dtme.ConflictReport.load(tmp_path / "report.json").plan() == report.plan()
 
 
-def test_a_task_gets_modules_in_the_blocks_that_it_reaches():
-    report = make_report()
-    for counts in (report.valid_counts, report.range_counts, report.null_counts):
-        counts[2:, 3] = counts[2:, :, 3] = 0  # edges are predicted from block 1
-    plan = report.plan(modulation=1, expansion=1)
-    some = TASKS[:3]
-    assert list(plan.modulation.values()) == list(plan.expansion.values()) == [TASKS, TASKS, some, some]
-    for counts in (report.valid_counts, report.range_counts, report.null_counts):
-        counts[:, 3] = counts[:, :, 3] = 0  # no labels of edges were seen at all
-    assert set(report.plan(modulation=1).modulation.values()) == {TASKS}
-
-
 def test_a_report_without_shared_blocks_plans_nothing():
     report = make_report()
     for counts in (report.valid_counts, report.range_counts, report.null_counts):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dtme
@@ -105,7 +106,7 @@ def tenth(self, q, k, v, mask):
 
 
 @pytest.mark.parametrize(
-    ("write", "says"), [(without_gradients, "in another without"), (tenth, "not compute gradients as")]
+    ("write", "says"), [(without_gradients, "in another without"), (tenth, "not compute outputs and gradients as")]
 )
 @pytest.mark.parametrize("copies", [True, False])
 def test_gradients_of_the_attentions_own_making_are_refused(write, says, copies):
@@ -135,7 +136,6 @@ class Keeping(Attention):
 def test_maps_kept_by_the_attention_are_tensors_with_the_rows_of_all_tasks():
     net, x = of_blocks(Keeping), torch.randn(4, TOKENS, WIDTH).double()
     dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, *PLAN))
-    assert not any(block.attn.kept for block in net)  # it was tried on a copy
     moved(net)
     with dtme.tasks(net, TASKS):
         net(x)
@@ -173,47 +173,87 @@ def test_maps_kept_by_somebody_else_are_refused():
 
 
 class Centred(nn.Module):
-    """Takes off a mean over everything that it has seen, a new tensor every time."""
+    """Takes off a mean over everything that it has seen in training."""
 
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(1, 1, 1, 1))
+        if kind == "buffer":
+            self.register_buffer("mean", torch.zeros(()))
+        else:
+            self.mean = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, x):
-        if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean().view(1, 1, 1, 1)
+        if self.training and isinstance(self.mean, nn.Parameter):
+            self.mean.copy_(0.9 * self.mean + 0.1 * x.detach().mean())
+        elif self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
         return x - self.mean
 
 
-@pytest.mark.parametrize("write", [timm_like, "library"])
-@pytest.mark.parametrize("kind", ["spectral norm", "batch norm", "its own"])
-def test_statistics_are_not_taken_of_task_tokens(kind, write):
+KEEPING = {
+    "spectral norm": lambda attention, linear: nn.utils.parametrizations.spectral_norm(getattr(attention, linear)),
+    "old spectral norm": lambda attention, linear: nn.utils.spectral_norm(getattr(attention, linear)),
+    "batch norm": lambda attention, linear: setattr(attention, "k_norm", nn.BatchNorm2d(attention.num_heads)),
+    "buffer": lambda attention, linear: setattr(attention, "k_norm", Centred("buffer")),
+    "parameter": lambda attention, linear: setattr(attention, "k_norm", Centred("parameter")),
+}
+
+
+@pytest.mark.parametrize("of_library", [False, True])
+@pytest.mark.parametrize("kind", KEEPING)
+def test_statistics_are_not_taken_of_task_tokens(kind, of_library):
     """In training; in evaluation mode such a module is a map like any other."""
-    if write == "library":
-        net = timm_vit(depth=3)
-        blocks, x = net.blocks, torch.randn(2, 3, 32, 32)
-        attention, linear = blocks[1].attn, "qkv"
-    else:
-        net = blocks = of_blocks(lambda: Attention(timm_like))
-        attention, x, linear = blocks[1].attn, torch.randn(2, TOKENS, WIDTH).double(), "q"
-    if kind == "spectral norm":
-        nn.utils.parametrizations.spectral_norm(getattr(attention, linear))
-    else:
-        attention.k_norm = nn.BatchNorm2d(attention.num_heads) if kind == "batch norm" else Centred()
-        attention.k_norm.to(x.dtype)
-    before, name = {key: value.clone() for key, value in net.state_dict().items()}, list(find_blocks(net))[1]
+    net = timm_vit(depth=3) if of_library else of_blocks(lambda: Attention(timm_like))
+    x = (torch.randn(2, 3, 32, 32) if of_library else torch.randn(2, TOKENS, WIDTH)).double()
+    name, block = list(find_blocks(net).items())[1]
+    KEEPING[kind](block.attn, "qkv" if of_library else "q")
+    net.double()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
     dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {name: TASKS}))
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items())
     with dtme.tasks(net, "a"):
         net.eval()(x)
-        with pytest.raises(
-            ValueError, match=rf"block '{name}': the (_SpectralNorm|BatchNorm2d|Centred) before its attention"
-        ):
+        with pytest.raises(ValueError, match=rf"block '{name}': the .* before or in its attention keeps statistics"):
             net.train()(x)
-        for module in attention.modules():
-            if isinstance(module, (nn.BatchNorm2d, Centred)) or type(module).__name__ == "_SpectralNorm":
-                module.eval()
+        block.attn.eval()
         net(x).sum().backward()
+
+
+def test_statistics_that_came_later_are_not_taken_either():
+    net, x = of_blocks(lambda: Attention(timm_like, norm=True)), torch.randn(2, TOKENS, WIDTH).double()
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+    net[1].attn.k_norm = nn.BatchNorm2d(HEADS).double()
+    with dtme.tasks(net, "a"):
+        with pytest.raises(ValueError, match="block '1': the BatchNorm2d before or in its attention keeps statistics"):
+            net.train()(x)
+        nn.SyncBatchNorm.convert_sync_batchnorm(net).eval()(x)
+
+
+def in_training_only(change):
+    def write(self, q, k, v, mask):
+        scores = q @ k.mT * self.scale
+        return merged((change(scores) if self.training else scores).softmax(-1) @ v)
+
+    return write
+
+
+@pytest.mark.parametrize("change", [Tenth.apply, lambda scores: scores - 0.5 * scores.mean(-2, keepdim=True)])
+def test_what_is_done_in_training_only_is_tried_too(change):
+    net = of_blocks(lambda: Attention(in_training_only(change)))
+    with pytest.raises(ValueError, match="block '1'"):
+        dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
+
+
+def with_frozen_mask(self, q, k, v, mask):
+    seen = F.pad(self.table, (0, k.shape[-2] - TOKENS), value=1.0)
+    return merged((q @ k.mT * self.scale + seen.log()).softmax(-1) @ v)
+
+
+def test_gradients_that_are_no_numbers_prove_nothing():
+    net = of_blocks(lambda: Attention(with_frozen_mask, table=True))
+    for block in net:
+        block.attn.table = nn.Parameter((torch.rand(TOKENS, TOKENS) < 0.8).double().fill_diagonal_(1), False)
+    dtme.expand(net, dtme.ExpansionPlan(TASKS, 2, {}, {"1": TASKS}))
 
 
 def test_two_blocks_that_share_one_attention_are_told_of():

@@ -365,9 +365,9 @@ class BlockAdapter(nn.Module):
 
     def _project(self, tokens: Tensor) -> KeysValues:
         assert self.site is not None
-        check_statistics(self.name, self.site.statistics)
-        normed = tokens if self.site.norm is None else self.site.norm(tokens)
-        return self.site.seam.keys_values(normed)
+        norm, attention = self.site.norm, self.site.seam.attention
+        check_statistics(self.name, [attention] if norm is None else [norm, attention], self.site.learning)
+        return self.site.seam.keys_values(tokens if norm is None else norm(tokens))
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The block's tokens reach its norm: a part from here on may be run again without the hook before the block."""

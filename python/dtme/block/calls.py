@@ -19,11 +19,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @contextmanager
 def unseen(block: nn.Module) -> Iterator[None]:
-    """Run ``block`` without a hook of anybody's being called: what is tried here is nobody's forward."""
+    """Run ``block`` without a hook of anybody's being called: what is tried here is nobody's forward.
+
+    Torch's own of old weight norm, spectral norm and pruning stay: they make the weights.
+    """
     hooks = [(module, name, getattr(module, name)) for module in block.modules() for name in _HOOKS]
     try:
         for module, name, known in hooks:
-            setattr(module, name, type(known)())
+            made = [(key, hook) for key, hook in known.items() if type(hook).__module__.startswith("torch.nn.utils.")]
+            setattr(module, name, type(known)(made))
         yield
     finally:
         for module, name, known in hooks:

@@ -1,8 +1,6 @@
 """Which attention of a block task tokens can join, and what feeds it."""
 
-import copy
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from ..seams import GenericSeam, NotExpandable, Seam, class_of, declared_norm, p
 from ..seams.catch import Catch
 from ..seams.caught import Caught
 from .calls import BlockCall, block_calls, unseen
-from .trial import check_block, check_copy, check_keys, check_seam, check_weights, passed_statistics
+from .trial import check_block, check_copy, check_keys, check_seam, check_weights, learning_ones
 
 
 def is_layer_norm(module: Any) -> bool:
@@ -38,14 +36,8 @@ class Site:
     """Whether the attention reads just that, or its tokens, and not a rearrangement of them."""
     arguments: Arguments | None = None
     """What the attention is given while the block is tried."""
-    statistics: tuple[nn.Module, ...] = ()
-    """Modules that task tokens pass, and that keep statistics of what passes through them in training."""
-
-    def on(self, modules: Mapping[nn.Module, nn.Module]) -> "Site":
-        """The same in what was copied, by what ``modules`` has in place of a copy's."""
-        norm = None if self.norm is None else modules[self.norm]
-        statistics = tuple(modules[module] for module in self.statistics)
-        return replace(self, seam=self.seam.on(modules), norm=norm, statistics=statistics)
+    learning: tuple[nn.Module, ...] = ()
+    """Norm and attention, if they compute something else after they have run in training."""
 
 
 def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
@@ -62,34 +54,17 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
     """
     title = f"block {name!r} ({type(block).__name__})"
     with torch.inference_mode(False), left_as_it_was(block), unseen(block):
-        twin = _copy(block)
-        site = _search(name, title, block if twin is None else twin, num_features)
-        return site if twin is None else site.on(dict(zip(twin.modules(), block.modules(), strict=True)))
-
-
-def _copy(block: nn.Module) -> nn.Module | None:
-    """A copy to try things on, whose counters and lists are nobody's; None where there can be none."""
-    try:
-        twin = copy.deepcopy(block)
-    except Exception:  # tensors that are not leaves, weights that cannot be copied, or no memory for them
-        return None
-    pairs = list(itertools.zip_longest(twin.named_modules(), block.named_modules(), fillvalue=("", None)))
-    is_whole = all(name == own and one is not module for (name, one), (own, module) in pairs)
-    return twin if is_whole else None
-
-
-def _search(name: str, title: str, block: nn.Module, num_features: int) -> Site:
-    seam = _known_seam(name, title, block)
-    try:
-        return _tried(name, title, block, seam, num_features)
-    except NotExpandable:
-        if seam is None:
-            raise
-        try:  # what a library's file knows may be of another release, or of another attention of its kind
-            return _tried(name, title, block, None, num_features)
+        seam = _known_seam(name, title, block)
+        try:
+            return _tried(name, title, block, seam, num_features)
         except NotExpandable:
-            pass
-        raise
+            if seam is None:
+                raise
+            try:  # what a library's file knows may be of another release, or of another attention of its kind
+                return _tried(name, title, block, None, num_features)
+            except NotExpandable:
+                pass
+            raise
 
 
 def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_features: int) -> Site:
@@ -99,7 +74,7 @@ def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_featu
     if declared and seam is not None:
         site = Site(seam, norm, is_pre_norm=norm is not None)
         check_seam(site, title, num_features, like)
-        return replace(site, statistics=passed_statistics(site, like, num_features))
+        return replace(site, learning=learning_ones(site, num_features, like))
     site, call = _find_site(name, title, block, seam, num_features, like)
     check_seam(site, title, num_features, like)
     check_weights(site, title, block, call)
@@ -107,7 +82,7 @@ def _tried(name: str, title: str, block: nn.Module, seam: Seam | None, num_featu
         check_copy(site, title, block, call)
     else:
         check_keys(site, title, block, call)
-    return replace(site, arguments=None, statistics=passed_statistics(site, like, num_features))
+    return replace(site, arguments=None, learning=learning_ones(site, num_features, like))
 
 
 # --- which attention --------------------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import find_tokens, replace_argument
+from ..blocks import Arguments, find_tokens, replace_argument
 from ..seams import GenericSeam, NotExpandable, Seam, plain_attention
 from ..seams.base import Attend
 from ..trees import map_tensors, tensors
 from .attention import attend, attend_concatenated
 from .calls import BlockCall, random_like
-from .statistics import find_statistics
+from .statistics import learns
 
 if TYPE_CHECKING:
     from .site import Site
@@ -42,7 +42,7 @@ def check_seam(site: Site, title: str, num_features: int, like: Tensor) -> None:
         with _installed(seam, plain_attention):
             seam.keys_values(random_like(like, 1, 3, num_features))
             tokens = random_like(like, 2, seam.num_tokens(), num_features)
-            args = (tokens,) * (3 if isinstance(seam.attention, nn.MultiheadAttention) else 1)
+            args, _ = _arguments(seam, tokens)
             got: Any = _first(seam.run(plain_attention, *args)) if seam.copied else None
     except (AttributeError, TypeError) as error:
         if not seam.copied:
@@ -63,7 +63,10 @@ def _differs(title: str, seam: Seam, what: str) -> NotExpandable:
 
 
 def _check_generic(site: Site, seam: GenericSeam, title: str) -> None:
-    """In float64 where it can be copied, with every mask that it takes: what is put off must come out the same."""
+    """What is put off must come out the same, gradients too: with every mask that it takes, and in training.
+
+    In float64 where the attention can be copied.
+    """
     assert site.arguments is not None
     attention, (args, kwargs) = seam.attention, site.arguments
     try:
@@ -72,59 +75,75 @@ def _check_generic(site: Site, seam: GenericSeam, title: str) -> None:
         attention(*args, **kwargs)
     except Exception:
         attention, (args, kwargs) = seam.attention, site.arguments
+    is_copy = attention is not seam.attention
     twin, known = GenericSeam(seam.block, attention), frozenset[str]()
     for options in ({}, *_masks(attention, args, kwargs)):
+        inputs = {**kwargs, **options}
         try:
-            want = list(tensors(attention(*args, **{**kwargs, **options})))
+            want = list(tensors(attention(*args, **inputs)))
         except Exception:
             continue  # a mask of another shape or dtype than it takes
         try:
-            output, readings = twin.tried(args, {**kwargs, **options})
+            output, readings = twin.tried(args, inputs)
         except NotExpandable:
             if options:
                 continue  # which a forward will say, if it is given such a mask
             raise
-        known, got = known | readings, list(tensors(output))
-        if len(got) != len(want) or not all(_close(a, b) for a, b in zip(got, want, strict=True)):
+        known |= readings
+        if not _all_close(list(tensors(output)), want):
             raise _differs(title, seam, "the softmax of query and key times value" + (" under a mask" * bool(options)))
     seam.readings = known
-    parameters = [] if attention is seam.attention else list(attention.parameters())
-    _check_gradients(twin, parameters, args, kwargs, title)
+    for training in (False, True) if is_copy else (False,):
+        _check_gradients(twin, args, kwargs, title, training=training, is_copy=is_copy)
     _check_joined(site, seam, title)
 
 
-def _check_gradients(seam: GenericSeam, parameters: list[nn.Parameter], args: Any, kwargs: Any, title: str) -> None:
-    """What is put off must come out with the gradients, too, that the attention has, which may be of its own making.
+def _check_gradients(seam: GenericSeam, args: Any, kwargs: Any, title: str, *, training: bool, is_copy: bool) -> None:
+    """Outputs and gradients, which may be of the attention's own making, and other ones in training.
 
     Args:
-        parameters: of a copy, which may be made to want gradients.
+        is_copy: whether the attention may be put in training, and its parameters be differentiated by.
     """
     attention = seam.attention
-    if any(x.dtype.itemsize < 4 for x in tensors((args, kwargs)) if x.is_floating_point()):
-        return  # whose rounding would hide what is looked for
+    if any(x.is_meta or x.dtype.itemsize < 4 for x in tensors((args, kwargs)) if x.is_floating_point()):
+        return  # no numbers, or such whose rounding would hide what is looked for
+    args, kwargs = map_tensors(lambda x: x.detach().clone(), (args, kwargs))
+    parameters = [x for x in attention.parameters() if is_copy and x.requires_grad and not x.is_meta]
+    if is_copy:
+        attention.train(training)
     with torch.enable_grad():
         try:
-            args, kwargs = map_tensors(lambda x: x.detach().clone(), (args, kwargs))
-            leaves = [x.requires_grad_() for x in (*tensors((args, kwargs)), *parameters) if x.is_floating_point()]
-            want = _gradients(attention(*args, **kwargs), leaves)
+            leaves = [x.requires_grad_() for x in tensors((args, kwargs)) if x.is_floating_point()] + parameters
+            want = [_with_gradients(attention(*args, **kwargs), leaves) for _ in range(2)]
         except Exception:
-            return  # nothing is asked of an attention that has no gradients
+            return  # it has no gradients, or does not run in training yet
+        if not _all_close(*want):
+            return  # dropout, say
         try:
-            got = _gradients(seam.tried(args, kwargs)[0], leaves)
+            got = _with_gradients(seam.tried(args, kwargs)[0], leaves)
         except NotExpandable:
             raise
         except Exception as error:
             raise NotExpandable(f"{title}: its {type(attention).__name__} has no gradients: {error}") from error
+    if not _all_close(got, want[0]):
+        mode = " in training" * training
+        raise _differs(title, seam, f"outputs and gradients as of the softmax of query and key times value{mode}")
+
+
+def _with_gradients(output: Any, leaves: list[Tensor]) -> list[Tensor]:
+    """What ``output`` holds, and the gradients of a random sum over that, flat, where they are finite."""
+    outputs = list(tensors(output))
+    reached = [x for x in outputs if x.requires_grad]
+    found = torch.autograd.grad(reached, leaves, [random_like(x, *x.shape) for x in reached], allow_unused=True)
+    grads = [
+        (torch.zeros_like(x) if grad is None else grad).flatten().cpu() for x, grad in zip(leaves, found, strict=True)
+    ]
     # together, as some are zero but for rounding: that of a bias of all keys, say
-    if not _close(torch.cat(got), torch.cat(want)):
-        raise _differs(title, seam, "gradients as of the softmax of query and key times value")
+    return [*outputs, torch.cat(grads).nan_to_num(0.0, 0.0, 0.0)]
 
 
-def _gradients(output: Any, leaves: list[Tensor]) -> list[Tensor]:
-    """Of a random sum over all that ``output`` holds, flat."""
-    outputs = [x for x in tensors(output) if x.requires_grad]
-    found = torch.autograd.grad(outputs, leaves, [random_like(x, *x.shape) for x in outputs], allow_unused=True)
-    return [(torch.zeros_like(x) if grad is None else grad).flatten() for x, grad in zip(leaves, found, strict=True)]
+def _all_close(got: list[Tensor], want: list[Tensor]) -> bool:
+    return len(got) == len(want) and all(_close(a, b) for a, b in zip(got, want, strict=True))
 
 
 def _check_joined(site: Site, seam: GenericSeam, title: str) -> None:
@@ -145,7 +164,7 @@ def _check_joined(site: Site, seam: GenericSeam, title: str) -> None:
         raise
     except Exception as error:  # whatever operations raise that keys and values are not made for
         raise NotExpandable(f"{title}: task tokens cannot join its {type(seam.attention).__name__}: {error}") from error
-    if not all(_close(a, b) for a, b in zip(got, want, strict=True)):
+    if not _all_close(got, want):
         raise _differs(title, seam, "with task tokens what concatenated keys and values give")
 
 
@@ -276,13 +295,16 @@ def check_copy(site: Site, title: str, block: nn.Module, call: BlockCall) -> Non
     check_block(twin_site, title, twin, call.on(tokens))
 
 
-def passed_statistics(site: Site, like: Tensor, num_features: int) -> tuple[nn.Module, ...]:
-    """The modules on the way of task tokens to their keys and values that keep statistics in training."""
-    task, norm = random_like(like, 1, 3, num_features), site.norm
-    ways = [site.seam.attention] if norm is None else [norm, site.seam.attention]
-    modules = list(dict.fromkeys(module for way in ways for module in way.modules()))
-    with _installed(site.seam, plain_attention):
-        return find_statistics(modules, lambda: site.seam.keys_values(task if norm is None else norm(task)))
+def learning_ones(site: Site, num_features: int, like: Tensor) -> tuple[nn.Module, ...]:
+    """Norm and attention, if they compute something else after they have run in training."""
+    attention, tokens = site.seam.attention, random_like(like, 2, site.seam.num_tokens(), num_features)
+    args, kwargs = site.arguments or _arguments(site.seam, tokens)
+    found = [attention] if learns(attention, *args, **kwargs) else []
+    return (*found, site.norm) if site.norm is not None and learns(site.norm, tokens) else tuple(found)
+
+
+def _arguments(seam: Seam, tokens: Tensor) -> Arguments:
+    return (tokens,) * (3 if isinstance(seam.attention, nn.MultiheadAttention) else 1), {}
 
 
 @contextmanager

@@ -5,7 +5,6 @@ does it run with its inner product replaced? The attention keeps its own project
 state of a running forward: threads share it.
 """
 
-import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -57,12 +56,6 @@ class Seam(ABC):
         self._rotary = "position_embeddings" in inspect.signature(attention.forward).parameters
         # of the cosines and sines of task tokens: some models halve them, and want them as wide as a head
         self._widths = tuple(dict.fromkeys((1, getattr(attention, "head_dim", None) or 1))) if self._rotary else (1,)
-
-    def on(self, modules: Mapping[nn.Module, nn.Module]) -> "Seam":
-        """The same for the attention that ``modules`` has in place of this one: of a copy, or of what was copied."""
-        other = copy.copy(self)
-        other.attention = modules[self.attention]
-        return other
 
     def install(self, forward: Callable[..., Any]) -> None:
         self.attention.forward = forward

@@ -5,7 +5,6 @@ PVT and SegFormer. What the arguments of such blocks mean is not known.
 """
 
 import inspect
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,14 +44,6 @@ class GenericSeam(Seam):
         """What its scores may be asked for as tensors: what they were asked for when it was tried."""
         self.fixed_tokens: int | None = None
         """The only number of tokens that it runs on, if it does not run on others: a window's."""
-
-    def on(self, modules: Mapping[nn.Module, nn.Module]) -> "GenericSeam":
-        other = super().on(modules)
-        assert isinstance(other, GenericSeam)
-        if self.reduction is not None:
-            layers: Any = tuple(modules[layer] for layer in self.reduction.layers)
-            other.reduction = self.reduction._replace(layers=layers)
-        return other
 
     def run(self, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         self.check_hooks()
