@@ -63,6 +63,8 @@ class Caught:
 
 
 class Aside:
+    """While it is entered, products are computed as they come: those of what was put off, of which ``caught`` knows."""
+
     def __init__(self, caught: Caught) -> None:
         self.caught, self.before = caught, caught.is_aside
 
