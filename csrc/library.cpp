@@ -1,7 +1,8 @@
 // The kernels as CPU implementations of torch.ops.dtme, through torch's stable ABI, and what `_C` tells about itself.
 //
-// Schemas, checks of arguments and gradients are Python's (dtme_kernels/*/op.py); here tensors become views, results
-// are allocated, and the kernels of the best instruction set that this machine has are called.
+// Schemas, gradients and checks are Python's (dtme_kernels/*/op.py): nothing comes here that has not passed
+// Operator._run of dtme_kernels/registry.py. Here tensors become views, results are allocated, and the kernels of the
+// best instruction set that this machine has are called.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
@@ -31,28 +32,12 @@ Parallel parallel() { return {run, torch::stable::get_num_threads()}; }
 
 // --- covariance ------------------------------------------------------------------------------------------------------
 
-constexpr int64_t ANY = 1 << 30;
-
-int64_t check_tokens(const Tensor& tokens) {
-  expect_dim("tokens", tokens, 1, ANY);
-  int64_t p = tokens.size(tokens.dim() - 1);
-  STD_TORCH_CHECK(p, "dtme: tokens without channels");
-  return p;
-}
-
 void token_covariance_(Tensor sums, std::vector<Tensor> tokens) {
   bool grouped = sums.dim() == 3;
-  expect_dim("the accumulator", sums, 2, 3);
-  STD_TORCH_CHECK(dtype_of(sums) == Dtype::float32 || dtype_of(sums) == Dtype::float64,
-                  "dtme: the accumulator must be float32 or float64");
   int64_t p = sums.size(sums.dim() - 1), layers = tokens.size();
-  expect("the accumulator", sums, grouped ? Sizes{layers, p, p} : Sizes{p, p});
-  STD_TORCH_CHECK(grouped || layers == 1, "dtme: the accumulator of ", layers, " layers must be (D, p, p)");
   sums.mutable_data_ptr();  // a lazy clone becomes a real one before it is written to
   std::vector<View> targets, sources;
   for (int64_t i = 0; i < layers; i++) {
-    STD_TORCH_CHECK(check_tokens(tokens[i]) == p, "dtme: tokens must be (..., ", p, "), got ",
-                    text(sizes_of(tokens[i])));
     targets.push_back(start(sums, 0, grouped ? i : 0));
     for (int64_t at = grouped; at < sums.dim(); at++) append(targets[i], p, sums.stride(at));
     sources.push_back(rows_of(tokens[i]));
@@ -61,7 +46,7 @@ void token_covariance_(Tensor sums, std::vector<Tensor> tokens) {
 }
 
 Tensor token_covariance(Tensor tokens) {
-  int64_t p = check_tokens(tokens);
+  int64_t p = tokens.size(tokens.dim() - 1);
   Tensor sum = torch::stable::new_zeros(tokens, {p, p}, wide(tokens));
   View target = view_of(sum), source = rows_of(tokens);
   kernels->accumulate_covariance(parallel(), 1, &target, &source);
@@ -69,8 +54,6 @@ Tensor token_covariance(Tensor tokens) {
 }
 
 Tensor token_covariance_backward(Tensor grad, Tensor tokens) {
-  int64_t p = check_tokens(tokens);
-  expect("grad", grad, {p, p});
   Tensor d_tokens = empty_as(tokens);
   kernels->covariance_backward(parallel(), view_of(grad), rows_of(tokens), rows_of(d_tokens));
   return d_tokens;
@@ -78,20 +61,9 @@ Tensor token_covariance_backward(Tensor grad, Tensor tokens) {
 
 // --- conflicts -------------------------------------------------------------------------------------------------------
 
-void check_grads(const Tensor& grads, const Tensor& basis) {
-  expect_dim("grads", grads, 2, ANY);
-  int64_t p = grads.size(grads.dim() - 1);
-  STD_TORCH_CHECK(grads.size(0) && p, "dtme: grads without tasks or channels");
-  expect("basis", basis, {p, p});
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> count_conflicts(Tensor grads, Tensor basis, Sizes ranks,
                                                            bool count_zero_gradients) {
-  check_grads(grads, basis);
   int64_t num_tasks = grads.size(0), num_ranks = ranks.size();
-  for (int64_t i = 0; i < num_ranks; i++)
-    STD_TORCH_CHECK((i == 0 || ranks[i - 1] < ranks[i]) && ranks[i] >= 0 && ranks[i] <= basis.size(0),
-                    "dtme: ranks must increase from 0 to p");
   auto zeros = [&](Sizes size) { return torch::stable::new_zeros(grads, size, ScalarType::Long); };
   Tensor range = zeros({num_ranks, num_tasks, num_tasks}), null = zeros({num_ranks, num_tasks, num_tasks});
   Tensor valid = zeros({num_tasks, num_tasks}), nonfinite = zeros({});
@@ -102,9 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> count_conflicts(Tensor grads, Tensor 
 }
 
 // (P, ...): a number for every pair of tasks and token
-Sizes check_projection(const Tensor& grads, const Tensor& basis, int64_t rank) {
-  check_grads(grads, basis);
-  STD_TORCH_CHECK(rank >= 0 && rank <= basis.size(0), "dtme: the rank must be 0 to p");
+Sizes pairs_of(const Tensor& grads) {
   Sizes size = sizes_of(grads);
   size.pop_back();
   size[0] = size[0] * (size[0] - 1) / 2;
@@ -112,7 +82,7 @@ Sizes check_projection(const Tensor& grads, const Tensor& basis, int64_t rank) {
 }
 
 std::tuple<Tensor, Tensor> projected_dots(Tensor grads, Tensor basis, int64_t rank) {
-  Sizes size = check_projection(grads, basis, rank);
+  Sizes size = pairs_of(grads);
   Tensor range = empty(grads, size, wide(grads)), null = empty(grads, size, wide(grads));
   kernels->projected_dots(parallel(), rows_of(grads, 1), view_of(basis), rank, start(range), start(null));
   return {range, null};
@@ -120,11 +90,6 @@ std::tuple<Tensor, Tensor> projected_dots(Tensor grads, Tensor basis, int64_t ra
 
 std::tuple<Tensor, Tensor> projected_dots_backward(Tensor grad_range, Tensor grad_null, Tensor grads, Tensor basis,
                                                    int64_t rank) {
-  Sizes size = check_projection(grads, basis, rank);
-  expect("grad_range", grad_range, size);
-  expect("grad_null", grad_null, size);
-  STD_TORCH_CHECK(grad_range.scalar_type() == wide(grads) && grad_null.scalar_type() == wide(grads),
-                  "dtme: grad_range and grad_null must have the dtype of what they are gradients of");
   Tensor d_grads = empty_as(grads), d_basis = empty_as(basis);
   Tensor up_range = torch::stable::contiguous(grad_range), up_null = torch::stable::contiguous(grad_null);
   kernels->projected_dots_backward(parallel(), start(up_range), start(up_null), rows_of(grads, 1), view_of(basis), rank,
@@ -144,25 +109,19 @@ View tokens_view(Tensor& tokens) {
 }
 
 // (T, B, N, p) of all streams
-Sizes check_streams(const Tensor& tokens, const Tensor& weight) {
-  expect_dim("tokens", tokens, 3, 4);
-  expect_dim("weight", weight, 2, 2);
+Sizes streams_of(const Tensor& tokens, const Tensor& weight) {
   Sizes size = sizes_of(tokens);
   if (tokens.dim() == 3) size.insert(size.begin(), weight.size(0));
-  expect("weight", weight, {size[0], size[3]});
-  STD_TORCH_CHECK(size[0] && size[3], "dtme: tokens without streams or channels");
   return size;
 }
 
 Tensor modulate(Tensor tokens, Tensor weight, Tensor bias) {
-  Tensor out = empty(tokens, check_streams(tokens, weight));
-  expect("bias", bias, sizes_of(weight));
+  Tensor out = empty(tokens, streams_of(tokens, weight));
   kernels->modulate(parallel(), tokens_view(tokens), view_of(weight), view_of(bias), {}, {}, 0, rows_of(out, 1), {});
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> modulate_backward(Tensor grad, Tensor tokens, Tensor weight) {
-  expect("grad", grad, check_streams(tokens, weight));
   Tensor d_tokens = empty_as(tokens), d_weight = empty_as(weight), d_bias = empty_as(weight);
   kernels->modulate_backward(parallel(), rows_of(grad, 1), {}, tokens_view(tokens), view_of(weight), {}, {}, 0,
                              tokens_view(d_tokens), view_of(d_weight), view_of(d_bias), {}, {});
@@ -171,10 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> modulate_backward(Tensor grad, Tensor tokens,
 
 std::tuple<Tensor, Tensor, Tensor> modulate_layer_norm_forward(Tensor tokens, Tensor weight, Tensor bias,
                                                                Tensor norm_weight, Tensor norm_bias, double eps) {
-  Sizes size = check_streams(tokens, weight);
-  expect("bias", bias, sizes_of(weight));
-  expect("norm_weight", norm_weight, {size[3]});
-  expect("norm_bias", norm_bias, {size[3]});
+  Sizes size = streams_of(tokens, weight);
   Tensor modulated = empty(tokens, size), normalized = empty(tokens, size);
   kernels->modulate(parallel(), tokens_view(tokens), view_of(weight), view_of(bias), view_of(norm_weight, 1),
                     view_of(norm_bias, 1), eps, rows_of(modulated, 1), rows_of(normalized, 1));
@@ -185,11 +141,6 @@ std::tuple<Tensor, Tensor, Tensor> modulate_layer_norm_forward(Tensor tokens, Te
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_layer_norm_backward(
     Tensor grad_modulated, Tensor grad_normalized, Tensor /* statistics */, Tensor tokens, Tensor weight, Tensor bias,
     Tensor norm_weight, double eps) {
-  Sizes size = check_streams(tokens, weight);
-  expect("grad_modulated", grad_modulated, size);
-  expect("grad_normalized", grad_normalized, size);
-  expect("bias", bias, sizes_of(weight));
-  expect("norm_weight", norm_weight, {size[3]});
   Tensor d_tokens = empty_as(tokens), d_weight = empty_as(weight), d_bias = empty_as(bias);
   Tensor d_norm_weight = empty_as(norm_weight), d_norm_bias = empty_as(norm_weight);
   kernels->modulate_backward(parallel(), rows_of(grad_modulated, 1), rows_of(grad_normalized, 1), tokens_view(tokens),
@@ -209,23 +160,17 @@ bool broadcasts(const Tensor& mask, int64_t i) {
 // (T, B, H, N, S) of a mask that broadcasts to it
 View mask_view(const std::optional<Tensor>& mask, const View& query, const View& key) {
   if (!mask) return {};
-  expect_dim("the mask", *mask, 0, 5);
   View view = start(*mask, 0, 0, true);
   Sizes full = {query.size[0], query.size[1], query.size[2], query.size[3], key.size[3]};
   for (int64_t i = 0; i < 5; i++) {
     int64_t own = i - 5 + mask->dim();
-    bool shared = broadcasts(*mask, i);
-    STD_TORCH_CHECK(shared || mask->size(own) == full[i], "dtme: the mask must broadcast to ", text(full), ", got ",
-                    text(sizes_of(*mask)));
-    append(view, full[i], shared ? 0 : mask->stride(own));
+    append(view, full[i], broadcasts(*mask, i) ? 0 : mask->stride(own));
   }
   return view;
 }
 
-// Checked, and the scale it is given, or 1 / sqrt(d)
+// With the scale it is given, or 1 / sqrt(d)
 Attention with_scale(Attention a, std::optional<double> scale) {
-  STD_TORCH_CHECK(a.key.size[2] && a.query.size[4], "dtme: heads without channels, or none");
-  STD_TORCH_CHECK(a.query.size[2] % a.key.size[2] == 0, "dtme: heads of key must divide those of query");
   a.scale = scale.value_or(1 / std::sqrt(double(a.query.size[4])));
   return a;
 }
@@ -233,20 +178,6 @@ Attention with_scale(Attention a, std::optional<double> scale) {
 Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& task_key,
                        const Tensor& task_value, const std::optional<Tensor>& mask, bool causal,
                        std::optional<double> scale) {
-  expect_dim("query", query, 4, 5);
-  expect_dim("key", key, query.dim(), query.dim());
-  expect_dim("task_key", task_key, query.dim() - 1, query.dim() - 1);
-  int64_t heads = query.dim() - 3, key_heads = key.size(heads);
-  Sizes keys = sizes_of(query), task_keys = sizes_of(task_key);
-  keys[heads] = key_heads;
-  keys[heads + 1] = key.size(heads + 1);
-  if (query.dim() == 5) task_keys[0] = keys[0];
-  task_keys[heads - 1] = key_heads;
-  task_keys[heads + 1] = keys[heads + 2];
-  expect("key", key, keys);
-  expect("value", value, keys);
-  expect("task_key", task_key, task_keys);
-  expect("task_value", task_value, task_keys);
   int lead = query.dim() == 4;  // one stream
   Attention a{view_of(query, lead), view_of(key, lead), view_of(value, lead), view_of(task_key, lead),
               view_of(task_value, lead), {}, causal, 0};
@@ -278,7 +209,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expanded_attention_ba
     Tensor grad, Tensor /* output */, Tensor /* statistics */, Tensor query, Tensor key, Tensor value, Tensor task_key,
     Tensor task_value, std::optional<Tensor> mask, bool causal, std::optional<double> scale, bool mask_grad) {
   Attention a = attention_of(query, key, value, task_key, task_value, mask, causal, scale);
-  expect("grad", grad, sizes_of(query));
   mask_grad &= mask && dtype_of(*mask) != Dtype::boolean;
   int lead = query.dim() == 4;
   Tensor d_query = empty_as(query), d_key = empty_as(key), d_value = empty_as(value);
@@ -311,10 +241,6 @@ View of_task(const Tensor& task_kv, int64_t i) { return unpack(task_kv, 2, i, {0
 
 // qkv (T, B, N, 3, H, d) and task_kv (T, t, 2, H, d)
 Attention packed(const Tensor& qkv, const Tensor& task_kv, std::optional<double> scale) {
-  expect_dim("qkv", qkv, 6, 6);
-  expect_dim("task_kv", task_kv, 5, 5);
-  expect("qkv", qkv, {qkv.size(0), qkv.size(1), qkv.size(2), 3, qkv.size(4), qkv.size(5)});
-  expect("task_kv", task_kv, {qkv.size(0), task_kv.size(1), 2, qkv.size(4), qkv.size(5)});
   Attention a{of_qkv(qkv, 0), of_qkv(qkv, 1), of_qkv(qkv, 2), of_task(task_kv, 0), of_task(task_kv, 1), {}, false, 0};
   return with_scale(a, scale);
 }
@@ -327,30 +253,36 @@ std::tuple<Tensor, Tensor> packed_attention(Tensor qkv, Tensor task_kv, std::opt
 std::tuple<Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor /* output */, Tensor /* statistics */,
                                                      Tensor qkv, Tensor task_kv, std::optional<double> scale) {
   Attention a = packed(qkv, task_kv, scale);
-  expect("grad", grad, {a.query.size, a.query.size + 5});
   Tensor d_qkv = empty_as(qkv), d_task_kv = empty_as(task_kv);
   kernels->attend_backward(parallel(), a, view_of(grad), of_qkv(d_qkv, 0), of_qkv(d_qkv, 1),
                            of_qkv(d_qkv, 2), of_task(d_task_kv, 0), of_task(d_task_kv, 1), {});
   return {d_qkv, d_task_kv};
 }
 
+// Every operator's last argument, impl, says what is to run it; here that is settled.
+template <auto function>
+void without_impl(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+  torch::stable::detail::to<std::string>(stack[num_args - 1]);  // takes what the handle owns
+  function(stack, num_args - 1, num_outputs);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dtme, CPU, m) {
-  m.impl("token_covariance", TORCH_BOX(&token_covariance));
-  m.impl("token_covariance_", TORCH_BOX(&token_covariance_));
-  m.impl("token_covariance_backward", TORCH_BOX(&token_covariance_backward));
-  m.impl("count_conflicts", TORCH_BOX(&count_conflicts));
-  m.impl("projected_dots", TORCH_BOX(&projected_dots));
-  m.impl("projected_dots_backward", TORCH_BOX(&projected_dots_backward));
-  m.impl("modulate", TORCH_BOX(&modulate));
-  m.impl("modulate_backward", TORCH_BOX(&modulate_backward));
-  m.impl("modulate_layer_norm_forward", TORCH_BOX(&modulate_layer_norm_forward));
-  m.impl("modulate_layer_norm_backward", TORCH_BOX(&modulate_layer_norm_backward));
-  m.impl("expanded_attention_forward", TORCH_BOX(&expanded_attention_forward));
-  m.impl("expanded_attention_backward", TORCH_BOX(&expanded_attention_backward));
-  m.impl("packed_attention", TORCH_BOX(&packed_attention));
-  m.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward));
+  m.impl("token_covariance", without_impl<TORCH_BOX(&token_covariance)>);
+  m.impl("token_covariance_", without_impl<TORCH_BOX(&token_covariance_)>);
+  m.impl("token_covariance_backward", without_impl<TORCH_BOX(&token_covariance_backward)>);
+  m.impl("count_conflicts", without_impl<TORCH_BOX(&count_conflicts)>);
+  m.impl("projected_dots", without_impl<TORCH_BOX(&projected_dots)>);
+  m.impl("projected_dots_backward", without_impl<TORCH_BOX(&projected_dots_backward)>);
+  m.impl("modulate", without_impl<TORCH_BOX(&modulate)>);
+  m.impl("modulate_backward", without_impl<TORCH_BOX(&modulate_backward)>);
+  m.impl("modulate_layer_norm_forward", without_impl<TORCH_BOX(&modulate_layer_norm_forward)>);
+  m.impl("modulate_layer_norm_backward", without_impl<TORCH_BOX(&modulate_layer_norm_backward)>);
+  m.impl("expanded_attention_forward", without_impl<TORCH_BOX(&expanded_attention_forward)>);
+  m.impl("expanded_attention_backward", without_impl<TORCH_BOX(&expanded_attention_backward)>);
+  m.impl("packed_attention", without_impl<TORCH_BOX(&packed_attention)>);
+  m.impl("packed_attention_backward", without_impl<TORCH_BOX(&packed_attention_backward)>);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -1,5 +1,4 @@
-// Tensors of torch as views for the kernels, and what is checked of them again: who calls torch.ops.dtme passes by
-// Python's checks, and no kernel may read what is not there.
+// Tensors of torch as views for the kernels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -89,22 +88,5 @@ inline Tensor empty(const Tensor& like, Sizes size, std::optional<ScalarType> dt
 }
 inline Sizes sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 inline Tensor empty_as(const Tensor& x) { return empty(x, sizes_of(x)); }
-
-// --- checks ----------------------------------------------------------------------------------------------------------
-
-inline std::string text(const Sizes& size) {
-  std::string all = "(";
-  for (int64_t n : size) all += (all.size() > 1 ? ", " : "") + std::to_string(n);
-  return all + (size.size() == 1 ? ",)" : ")");
-}
-
-inline void expect(const char* name, const Tensor& x, const Sizes& size) {
-  STD_TORCH_CHECK(sizes_of(x) == size, "dtme: ", name, " must be ", text(size), ", got ", text(sizes_of(x)));
-}
-
-inline void expect_dim(const char* name, const Tensor& x, int64_t least, int64_t most) {
-  STD_TORCH_CHECK(least <= x.dim() && x.dim() <= most, "dtme: ", name, " has too few or too many dimensions, got ",
-                  text(sizes_of(x)));
-}
 
 }  // namespace dtme

@@ -62,10 +62,8 @@ def _attention(query: Any, key: Any, value: Any, task_key: Any, *args: Any, **op
     return 2 * _product(query, key, task_key)
 
 
-def _attention_backward(
-    grad: Any, output: Any, statistics: Any, query: Any, key: Any, value: Any, task_key: Any, *args: Any, **options: Any
-) -> int:
-    return 5 * _product(query, key, task_key)
+def _attention_backward(grad: Any, output: Any, statistics: Any, *args: Any, **options: Any) -> int:
+    return _attention(*args) // 2 * 5
 
 
 def _packed_product(qkv: Any, task_kv: Any) -> int:
@@ -77,10 +75,8 @@ def _packed_attention(qkv: Any, task_kv: Any, *args: Any, **options: Any) -> int
     return 2 * _packed_product(qkv, task_kv)
 
 
-def _packed_attention_backward(
-    grad: Any, output: Any, statistics: Any, qkv: Any, task_kv: Any, *args: Any, **options: Any
-) -> int:
-    return 5 * _packed_product(qkv, task_kv)
+def _packed_attention_backward(grad: Any, output: Any, statistics: Any, *args: Any, **options: Any) -> int:
+    return _packed_attention(*args) // 2 * 5
 
 
 FORMULAS = {

@@ -1,36 +1,69 @@
-"""The operators of ``torch.ops.dtme``: one library, and one table of implementations read by ``impl=`` and by info."""
+"""The operators of ``torch.ops.dtme``: what each is made of, and how a call finds the implementation that runs it.
 
-from collections.abc import Callable
-from functools import partial
-from importlib import import_module
+A public function calls its ``Operator``, and that the operator of torch, which passes, from the top,
+
+1. ``torch.func``'s transforms: they are given the reference, which torch can transform in any way;
+2. autocast: dtypes are left alone, but for attention;
+3. autograd: the operator's own gradient; in forward mode the reference, likewise;
+4. ``Operator._run``: the tensors are checked against the table, whoever has called; the implementation is chosen and run.
+
+``impl="reference"``, in a public function, is plain torch instead: the reference itself, and torch's own gradients.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import extension
-from .launch import cannot_run
+from . import extension, torch_private
+from .signature import Signature
 
 library = torch.library.Library("dtme", "DEF")
+OPERATORS: dict[str, "Operator | Composition"] = {}
 
-# The reference answers on every device; a kernel overrides it under its own key, and a missing one is a missing key.
-DISPATCH_KEYS = {"reference": "CompositeExplicitAutograd", "triton": "CUDA", "cpp": "CPU"}
-OPERATORS: dict[str, "Operator"] = {}
+IMPLEMENTATIONS = ("reference", "triton", "cpp")
+# what "auto" tries first, by the type of the device; what it cannot run, and all other devices, get the reference
+AUTOMATIC = {"cpu": "cpp", "cuda": "triton"}
+
 # the extension; without it, why
 cpp_module: Any = None
 cpp_missing: str | None = None
 
 
+class Kernel(NamedTuple):
+    """An implementation that is not the reference."""
+
+    run: Callable[..., Any]
+    cannot_run: Callable[..., str | None]
+    """Of the arguments: why it cannot run on them, or None."""
+
+
+class Gradient(NamedTuple):
+    """How an operator is differentiated, once, backwards."""
+
+    save: Callable[..., None]
+    """``save(ctx, inputs, output)``: keep what the backward needs."""
+    backward: Callable[..., tuple[Any, ...]]
+    """``backward(ctx, *grads)``: the gradients of all inputs; ``ctx.impl`` is what the forward was asked to run by."""
+
+
 class Operator:
-    """One operator: its schema, its implementations, and what ``impl=`` may ask for.
+    """One operator of torch.
 
     Args:
-        schema: as ``torch.library.Library.define`` takes it.
-        reference: plain torch, the definition.
+        schema: as ``torch.library.Library.define`` takes it, but for ``impl``, which every operator has.
+        table: what its tensors must be, as ``signature`` says.
+        reference: plain torch, the definition; on every device.
         fake: shapes, dtypes and strides of the outputs.
-        composite: plain torch that calls other operators by the ``impl`` it is given first. It then is what all but
-            ``impl="reference"`` runs; autograd, fake tensors and autocast see its parts, and ``fake`` is not wanted.
+        triton: the kernel for CUDA tensors.
+        cpp: the file of ``csrc`` with the kernel for CPU tensors, which the extension brings along.
+        rules: of all arguments: raises where what the table cannot say is wrong.
+        prepare: of all arguments: what a kernel is given in their place.
+        gradient: without one it has none.
         public: the name of the public function, where the operator returns more than it does; else its own.
         low_precision: under autocast, cast the arguments as ``scaled_dot_product_attention`` has them cast. All other
             operators leave dtypes alone: sums of squares and signs of dot products do not survive bfloat16.
@@ -39,89 +72,57 @@ class Operator:
     def __init__(
         self,
         schema: str,
-        reference: Callable[..., Any],
-        fake: Callable[..., Any] | None = None,
+        table: Mapping[str, str],
         *,
-        composite: Callable[..., Any] | None = None,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        triton: Kernel | None = None,
+        cpp: str | None = None,
+        rules: Callable[..., None] | None = None,
+        prepare: Callable[..., tuple[Any, ...]] | None = None,
+        gradient: Gradient | None = None,
         public: str | None = None,
         low_precision: bool = False,
     ) -> None:
+        self.overload, self.defaults, self.signature = _define(schema, table)
         self.operator = schema.partition("(")[0]
         self.name = public or self.operator
-        self.low_precision = low_precision
-        self.composite = composite
-        self.implementations: dict[str, Callable[..., Any]] = {}
-        self.gradient: tuple[Callable[..., None], Callable[..., Any], Operator] | None = None
-        self.unsupported: dict[str, Callable[..., str | None]] = {"triton": cannot_run, "cpp": off_cpu}
-        library.define(schema)
-        self.overload = getattr(torch.ops.dtme, self.operator).default
-        if composite:
-            library.impl(self.operator, partial(composite, "auto"), "CompositeImplicitAutograd")
-            self.implementations["reference"] = reference
-        else:
-            self.implement("reference", reference)
-            torch.library.register_fake(f"dtme::{self.operator}", fake, lib=library)
-            for device in ("cpu", "cuda"):
-                library.impl(self.operator, self._autocast_kernel(device), f"Autocast{device.upper()}")
+        self.reference, self.fake, self.cpp, self.rules, self.prepare = reference, fake, cpp, rules, prepare
+        self.gradient, self.low_precision = gradient, low_precision
+        self.kernels: dict[str, Kernel] = {} if triton is None or find_spec("triton") is None else {"triton": triton}
+        self.writes = self.overload._schema.is_mutable
         OPERATORS[self.name] = self
 
-    def implement(self, impl: str, function: Callable[..., Any]) -> None:
-        """Let the dispatcher, and ``impl=``, have ``function``."""
-        library.impl(self.operator, function, DISPATCH_KEYS[impl])
-        self.implementations[impl] = function
+        library.impl(self.operator, self._run_any, "BackendSelect")
+        library.impl(self.operator, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dtme::{self.operator}", self._run_fake, lib=library)
+        library.impl(self.operator, self._differentiate, "Autograd", with_keyset=True)
+        for device in ("cpu", "cuda"):
+            library.impl(self.operator, self._leave_autocast(device), f"Autocast{device.upper()}")
+        library.impl(self.operator, self._transform, "FuncTorchDynamicLayerFrontMode")
 
-    def implement_triton(self, module: str, unsupported: Callable[..., str | None]) -> None:
-        """Give CUDA tensors to the function of this name in ``module``, which is imported, with Triton, when one comes.
+    def __call__(self, impl: str, *args: Any) -> Any:
+        """What a public function does: run by ``impl``, or by what ``implementation`` has put in the place of auto."""
+        impl = chosen(impl)
+        if impl == "reference":
+            return self.run_reference(*args)
+        if impl != "auto" and (why := self.missing(impl)):
+            raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
+        return self.overload(*args) if impl == "auto" else self.overload(*args, impl=impl)
 
-        Args:
-            module: full name.
-            unsupported: of the arguments: why the kernel cannot run on them, or None. The dispatcher then runs the
-                reference, and ``impl="triton"`` raises.
-        """
-        name = self.name
-
-        def kernel(*args: Any) -> Any:
-            return getattr(import_module(module), name)(*args)
-
-        if find_spec("triton") is not None:
-            self.implement("triton", self.dispatch_triton)
-            self.implementations["triton"], self.unsupported["triton"] = kernel, unsupported
-
-    def dispatch_triton(self, *args: Any) -> Any:
-        """What the dispatcher runs on CUDA tensors; it leaves out the last arguments that have their default value."""
-        args = (*args, *(x.default_value for x in self.overload._schema.arguments[len(args) :]))
-        impl = "reference" if self.unsupported["triton"](*args) else "triton"
-        return self.implementations[impl](*args)
-
-    def find_cpp(self) -> None:
-        """Let ``impl="cpp"`` have the kernel that the extension has registered under the CPU key, if it has one."""
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"dtme::{self.operator}", DISPATCH_KEYS["cpp"]):
-            self.implementations["cpp"] = self.overload
-
-    def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any], once: "Operator") -> None:
-        """Register the gradient.
-
-        Args:
-            setup: saves in ``ctx`` what the backward needs, of inputs and output.
-            backward: ``backward(call, ctx, *grads)`` returns the gradients of the inputs, by one ``call``.
-            once: the operator that this call is, in the implementation of the forward. It has no gradient of its own.
-        """
-
-        def refuse(ctx: Any, *grads: Tensor) -> None:
-            raise RuntimeError(f"dtme::{self.name} is differentiable once; impl='reference' as often as torch is")
-
-        self.gradient = setup, backward, once
-        torch.library.register_autograd(
-            f"dtme::{self.operator}", partial(backward, once.overload), setup_context=setup, lib=library
-        )
-        torch.library.register_autograd(f"dtme::{once.operator}", refuse, lib=library)
+    def run_reference(self, *args: Any, **options: Any) -> Any:
+        """Plain torch, outside of autocast, which would reach the matrix products inside."""
+        device = args[0].device.type
+        if not autocast_enabled(device):
+            _check(self, args)
+            return self.reference(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return self.run_reference(*self._cast(device, args), **options)
 
     def missing(self, impl: str) -> str | None:
-        """Why ``impl`` cannot run here, or None where it can."""
-        if impl not in DISPATCH_KEYS:
-            raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
-        if impl in self.implementations or self.composite:
-            return None  # of a composition, its parts say
+        """Why ``impl`` cannot run here, whatever it is given, or None where it can."""
+        if impl == "reference" or impl in self.kernels:
+            return None
         if impl == "triton" and find_spec("triton") is None:
             return "Triton is not installed (on Linux it comes with a CUDA build of torch)"
         if impl == "cpp" and cpp_missing:
@@ -130,59 +131,243 @@ class Operator:
 
     def automatic(self, device: str) -> str:
         """What ``impl="auto"`` runs on ``"cpu"`` or ``"cuda"``."""
-        kernel = {"cpu": "cpp", "cuda": "triton"}[device]
-        return "composite" if self.composite else kernel if kernel in self.implementations else "reference"
+        return AUTOMATIC[device] if AUTOMATIC[device] in self.kernels else "reference"
 
-    def __call__(self, impl: str, *args: Any) -> Any:
-        """Run the named implementation on ``args``, the first of them a tensor; only ``auto`` may choose."""
+    # --- what the dispatcher of torch calls, from the top ------------------------------------------------------------
+
+    def _transform(self, *args: Any, impl: str = "auto") -> Any:
+        """Inside ``torch.func``'s transforms, and in forward mode."""
+        if impl not in ("auto", "reference"):
+            raise RuntimeError(
+                f"impl={impl!r} cannot run {self.name} in forward mode or inside a transform of torch.func:"
+                " impl='reference' can, and 'auto' takes it there"
+            )
+        args = (*args, *self.defaults[len(args) :])  # the dispatcher leaves out the last ones that have their default
+        _check(self, args, symbolic=True)
+        return self.reference(*args)
+
+    def _leave_autocast(self, device: str) -> Callable[..., Any]:
+        def run(*args: Any, impl: str = "auto") -> Any:
+            with torch.autocast(device, enabled=False):
+                return self.overload(*self._cast(device, args), impl=impl)
+
+        return run
+
+    def _differentiate(self, keys: Any, *args: Any, impl: str = "auto") -> Any:
+        if torch_private.in_forward_mode():
+            return self._transform(*args, impl=impl)
+        if not torch_private.any_requires_grad(*args):
+            return self._below_autograd(keys, args, impl)
+        if self.gradient and torch.is_grad_enabled():
+            return _Function.apply(self, keys, impl, *args)
+        with torch_private.without_autograd():
+            return self._below_autograd(keys, args, impl)
+
+    def _below_autograd(self, keys: Any, args: tuple[Any, ...], impl: str) -> Any:
+        if torch_private.is_next_to_run(keys):
+            return self._run(args, impl)
+        return self.overload.redispatch(keys & torch_private.BELOW_AUTOGRAD, *args, impl=impl)
+
+    def _run_any(self, *args: Any, impl: str = "auto") -> Any:
+        return self._run(args, impl)
+
+    def _run(self, args: tuple[Any, ...], impl: str) -> Any:
+        if len(args) < len(self.defaults):  # the dispatcher leaves out the last ones that have their default value
+            args = (*args, *self.defaults[len(args) :])
+        device = self.signature.check(args)
+        if self.rules:
+            self.rules(*args)
+        if device == "meta":
+            return self.fake(*args)
+        kernel = self._choose(impl, device, args)
+        if kernel is None:
+            output = self.reference(*args)
+        else:
+            output = kernel.run(*(self.prepare(*args) if self.prepare else args))
+        if self.writes and not args[0].is_inference():  # autograd does not see by itself that something was written
+            torch.autograd.graph.increment_version(args[0])
+        return output
+
+    def _choose(self, impl: str, device: str, args: Sequence[Any]) -> Kernel | None:
+        """None for the reference."""
         if impl == "auto":
-            return self.overload(*args)
-        if why := self.missing(impl):
+            kernel = self.kernels.get(AUTOMATIC.get(device, ""))
+            return None if kernel is None or kernel.cannot_run(*args) else kernel
+        if chosen(impl) == "reference":
+            return None
+        if why := self.missing(impl) or self.kernels[impl].cannot_run(*args):
             raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
-        if self.composite:
-            return self.implementations["reference"](*args) if impl == "reference" else self.composite(impl, *args)
-        if impl in self.unsupported and (why := self.unsupported[impl](*args)):
-            raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
-        function = self.implementations[impl]
-        if impl == "cpp":
-            return function(*args)  # what the dispatcher always has for CPU tensors
-        if impl == "triton" and self.gradient:
-            function = partial(_Named.apply, self, impl)  # the reference is plain torch, with torch's own gradient
-        return self._outside_autocast(function, args[0].device.type, args)
+        return self.kernels[impl]
 
-    def _autocast_kernel(self, device: str) -> Callable[..., Any]:
-        return lambda *args: self._outside_autocast(self.overload, device, args)
+    def _run_cpp(self, *args: Any) -> Any:
+        """What ``csrc/library.cpp`` has registered."""
+        return self.overload.redispatch(torch_private.CPU, *args)
 
-    def _outside_autocast(self, function: Callable[..., Any], device: str, args: tuple[Any, ...]) -> Any:
-        """Otherwise autocast would reach the matrix products inside ``function``."""
-        if not autocast_enabled(device):
-            return function(*args)
-        if self.low_precision:
-            dtype = torch.get_autocast_dtype(device)
-            args = tuple(_cast(x, dtype) for x in args)
-        with torch.autocast(device, enabled=False):
-            return function(*args)
+    def _run_fake(self, *args: Any, impl: str = "auto") -> Any:
+        args = (*args, *self.defaults[len(args) :])
+        _check(self, args, symbolic=True)
+        return self.fake(*args)
+
+    # --- their parts -------------------------------------------------------------------------------------------------
+
+    def _cast(self, device: str, args: Sequence[Any]) -> Sequence[Any]:
+        """Autocast's own rule: every floating-point tensor but float64."""
+        if not self.low_precision:
+            return args
+        dtype = torch.get_autocast_dtype(device)
+        low = (isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 for x in args)
+        return [x.to(dtype) if cast else x for x, cast in zip(args, low, strict=True)]
+
+    def find_cpp(self) -> None:
+        """Whether the extension has brought the kernel along: it registers it with the dispatcher itself."""
+        if self.cpp and torch_private.has_kernel(f"dtme::{self.operator}", "CPU"):
+            self.kernels["cpp"] = Kernel(self._run_cpp, off_cpu)
 
 
-class _Named(torch.autograd.Function):
-    """A named implementation, forward and backward, past the dispatcher."""
+class Composition:
+    """An operator that is made of others, and of plain torch between them: autograd, autocast and all see its parts.
+
+    Args:
+        schema, table, rules: as of an ``Operator``.
+        reference: plain torch all of it.
+        function: ``function(impl, *args)`` calls the others by ``impl``.
+        outputs: how many of what the two return the operator does; a public function may return them all.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        table: Mapping[str, str],
+        *,
+        reference: Callable[..., tuple[Any, ...]],
+        function: Callable[..., tuple[Any, ...]],
+        outputs: int,
+        rules: Callable[..., None] | None = None,
+    ) -> None:
+        self.overload, self.defaults, self.signature = _define(schema, table)
+        self.name = schema.partition("(")[0]
+        self.reference, self.function, self.rules = reference, function, rules
+        OPERATORS[self.name] = self
+
+        def run(*args: Any, impl: str = "auto") -> tuple[Any, ...]:
+            return self(impl, *args, *self.defaults[len(args) :])[:outputs]
+
+        library.impl(self.name, run, "CompositeImplicitAutograd")
+
+    def __call__(self, impl: str, *args: Any) -> tuple[Any, ...]:
+        impl = chosen(impl)
+        _check(self, args)
+        return self.reference(*args) if impl == "reference" else self.function(impl, *args)
+
+    def missing(self, impl: str) -> None:
+        """Why ``impl`` cannot run: its parts say."""
+
+    def automatic(self, device: str) -> str:
+        return "composite"
+
+
+def _check(operator: Operator | Composition, args: Sequence[Any], symbolic: bool = False) -> None:
+    if symbolic or torch.compiler.is_compiling():
+        operator.signature.check_traced(args)
+    else:
+        operator.signature.check(args)
+    if operator.rules:
+        operator.rules(*args)
+
+
+def _define(schema: str, table: Mapping[str, str]) -> tuple[Any, tuple[Any, ...], Signature]:
+    """The operator; the default values of its arguments, None for those without one; its signature."""
+    arguments, _, returns = schema.rpartition(") -> ")
+    library.define(f"{arguments}, *, str impl='auto') -> {returns}")
+    overload = getattr(torch.ops.dtme, schema.partition("(")[0]).default
+    positional = [x for x in overload._schema.arguments if not x.kwarg_only]
+    defaults = tuple(x.default_value if x.has_default_value() else None for x in positional)
+    optional = [x.name for x in positional if str(x.type) == "Optional[Tensor]"]
+    return overload, defaults, Signature([x.name for x in positional], optional, table)
+
+
+class _Function(torch.autograd.Function):
+    """Run an operator below autograd, and record its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, impl: str, *args: Any) -> Any:
+    def forward(ctx: Any, operator: Operator, keys: Any, impl: str, *args: Any) -> Any:
         assert operator.gradient
-        setup, _, _ = operator.gradient
         ctx.operator, ctx.impl = operator, impl
-        ctx.needed = ctx.needs_input_grad[2:]
-        output = operator.implementations[impl](*args)
-        setup(ctx, args, output)
+        with torch_private.without_autograd():
+            output = operator._below_autograd(keys, args, impl)
+        args = (*args, *operator.defaults[len(args) :])
+        # not by a kernel, which may want of the forward what the reference does not leave
+        if operator._choose(impl, args[0].device.type, args) is None:
+            ctx.impl = "reference"
+        operator.gradient.save(ctx, args, output)
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        _, backward, once = ctx.operator.gradient
-        found = backward(partial(once, ctx.impl), ctx, *grads)
-        return None, None, *(found if isinstance(found, tuple) else (found,))
+        return None, None, None, *ctx.operator.gradient.backward(ctx, *grads)
+
+
+def differentiable_once(public: str) -> Gradient:
+    """Of the operators that are a gradient themselves."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            f"dtme::{public} is differentiable once; impl='reference', or `with dtme_kernels.implementation("
+            "'reference')`, as often as torch is"
+        )
+
+    return Gradient(lambda ctx, inputs, output: None, refuse)
+
+
+# --- which implementation "auto" is ----------------------------------------------------------------------------------
+
+
+class _Chosen(threading.local):
+    """Of this thread."""
+
+    impl = "auto"
+
+
+_chosen = _Chosen()
+# of all threads, {an object per context: its implementation}: torch.compile knows of no thread's own variables, but
+# looks at this one, and compiles anew where it has changed
+_open: dict[object, str] = {}
+
+
+@contextmanager
+def implementation(impl: str) -> Iterator[None]:
+    """Let ``impl="auto"`` mean ``impl`` inside, for all operations that this thread calls, composite ones too.
+
+    What is compiled inside, or outside and called inside, is compiled for it. ``torch.ops.dtme`` is not concerned.
+
+    Args:
+        impl: ``"auto"``, ``"reference"``, which is plain torch and so can be differentiated and transformed as often,
+            and in any way, that torch can; ``"triton"`` or ``"cpp"``, which raise where they cannot run.
+
+    Raises:
+        ValueError: ``impl`` is unknown.
+    """
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
+    before, token = _chosen.impl, object()
+    _chosen.impl, _open[token] = impl, impl
+    try:
+        yield
+    finally:
+        _chosen.impl = before
+        del _open[token]
+
+
+def chosen(impl: str) -> str:
+    """``impl``, or what it stands for here. Raises ValueError where it is unknown."""
+    if impl == "auto":
+        return _chosen.impl if _open else "auto"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
+    return impl
+
+
+# --- the extension, devices, autocast --------------------------------------------------------------------------------
 
 
 def load_extension() -> None:
@@ -190,13 +375,13 @@ def load_extension() -> None:
     global cpp_module, cpp_missing
     cpp_module, cpp_missing = extension.load()
     for operator in OPERATORS.values():
-        operator.find_cpp()
+        if isinstance(operator, Operator):
+            operator.find_cpp()
 
 
 def off_cpu(*args: Any) -> str | None:
     """Why C++ kernels cannot run on these arguments."""
-    device = next(x.device.type for x in args if isinstance(x, Tensor))
-    return None if device == "cpu" else f"C++ kernels run on CPU tensors, got {device} tensors"
+    return None if args[0].is_cpu else f"C++ kernels run on CPU tensors, got {args[0].device.type} tensors"
 
 
 # asked once: not every torch can trace the question
@@ -206,8 +391,3 @@ _HAVE_AUTOCAST = {device for device in ("cpu", "cuda", "mps", "xpu") if torch.am
 def autocast_enabled(device: str) -> bool:
     """Of a device type; ``"meta"`` and the like have none."""
     return device in _HAVE_AUTOCAST and torch.is_autocast_enabled(device)
-
-
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    """Autocast's own rule: every floating-point tensor but float64."""
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x

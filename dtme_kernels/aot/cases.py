@@ -101,30 +101,30 @@ def _attention_cases() -> dict[str, Callable[[], object]]:
     Strides get no kernels of their own, so what is compiled for packed tensors is what separate ones run.
     """
     from ..attention import kernel
-    from ..attention.packing import statistics_shape, unpack
+    from ..attention.arguments import AttentionBackward, PackedBackward, unpack
 
     found: dict[str, Callable[[], object]] = {}
 
     def add(d: int, dtype: str, kinds: tuple[str, ...] = ("",), keys: int = 1024, task_keys: int = 6) -> None:
         shared = torch.empty(2, 3, keys, 3, 4, d, dtype=DTYPES[dtype], device="meta")
         task = torch.empty(2, task_keys, 2, 4, d, dtype=DTYPES[dtype], device="meta")
-        query, *others = unpack(shared, task)
+        packed = unpack(shared, task)
+        query = packed.query
         square = torch.empty(keys, keys, dtype=DTYPES[dtype], device="meta")
         masks: dict[str, tuple[torch.Tensor | None, bool]] = {"": (None, False)}
         masks |= {", causal": (None, True), ", bool mask": (square.bool(), False), ", mask": (square, False)}
         for kind in kinds:
             case = f"d={d} {dtype}{kind}"
             mask, causal = masks.get(kind, (None, False))
-            saved: tuple[Any, ...] = (query, query, torch.empty(statistics_shape(query, mask), device="meta"))
-            if mask is not None or causal:
-                rest: tuple[Any, ...] = (query, *others, mask, causal, None)
-                found[f"attention {case}"] = partial(kernel.expanded_attention, *rest)
-                saved += (*rest, mask is square)
-                found[f"attention backward {case}"] = partial(kernel.expanded_attention_backward, *saved)
-            else:
-                found[f"attention {case}"] = partial(kernel.packed_attention, shared, task, None)
-                saved += (shared, task, None)
-                found[f"attention backward {case}"] = partial(kernel.packed_attention_backward, *saved)
+            arguments = packed._replace(attn_mask=mask, is_causal=causal)
+            saved = query, query, torch.empty(arguments.statistics_shape, device="meta")
+            found[f"attention {case}"] = partial(kernel.expanded_attention, arguments)
+            backward: partial[object] = partial(
+                kernel.expanded_attention_backward, AttentionBackward(*saved, arguments, mask is square)
+            )
+            if mask is None and not causal:
+                backward = partial(kernel.packed_attention_backward, PackedBackward(*saved, shared, task, None))
+            found[f"attention backward {case}"] = backward
 
     add(64, "bf16", ("", ", causal", ", bool mask", ", mask"))
     add(64, "fp32", ("", ", mask"))
@@ -140,20 +140,21 @@ def _attention_cases() -> dict[str, Callable[[], object]]:
 def _cases_of_one() -> dict[str, Callable[[], object]]:
     """Triton makes constants of sizes and strides of 1: of a tensor's, here all of them."""
     from ..attention import kernel as attention
+    from ..attention.arguments import Attention, AttentionBackward
     from ..conflicts import kernel as conflicts
     from ..modulation import kernel as modulation
 
     half = partial(torch.empty, device="meta", dtype=torch.float16)
     one = [*[half(1, 1, 1, 1, 16)] * 3, *[half(1, 1, 1, 16)] * 2]
-    rest: tuple[Any, ...] = (*one, half(1, 1), False, None)
-    saved: tuple[Any, ...] = (one[0], one[0], torch.empty(1, 1, 1, 2, 1, device="meta"))
+    arguments = Attention(*one, half(1, 1))
+    saved = AttentionBackward(one[0], one[0], torch.empty(1, 1, 1, 2, 1, device="meta"), arguments, True)
     token, row = torch.empty(1, 1, 16, device="meta"), torch.empty(1, 16, device="meta")
     grads, basis = torch.empty(2, 1, 16, device="meta"), torch.empty(16, 16, device="meta")
     statistics = torch.empty(2, 1, 1, 1, device="meta")
     norm = partial(modulation.modulate_layer_norm_backward, token[None], token[None], statistics)
     return {
-        "ones: attention": partial(attention.expanded_attention, *rest),
-        "ones: attention backward": partial(attention.expanded_attention_backward, *saved, *rest, True),  # type: ignore[call-arg]
+        "ones: attention": partial(attention.expanded_attention, arguments),
+        "ones: attention backward": partial(attention.expanded_attention_backward, saved),
         "ones: norm": partial(modulation.modulate_layer_norm, token, row, row, row[0], row[0], 1e-6),
         "ones: norm backward": partial(norm, token, row, row, row[0], 1e-6),
         "ones: conflicts": partial(conflicts.count_conflicts, grads, basis, [1]),

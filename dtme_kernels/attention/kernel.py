@@ -16,7 +16,6 @@ A query that sees no key has +inf (and 1), so that all its probabilities are 0.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -26,31 +25,22 @@ from ..launch import highest, on_device
 from .backward import key_gradients, mask_gradients, query_gradients
 from .blocks import LOG2E
 from .forward import attend
-from .packing import statistics_shape, unpack
+from .arguments import Attention, AttentionBackward, PackedBackward, unpack
 from .tiles import Tile, tile
 
 
 class _Problem:
     """The tensors as the kernels take them: streams and images in one axis, channels side by side."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        task_key: Tensor,
-        task_value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> None:
+    def __init__(self, a: Attention) -> None:
+        query, key, value, task_key, task_value, attn_mask, is_causal, _ = a
+        scale = a.factor
         self.lead = query.shape[:-3]
         self.rows, self.images = self.lead.numel(), query.shape[-4]
         self.streams = self.lead[0] if len(self.lead) == 2 else 1
         self.heads, self.queries, self.channels = query.shape[-3:]
         self.key_heads, self.keys, self.task_keys = key.shape[-3], key.shape[-2], task_key.shape[-2]
         self.groups = self.heads // self.key_heads
-        scale = self.channels**-0.5 if scale is None else scale
         # the kernels take the greatest score for the greatest after scaling, and 0 times a hidden score must hide it
         self.sign = -1.0 if scale < 0 else 1.0
         self.scale = max(abs(scale) * LOG2E.value, 1e-30)
@@ -69,7 +59,7 @@ class _Problem:
             if self.kind == "bool":
                 self.mask = attn_mask.view(torch.uint8)
         self.block = max(16, triton.next_power_of_2(self.channels))
-        exact = statistics_shape(query, attn_mask)[-2] == 2
+        exact = a.statistics_shape[-2] == 2
         self.constants = {"D": self.channels, "MASK": self.kind, "CAUSAL": is_causal, "EXACT": exact, "BD": self.block}
 
     @staticmethod
@@ -115,11 +105,11 @@ def _grid(programs: int) -> tuple[int]:
     return (programs,)
 
 
-def expanded_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def expanded_attention(a: Attention) -> tuple[Tensor, Tensor]:
     """(..., H, N, d) laid out (..., N, H, d), and what finds the probabilities again, (..., H, 1 or 2, N)."""
-    p = _Problem(query, *others)
+    p, query = _Problem(a), a.query
     out = torch.empty(*p.lead, p.queries, p.heads, p.channels, dtype=query.dtype, device=query.device)
-    statistics = torch.empty(statistics_shape(query, others[4]), dtype=torch.float32, device=query.device)
+    statistics = torch.empty(a.statistics_shape, dtype=torch.float32, device=query.device)
     own = p.tile("forward")
     if out.numel():
         with on_device(query):
@@ -131,44 +121,25 @@ def expanded_attention(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return out.transpose(-3, -2), statistics
 
 
-def expanded_attention_backward(
-    grad: Tensor,
-    output: Tensor,
-    statistics: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    task_key: Tensor,
-    task_value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    mask_grad: bool,
-) -> tuple[Tensor, ...]:
+def expanded_attention_backward(b: AttentionBackward) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, task key and task value, contiguous, and of an additive mask."""
-    p = _Problem(query, key, value, task_key, task_value, attn_mask, is_causal, scale)
-    shared = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
-    grad = p.fold(grad)
-    delta, parts = _gradients(p, grad, output, statistics, shared)
-    d_mask = query.new_empty(0)
-    if mask_grad and attn_mask is not None:
-        d_mask = _mask_gradient(p, grad, statistics, delta, attn_mask)
-    return *shared, *(x.view(task_key.shape).to(query.dtype) for x in parts), d_mask
+    a, p = b.attention, _Problem(b.attention)
+    shared = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a.query, a.key, a.value)]
+    grad = p.fold(b.grad)
+    delta, parts = _gradients(p, grad, b.output, b.statistics, shared)
+    d_mask = a.query.new_empty(0)
+    if b.wants_mask_grad and a.attn_mask is not None:
+        d_mask = _mask_gradient(p, grad, b.statistics, delta, a.attn_mask)
+    return *shared, *(x.view(a.task_key.shape).to(a.query.dtype) for x in parts), d_mask
 
 
-def packed_attention(qkv: Tensor, task_kv: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """(T, B, N, 3, H, d), (T, t, 2, H, d): the same."""
-    return expanded_attention(*unpack(qkv, task_kv), None, False, scale)
-
-
-def packed_attention_backward(
-    grad: Tensor, output: Tensor, statistics: Tensor, qkv: Tensor, task_kv: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def packed_attention_backward(b: PackedBackward) -> tuple[Tensor, Tensor]:
     """The gradients of query, key and value are written where the projection's backward reads them."""
-    p = _Problem(*unpack(qkv, task_kv), None, False, scale)
-    d_qkv, d_task_kv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), torch.empty_like(task_kv)
-    *shared, d_task_key, d_task_value = unpack(d_qkv, d_task_kv)
-    _, parts = _gradients(p, p.fold(grad), output, statistics, shared)
+    p = _Problem(b.attention)
+    d_qkv = torch.empty(b.qkv.shape, dtype=b.qkv.dtype, device=b.qkv.device)
+    d_task_kv = torch.empty(b.task_kv.shape, dtype=b.task_kv.dtype, device=b.task_kv.device)
+    d_query, d_key, d_value, d_task_key, d_task_value, *_ = unpack(d_qkv, d_task_kv)
+    _, parts = _gradients(p, p.fold(b.grad), b.output, b.statistics, [d_query, d_key, d_value])
     d_task_key.copy_(parts[0])
     d_task_value.copy_(parts[1])
     return d_qkv, d_task_kv

@@ -6,7 +6,7 @@ from operator import index
 import torch
 from torch import Tensor
 
-from ..checks import check_shape, check_tensors
+from ..checks import check_tensors
 from . import op
 from .counts import ConflictCounts
 
@@ -54,13 +54,11 @@ def count_conflicts(
         ValueError: a shape or device does not match, K < 2, there is no rank or one out of range; ``impl`` is unknown.
         RuntimeError: the named ``impl`` cannot run here; the message says why.
     """
-    _check_tensors(grads, basis)
+    check_tensors(grads=grads, basis=basis)
     if isinstance(rank, Sequence) or (isinstance(rank, Tensor) and rank.dim() > 0):
-        ranks = [_check_rank(f"rank[{r}]", m, grads) for r, m in enumerate(rank)]
-        if not ranks:
-            raise ValueError("rank must hold at least one rank, got none")
+        ranks = [_integer(f"rank[{r}]", m) for r, m in enumerate(rank)]
     else:
-        ranks = [_check_rank("rank", rank, grads)]
+        ranks = [_integer("rank", rank)]
         rank = ranks[0]
     increasing = sorted(set(ranks))
     range_, null, valid, nonfinite = op.count_conflicts(impl, grads, basis, increasing, bool(count_zero_gradients))
@@ -90,24 +88,13 @@ def projected_dots(grads: Tensor, basis: Tensor, rank: int, *, impl: str = "auto
     Raises:
         As ``count_conflicts``.
     """
-    _check_tensors(grads, basis)
-    return op.projected_dots(impl, grads, basis, _check_rank("rank", rank, grads))
-
-
-def _check_tensors(grads: Tensor, basis: Tensor) -> None:
     check_tensors(grads=grads, basis=basis)
-    if grads.dim() < 2 or grads.shape[0] < 2 or grads.shape[-1] < 2:
-        raise ValueError(f"grads must be (K, ..., p) with K >= 2 and p >= 2, got {tuple(grads.shape)}")
-    p = grads.shape[-1]
-    check_shape("basis", basis, "(p, p)", (p, p))
+    return op.projected_dots(impl, grads, basis, _integer("rank", rank))
 
 
-def _check_rank(name: str, rank: object, grads: Tensor) -> int:
-    p = grads.shape[-1]
+def _integer(name: str, rank: object) -> int:
     if not isinstance(rank, int) and hasattr(rank, "__index__"):  # an entry of TokenSpace.rank, a NumPy integer
         rank = index(rank)
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{name} must be an int, got {rank!r}")
-    if not 1 <= rank <= p - 1:
-        raise ValueError(f"{name} must be in [1, p-1] = [1, {p - 1}], got {rank}")
     return rank

@@ -18,10 +18,10 @@ def count_conflicts(
     """
     num_tasks, p = grads.shape[0], grads.shape[-1]
     wide = torch.promote_types(grads.dtype, torch.float32)
-    basis = basis.to(wide)
+    grads, basis = grads.detach(), basis.detach().to(wide)
     usable = basis.isfinite().all()  # no pair can be compared in a basis of NaN
     first, second = _pairs(num_tasks, grads.device)
-    counts = torch.zeros(2 * len(rank) + 2, len(first), dtype=torch.int64, device=grads.device)
+    counts = []
     grads = grads if grads.dim() > 2 else grads.unsqueeze(1)
     for chunk in grads.split(max(1, CHUNK // max(1, grads[:, :1].numel())), 1):
         g = chunk.reshape(num_tasks, -1, p).to(wide)
@@ -32,8 +32,8 @@ def count_conflicts(
         dots = [x for m in rank for x in _pair_dots(h, m)]
         finite = peak.isfinite()[first] & peak.isfinite()[second] & usable
         valid = finite if count_zero_gradients else finite & (peak[first] > 0) & (peak[second] > 0)
-        counts += torch.stack([*((x <= 0) & valid for x in dots), valid, ~finite]).sum(-1)
-    *spaces, valid, nonfinite = (_symmetric(x, num_tasks) for x in counts)
+        counts.append(torch.stack([*((x <= 0) & valid for x in dots), valid, ~finite]).sum(-1))
+    *spaces, valid, nonfinite = (_symmetric(x, num_tasks) for x in torch.stack(counts).sum(0))
     return torch.stack(spaces[::2]), torch.stack(spaces[1::2]), valid, nonfinite.sum() // 2
 
 

@@ -20,6 +20,7 @@ def token_covariance_backward(grad: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_covariance_(accumulator: Tensor, tokens: list[Tensor]) -> None:
-    """C_d += sum over tokens of x x^T, for every layer d."""
-    for layer, x in zip(accumulator.view(-1, *accumulator.shape[-2:]), tokens, strict=True):
-        layer += token_covariance(x)
+    """C_d += sum over tokens of x x^T, for every layer d; all sums first, as tokens may be views of the accumulator."""
+    sums = [token_covariance(x.detach()) for x in tokens]
+    for layer, x in zip(accumulator.view(-1, *accumulator.shape[-2:]), sums, strict=True):
+        layer += x

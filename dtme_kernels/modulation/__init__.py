@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..checks import check_dtypes, check_number, check_shape, check_tensors
+from ..checks import check_number, check_tensors
 from . import op
 
 __all__ = ["modulate", "modulate_layer_norm"]
@@ -25,7 +25,7 @@ def modulate(tokens: Tensor, weight: Tensor, bias: Tensor, *, impl: str = "auto"
         ValueError: a shape or device does not match; ``impl`` is unknown.
         RuntimeError: the named ``impl`` cannot run here; the message says why.
     """
-    check_modulation(tokens, weight, bias)
+    check_tensors(tokens=tokens, weight=weight, bias=bias)
     return op.modulate(impl, tokens, weight, bias)
 
 
@@ -57,29 +57,7 @@ def modulate_layer_norm(
     Raises:
         As ``modulate``; ``norm_weight`` and ``norm_bias`` likewise.
     """
-    check_modulation(tokens, weight, bias)
-    check_norm(tokens, norm_weight, norm_bias)
+    check_tensors(tokens=tokens, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     check_number("eps", eps, 0)
     modulated, normalized, _ = op.modulate_layer_norm(impl, tokens, weight, bias, norm_weight, norm_bias, float(eps))
     return modulated, normalized
-
-
-def check_modulation(tokens: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """tokens (B, N, p) or (T, B, N, p); weight and bias (T, p)."""
-    check_tensors(tokens=tokens, weight=weight, bias=bias)
-    check_dtypes(weight=weight, bias=bias)
-    if tokens.dim() not in (3, 4) or tokens.shape[-1] == 0:
-        raise ValueError(f"tokens must be (B, N, p) or (T, B, N, p) with p >= 1, got {tuple(tokens.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight must be (T, p) with T >= 1, got {tuple(weight.shape)}")
-    num_streams = weight.shape[0] if tokens.dim() == 3 else tokens.shape[0]
-    check_shape("weight", weight, "(T, p)", (num_streams, tokens.shape[-1]))
-    check_shape("bias", bias, "(T, p)", (num_streams, tokens.shape[-1]))
-
-
-def check_norm(tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
-    """norm_weight and norm_bias (p,)."""
-    check_tensors(tokens=tokens, norm_weight=norm_weight, norm_bias=norm_bias)
-    check_dtypes(norm_weight=norm_weight, norm_bias=norm_bias)
-    check_shape("norm_weight", norm_weight, "(p,)", tokens.shape[-1:])
-    check_shape("norm_bias", norm_bias, "(p,)", tokens.shape[-1:])

@@ -1,4 +1,4 @@
-"""Schemas, shapes, gradients and dispatch of ``torch.ops.dtme.modulate`` and ``modulate_layer_norm``."""
+"""``torch.ops.dtme.modulate`` and ``modulate_layer_norm``: schemas, tables, gradients, implementations."""
 
 from typing import Any
 
@@ -6,46 +6,99 @@ import torch
 from torch import Tensor
 
 from ..launch import cannot_run
-from ..registry import Operator, library
+from ..registry import Gradient, Kernel, Operator, differentiable_once, library
 from . import reference
 
 MOST_CHANNELS = 4096  # a row of tokens, and the sums of one stream's gradients, in the registers of one program
 
+TABLE = {"tokens": "[T] B N p>=1", "weight": "T>=1 p", "bias": "T p; like weight"}
+NORM_TABLE = TABLE | {"norm_weight": "p", "norm_bias": "p; like norm_weight"}
 
-def _modulate_fake(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+
+def _triton_cannot_run(*args: Any) -> str | None:
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    channels = tensors[0].shape[-1]
+    if channels > MOST_CHANNELS:
+        return f"the kernels take {MOST_CHANNELS} channels at most, got {channels}"
+    return cannot_run(*tensors)
+
+
+# --- modulate --------------------------------------------------------------------------------------------------------
+
+
+def _triton(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from .kernel import modulate
+
+    return modulate(tokens, weight, bias)
+
+
+def _triton_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    from .kernel import modulate_backward
+
+    return modulate_backward(grad, tokens, weight)
+
+
+def _fake(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return tokens.new_empty((weight.shape[0], *tokens.shape[-3:]))
 
 
-def _modulate_backward_fake(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _modulate_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     tokens, weight, _ = inputs
     ctx.save_for_backward(tokens, weight)
 
 
-def _modulate_backward(call: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return call(grad, *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return tuple(modulate_backward(ctx.impl, grad, *ctx.saved_tensors))
 
 
-modulate = Operator("modulate(Tensor tokens, Tensor weight, Tensor bias) -> Tensor", reference.modulate, _modulate_fake)
 modulate_backward = Operator(
     "modulate_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor, Tensor)",
-    reference.modulate_backward,
-    _modulate_backward_fake,
+    {"tokens": "[T] B N p>=1", "weight": "T>=1 p", "grad": "T B N p; like tokens"},
+    reference=reference.modulate_backward,
+    fake=_fake_backward,
+    triton=Kernel(_triton_backward, _triton_cannot_run),
+    cpp="modulation.cpp",
+    gradient=differentiable_once("modulate"),
 )
-modulate.differentiate(_modulate_setup, _modulate_backward, once=modulate_backward)
+modulate = Operator(
+    "modulate(Tensor tokens, Tensor weight, Tensor bias) -> Tensor",
+    TABLE,
+    reference=reference.modulate,
+    fake=_fake,
+    triton=Kernel(_triton, _triton_cannot_run),
+    cpp="modulation.cpp",
+    gradient=Gradient(_save, _backward),
+)
+
+# --- modulate_layer_norm ---------------------------------------------------------------------------------------------
 
 
-def _norm_fake(
-    tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6
+def _triton_norm(
+    tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    modulated = _modulate_fake(tokens, weight, bias)
+    from .kernel import modulate_layer_norm
+
+    return modulate_layer_norm(tokens, weight, bias, norm_weight, norm_bias, eps)
+
+
+def _triton_norm_backward(*args: Any) -> tuple[Tensor, ...]:
+    from .kernel import modulate_layer_norm_backward
+
+    return modulate_layer_norm_backward(*args)
+
+
+def _fake_norm(
+    tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    modulated = _fake(tokens, weight, bias)
     return modulated, torch.empty_like(modulated), modulated.new_empty((2, *modulated.shape[:-1]), dtype=torch.float32)
 
 
-def _norm_backward_fake(
+def _fake_norm_backward(
     grad_modulated: Tensor,
     grad_normalized: Tensor,
     statistics: Tensor,
@@ -58,50 +111,52 @@ def _norm_backward_fake(
     return tuple(x.new_empty(x.shape) for x in (tokens, weight, bias, norm_weight, norm_weight))
 
 
-def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     tokens, weight, bias, norm_weight, _, ctx.eps = inputs
-    ctx.save_for_backward(output[2], tokens, weight, bias, norm_weight)
-    ctx.mark_non_differentiable(output[2])
+    _, _, statistics = output
+    ctx.save_for_backward(statistics, tokens, weight, bias, norm_weight)
+    ctx.mark_non_differentiable(statistics)
 
 
-def _norm_backward(
-    call: Any, ctx: Any, grad_modulated: Tensor, grad_normalized: Tensor, _: Tensor
-) -> tuple[Tensor | None, ...]:
-    grads = call(grad_modulated, grad_normalized, *ctx.saved_tensors, ctx.eps)
-    return *grads, None
+def _backward_norm(ctx: Any, grad_modulated: Tensor, grad_normalized: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *modulate_layer_norm_backward(ctx.impl, grad_modulated, grad_normalized, *ctx.saved_tensors, ctx.eps), None
 
 
 # statistics: mean and 1 / std of every row and stream, for a kernel's own backward; where the backward forms them again
-# itself, in the reference and in C++, they are zeros
-_NORM_ARGUMENTS = "(Tensor tokens, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps=1e-06)"
-modulate_layer_norm = Operator(
-    f"modulate_layer_norm_forward{_NORM_ARGUMENTS} -> (Tensor modulated, Tensor normalized, Tensor statistics)",
-    reference.modulate_layer_norm_forward,
-    _norm_fake,
-    public="modulate_layer_norm",
-)
+# itself, in the reference and in C++, they say nothing
+ARGUMENTS = "Tensor tokens, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps=1e-06"
 modulate_layer_norm_backward = Operator(
     "modulate_layer_norm_backward(Tensor grad_modulated, Tensor grad_normalized, Tensor statistics, Tensor tokens,"
     " Tensor weight, Tensor bias, Tensor norm_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.modulate_layer_norm_backward,
-    _norm_backward_fake,
+    TABLE
+    | {
+        "norm_weight": "p",
+        "grad_modulated": "T B N p; like tokens",
+        "grad_normalized": "T B N p; like tokens",
+        "statistics": "2 T B N; float32 or float64",
+    },
+    reference=reference.modulate_layer_norm_backward,
+    fake=_fake_norm_backward,
+    triton=Kernel(_triton_norm_backward, _triton_cannot_run),
+    cpp="modulation.cpp",
+    gradient=differentiable_once("modulate_layer_norm"),
 )
-modulate_layer_norm.differentiate(_norm_setup, _norm_backward, once=modulate_layer_norm_backward)
-library.define(f"modulate_layer_norm{_NORM_ARGUMENTS} -> (Tensor modulated, Tensor normalized)")
-library.impl("modulate_layer_norm", lambda *args: modulate_layer_norm.overload(*args)[:2], "CompositeImplicitAutograd")
+modulate_layer_norm = Operator(
+    f"modulate_layer_norm_forward({ARGUMENTS}) -> (Tensor modulated, Tensor normalized, Tensor statistics)",
+    NORM_TABLE,
+    reference=reference.modulate_layer_norm_forward,
+    fake=_fake_norm,
+    triton=Kernel(_triton_norm, _triton_cannot_run),
+    cpp="modulation.cpp",
+    gradient=Gradient(_save_norm, _backward_norm),
+    public="modulate_layer_norm",
+)
 
 
-def _unsupported(tokens: Tensor, *others: Any) -> str | None:
-    if tokens.shape[-1] > MOST_CHANNELS:
-        return f"the kernels take {MOST_CHANNELS} channels at most, got {tokens.shape[-1]}"
-    return cannot_run(tokens, *(x for x in others if isinstance(x, Tensor)))
+def _without_statistics(*args: Any, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    modulated, normalized, _ = modulate_layer_norm.overload(*args, impl=impl)
+    return modulated, normalized
 
 
-_KERNELS = f"{__package__}.kernel"
-for _operator, _first in (
-    (modulate, 0),
-    (modulate_layer_norm, 0),
-    (modulate_backward, 1),
-    (modulate_layer_norm_backward, 2),
-):
-    _operator.implement_triton(_KERNELS, lambda *args, first=_first: _unsupported(*args[first:]))
+library.define(f"modulate_layer_norm({ARGUMENTS}, *, str impl='auto') -> (Tensor modulated, Tensor normalized)")
+library.impl("modulate_layer_norm", _without_statistics, "CompositeImplicitAutograd")

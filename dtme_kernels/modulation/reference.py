@@ -36,9 +36,9 @@ def modulate_layer_norm(
 def modulate_layer_norm_forward(
     tokens: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and statistics (2, T, B, N): zeros, as the backward below forms its own."""
+    """The same, and no statistics, (2, T, B, N): -inf, which no backward that reads them takes for some."""
     y, z = modulate_layer_norm(tokens, weight, bias, norm_weight, norm_bias, eps)
-    return y, z, y.new_zeros((2, *y.shape[:-1]), dtype=torch.float32)
+    return y, z, y.new_full((2, *y.shape[:-1]), -torch.inf, dtype=torch.float32)
 
 
 def modulate_layer_norm_backward(

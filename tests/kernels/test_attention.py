@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtme_kernels import expanded_attention
-from dtme_kernels.attention import op, packing, reference
-from dtme_kernels.registry import OPERATORS
+from dtme_kernels.attention import op, reference
+from dtme_kernels.attention.arguments import Attention
 from dtme_kernels.testing import DTYPES, LAYOUTS, LOW_PRECISION, assert_accurate, exact, make
 
 
@@ -247,7 +247,7 @@ def test_statistics_have_the_promised_shape(impl, kind, dtype):
     mask = MASKS[kind]((3, 2), 2, 5, 5, dtype).get("attn_mask")
     _, statistics = op.expanded_attention(impl, *args, mask, False, None)
     _, promised = op._fake(*args, mask)
-    assert statistics.shape == promised.shape == packing.statistics_shape(args[0], mask)
+    assert statistics.shape == promised.shape == Attention(*args, mask).statistics_shape
     assert statistics.dtype == promised.dtype == torch.float32
 
 
@@ -316,7 +316,7 @@ MASKS = {
 def test_gradients_are_as_right_as_plain_torch(impl, sizes, kind, dtype):
     args = problem(**sizes, dtype=dtype, grad=True)
     query, key = args[:2]
-    if impl == "triton" and OPERATORS["expanded_attention"].unsupported[impl](*args):
+    if impl == "triton" and op.expanded_attention.kernels[impl].cannot_run(*args):
         pytest.skip("more than 64 channels of exact float32 are the reference's")
     options = MASKS[kind](query.shape[:-3], query.shape[-3], query.shape[-2], key.shape[-2], dtype)
     check_gradients(impl, args, options)

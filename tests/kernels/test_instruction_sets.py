@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from dtme_kernels import launch, modulate, registry
+from dtme_kernels import expanded_attention, launch, modulate, registry
 from dtme_kernels.registry import OPERATORS
 from dtme_kernels.testing import make
 from tests.kernels import every_implementation, test_registration
@@ -48,7 +48,7 @@ def test_a_named_extension_refuses_what_it_cannot_run():
         modulate(*(x.to("meta") for x in args), impl="cpp")
     q, t = make(2, 3, 5, 8), make(3, 2, 8)
     with pytest.raises(RuntimeError, match="cannot run expanded_attention: dropout is the reference's"):
-        OPERATORS["expanded_attention"]("cpp", q, q, q, t, t, None, False, None, 0.5)
+        expanded_attention(q, q, q, t, t, dropout_p=0.5, impl="cpp")
     assert registry.cpp_module.num_threads() == torch.get_num_threads()
 
 

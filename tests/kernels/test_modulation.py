@@ -112,13 +112,13 @@ def test_widths_of_one_piece_and_of_several(impl, p, dtype):
 
 @pytest.mark.parametrize("shape", [(2, 5, 33), (3, 2, 5, 8)])
 def test_statistics_are_right_or_left_to_the_backward(impl, shape):
-    """Mean and 1 / std of every row and stream, where a kernel's own backward wants them; else zeros."""
+    """Mean and 1 / std of every row and stream, where a kernel's own backward wants them; else what no kernel would take for them."""
     args = problem(*shape)
     y = oracle(*args)[0]
     modulated, _, statistics = OPERATORS["modulate_layer_norm"](impl, *args, EPS)
     assert statistics.shape == (2, *modulated.shape[:-1])
     assert statistics.dtype == torch.float32
-    if impl == "triton" or statistics.any():
+    if impl == "triton" or not (statistics == 0).all() | statistics.isneginf().all():
         want = np.stack([y.mean(-1), 1 / np.sqrt(y.var(-1) + EPS)])
         assert_accurate(statistics, want, torch.from_numpy(want), terms=shape[-1])
 

@@ -7,11 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch._C import DispatchKey
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dtme_kernels as dk
-from dtme_kernels.registry import OPERATORS
+from dtme_kernels.registry import OPERATORS, Kernel, Operator
 from dtme_kernels.testing import make
 
 T, P, RANK, HEADS = 3, 6, 2, 2
@@ -137,14 +136,14 @@ def outcome(function, args):
     return [args[0]] if outputs is None else outputs if isinstance(outputs, tuple) else [outputs]
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if not OPERATORS[name].composite])
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if isinstance(operator, Operator)])
 def test_wrong_sizes_are_refused_below_the_public_functions_too(name):
     operator = OPERATORS[name]
     for args in SAMPLES[name]:
         for changed in wrong([x.detach() if isinstance(x, torch.Tensor) else x for x in args]):
             got = outcome(operator.overload, changed)
             if got is not None:
-                want = outcome(partial(operator.overload._op_dk, DispatchKey.CompositeExplicitAutograd), changed)
+                want = outcome(partial(operator.overload, impl="reference"), changed)
                 assert want is not None, [getattr(x, "shape", x) for x in changed]
                 if name in ("expanded_attention", "packed_attention"):  # of the statistics the reference has zeros
                     got, want = got[:1], want[:1]
@@ -287,12 +286,15 @@ def test_import_touches_no_device_and_info_says_what_runs():
             assert reason in info.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if "triton" in OPERATORS[name].implementations])
-def test_the_dispatched_kernel_is_given_the_defaults(name, monkeypatch):
-    """The dispatcher leaves out the last arguments that have their default value; the kernels' launchers want all."""
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if isinstance(operator, Operator)])
+def test_a_kernel_is_given_the_defaults(name, monkeypatch):
+    """The dispatcher leaves out the last arguments that have their default value; implementations want all."""
     operator, given = OPERATORS[name], []
-    monkeypatch.setitem(operator.unsupported, "triton", lambda *args: None)
-    monkeypatch.setitem(operator.implementations, "triton", lambda *args: given.extend(args))
-    arguments = operator.overload._schema.arguments
-    operator.dispatch_triton(*(x.name for x in arguments if not x.has_default_value()))
-    assert given == [x.default_value if x.has_default_value() else x.name for x in arguments]
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in SAMPLES[name][0]]
+    kernel = Kernel(lambda *args: given.append(args) or operator.reference(*args), lambda *args: None)
+    monkeypatch.setitem(operator.kernels, "cpp", kernel)
+    operator.overload(*args)
+    arguments = [x for x in operator.overload._schema.arguments if not x.kwarg_only]
+    assert len(given[0]) == len(arguments)
+    for value, argument in list(zip(given[0], arguments, strict=True))[len(args) :]:
+        assert value == argument.default_value

@@ -56,9 +56,7 @@ def activate() -> None:
     from dtme_kernels import launch, registry
 
     launch.interpreted = lambda: True
-    for operator in registry.OPERATORS.values():
-        if "triton" in operator.implementations:
-            registry.library.impl(operator.operator, operator.dispatch_triton, "CPU", allow_override=True)
+    registry.AUTOMATIC["cpu"] = "triton"
     _Uncomputed().__enter__()
 
 

@@ -1,0 +1,73 @@
+"""``torch.ops.dtme.modulate_concat_attention``: plain torch around two operators."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import op as attention
+from ..modulation import op as modulation
+from ..registry import Composition, autocast_enabled
+from . import reference
+
+
+def _modulate_concat_attention(
+    impl: str,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    task_tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    eps: float,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Nothing is concatenated; the task tokens' queries are never computed, their keys and values once.
+
+    Attended, modulated and normalized tokens.
+    """
+    p = tokens.shape[-1]
+    modulated, normalized, _ = modulation.modulate_layer_norm(impl, tokens, weight, bias, norm_weight, norm_bias, eps)
+    qkv = F.linear(normalized, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
+    dtype = task_tokens.dtype
+    task = F.layer_norm(task_tokens, (p,), norm_weight.to(dtype), norm_bias.to(dtype), eps).to(tokens.dtype)
+    task_kv = F.linear(task, qkv_weight[p:], None if qkv_bias is None else qkv_bias[p:])
+    task_kv = task_kv.unflatten(-1, (2, num_heads, -1))
+    out, _ = attention.packed_attention(impl, qkv, task_kv, scale)
+    return out.transpose(2, 3).flatten(3), modulated, normalized
+
+
+def _check(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    task_tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    eps: float,
+    scale: float | None,
+) -> None:
+    p = tokens.shape[-1]
+    if num_heads < 1 or p % num_heads:
+        raise ValueError(f"num_heads must divide p = {p}, got {num_heads}")
+    if autocast_enabled(tokens.device.type):
+        return
+    for name, linear in (("qkv_weight", qkv_weight), ("qkv_bias", qkv_bias)):
+        if linear is not None and linear.dtype != tokens.dtype:
+            raise TypeError(f"{name} must be {tokens.dtype} like tokens, got {linear.dtype}")
+
+
+modulate_concat_attention = Composition(
+    "modulate_concat_attention(Tensor tokens, Tensor weight, Tensor bias, Tensor task_tokens, Tensor norm_weight,"
+    " Tensor norm_bias, Tensor qkv_weight, Tensor? qkv_bias, int num_heads, float eps=1e-06, float? scale=None)"
+    " -> (Tensor attended, Tensor modulated)",
+    modulation.NORM_TABLE | {"task_tokens": "T t p", "qkv_weight": "3p p", "qkv_bias": "3p"},
+    reference=reference.modulate_concat_attention,
+    function=_modulate_concat_attention,
+    outputs=2,
+    rules=_check,
+)
