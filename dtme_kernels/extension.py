@@ -22,7 +22,7 @@ def load() -> tuple[Any, str | None]:
             "not built", "the C++ extension was not built: `pip install .` builds it with a C++ compiler"
         )
         return None, reason
-    if why := _damage(Path(spec.origin), build):
+    if why := _too_short(Path(spec.origin), build):
         return None, why
     try:
         return import_module(spec.name), None
@@ -37,7 +37,7 @@ def _build() -> dict[str, Any]:
         return {}
 
 
-def _damage(library: Path, build: dict[str, Any]) -> str | None:
+def _too_short(library: Path, build: dict[str, Any]) -> str | None:
     """A truncated library would not fail to load but kill the process.
 
     One that has grown since it was built is not damaged: packagers add paths to libraries.
@@ -46,9 +46,17 @@ def _damage(library: Path, build: dict[str, Any]) -> str | None:
     if build.get("file") != library.name or not isinstance(expected, int):
         return None
     try:
-        content = library.read_bytes()
+        size = library.stat().st_size
     except OSError as error:
         return f"{library.name} cannot be read: {error.strerror}"
-    if len(content) > expected or sha256(content).hexdigest() == build.get("sha256"):
+    if size >= expected:
         return None
-    return f"{library.name} is damaged: it is not what was built ({len(content):,} of {expected:,} bytes); reinstall"
+    return f"{library.name} is damaged: it is not what was built ({size:,} of {expected:,} bytes); reinstall"
+
+
+def is_as_built(library: Path) -> bool | None:
+    """Whether the checksum of what was built is still that of the library; None where a packager has changed it."""
+    build, content = _build(), library.read_bytes()
+    if build.get("file") != library.name or len(content) != build.get("bytes"):
+        return None
+    return sha256(content).hexdigest() == build.get("sha256")

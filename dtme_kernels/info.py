@@ -6,12 +6,14 @@ With ``--aot``, what the compiler makes of every Triton kernel, for chips that n
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 import dtme_kernels
 
 from . import registry
+from .extension import is_as_built
 from .registry import OPERATORS
 
 
@@ -58,8 +60,9 @@ def extension() -> str:
     if module is None:
         return "no extension"
     facts = module.build_facts()
+    damaged = ", DAMAGED: its bytes are not those that were built, reinstall"
     sets = f"{module.instruction_set()} kernels (of {', '.join(module.instruction_sets())})"
-    return f"{sets}, {facts['compiler']} {facts['flags']}, for torch {facts['torch_target']} and later"
+    return f"{sets}, {facts['compiler']} {facts['flags']}, for torch {facts['torch_target']} and later{damaged * (is_as_built(Path(module.__file__)) is False)}"
 
 
 def triton_version() -> str:

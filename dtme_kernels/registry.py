@@ -5,7 +5,8 @@ A public function calls its ``Operator``, and that the operator of torch, which 
 1. ``torch.func``'s transforms: they are given the reference, which torch can transform in any way;
 2. autocast: dtypes are left alone, but for attention;
 3. autograd: the operator's own gradient; in forward mode the reference, likewise;
-4. ``Operator._run``: the tensors are checked against the table, whoever has called; the implementation is chosen and run.
+4. ``Operator._run``: the tensors are checked against the table, whoever has called; an implementation is chosen and
+   run.
 
 ``impl="reference"``, in a public function, is plain torch instead: the reference itself, and torch's own gradients.
 """
@@ -143,7 +144,7 @@ class Operator:
                 " impl='reference' can, and 'auto' takes it there"
             )
         args = (*args, *self.defaults[len(args) :])  # the dispatcher leaves out the last ones that have their default
-        _check(self, args, symbolic=True)
+        _check(self, args)
         return self.reference(*args)
 
     def _leave_autocast(self, device: str) -> Callable[..., Any]:
@@ -154,7 +155,7 @@ class Operator:
         return run
 
     def _differentiate(self, keys: Any, *args: Any, impl: str = "auto") -> Any:
-        if torch_private.in_forward_mode():
+        if torch_private.in_forward_mode() or torch_private.in_transform():
             return self._transform(*args, impl=impl)
         if not torch_private.any_requires_grad(*args):
             return self._below_autograd(keys, args, impl)
@@ -177,7 +178,7 @@ class Operator:
         device = self.signature.check(args)
         if self.rules:
             self.rules(*args)
-        if device == "meta":
+        if device == "meta" and impl == "auto":
             return self.fake(*args)
         kernel = self._choose(impl, device, args)
         if kernel is None:
@@ -205,7 +206,7 @@ class Operator:
 
     def _run_fake(self, *args: Any, impl: str = "auto") -> Any:
         args = (*args, *self.defaults[len(args) :])
-        _check(self, args, symbolic=True)
+        _check(self, args)
         return self.fake(*args)
 
     # --- their parts -------------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class Composition:
         def run(*args: Any, impl: str = "auto") -> tuple[Any, ...]:
             return self(impl, *args, *self.defaults[len(args) :])[:outputs]
 
-        library.impl(self.name, run, "CompositeImplicitAutograd")
+        compose(self.name, run)
 
     def __call__(self, impl: str, *args: Any) -> tuple[Any, ...]:
         impl = chosen(impl)
@@ -266,11 +267,8 @@ class Composition:
         return "composite"
 
 
-def _check(operator: Operator | Composition, args: Sequence[Any], symbolic: bool = False) -> None:
-    if symbolic or torch.compiler.is_compiling():
-        operator.signature.check_traced(args)
-    else:
-        operator.signature.check(args)
+def _check(operator: Operator | Composition, args: Sequence[Any]) -> None:
+    operator.signature.check(args)
     if operator.rules:
         operator.rules(*args)
 
@@ -284,6 +282,12 @@ def _define(schema: str, table: Mapping[str, str]) -> tuple[Any, tuple[Any, ...]
     defaults = tuple(x.default_value if x.has_default_value() else None for x in positional)
     optional = [x.name for x in positional if str(x.type) == "Optional[Tensor]"]
     return overload, defaults, Signature([x.name for x in positional], optional, table)
+
+
+def compose(operator: str, function: Callable[..., Any]) -> None:
+    """Let an operator be nothing but what ``function`` calls, to all of torch."""
+    for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
+        library.impl(operator, function, key)
 
 
 class _Function(torch.autograd.Function):

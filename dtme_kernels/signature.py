@@ -5,7 +5,7 @@ A row is what one tensor's sizes are called, and, behind a semicolon, which dtyp
     "[T] B N p>=1"          an optional first dimension; every name is one size, the same wherever it stands
     "... p"                 any dimensions in front
     "K *tokens p"           any dimensions in front, the same wherever the name stands
-    "3p K*(K-1)//2"         sizes that follow from others, of rows further up
+    "3p pairs(K)"           sizes that follow from others, of rows further up: 3 p, K (K - 1) / 2
     "2 T B N; float32"      a number; one dtype, or several with ``or`` between them
     "T p; like weight"      the dtype of another argument
     "p p; sums of tokens"   the dtype in which that argument's numbers are summed up: float64, or else float32
@@ -76,40 +76,44 @@ class Row:
             forms = [forms[sizes[f"[{self.optional}]"]]]
         text = " or ".join(_tuple([dim.shown for dim in form]) for form in forms)
         values = [dim.value(sizes) for dim in forms[0]]
-        if len(forms) == 1 and self.several is None and len(shape) == len(values):
-            free = [n if known is None else known for n, known in zip(shape, values, strict=True)]
-            if all(n >= dim.least for n, dim in zip(free, forms[0], strict=True)):
-                return f"{text} = {_tuple([str(n) for n in free])}"
+        if len(shape) == len(values) and self.several is None:  # what is not bound yet may be as it is
+            values = [n if known is None else known for n, known in zip(shape, values, strict=True)]
+        fits = all(n is not None and n >= dim.least for n, dim in zip(values, forms[0], strict=True))
+        if len(forms) == 1 and fits:
+            return f"{text} = {_tuple([str(n) for n in values])}"
+        values = [dim.value(sizes) for dim in forms[0]]
         known = [f"{dim.text} = {n}" for dim, n in zip(forms[0], values, strict=True) if isinstance(n, int)]
         least = [f"{d.text} >= {d.least}" for d, n in zip(forms[0], values, strict=True) if d.least and n is None]
         return text + (f" with {' and '.join(dict.fromkeys(known + least))}" if known + least else "")
 
 
 class _Dim:
-    """One size of a row: a name, a number, or what is computed of others; or ``...`` and ``*name`` of several."""
+    """One size of a row: a name, a number, or what follows from a named one; or ``...`` and ``*name`` of several."""
 
     def __init__(self, text: str) -> None:
         named = re.fullmatch(r"([A-Za-z]\w*)(?:>=(\d+))?", text)
+        times = re.fullmatch(r"(\d+)([A-Za-z]\w*)?", text)
+        pairs = re.fullmatch(r"pairs\((\w+)\)", text)
         self.text = named[1] if named else text
-        self.shown = text.removeprefix("*") if text.startswith("*") else self.text
+        self.shown = "..." if text.startswith("*") else self.text
         self.least = int(named[2] or 0) if named else 0
-        self.follows = None
-        if not (named or text == "..." or text.startswith("*")):
-            self.follows = compile(re.sub(r"^(\d+)([A-Za-z])", r"\1*\2", text), text, "eval")
+        self.times = int(times[1]) if times else 0
+        self.of: str | None = times[2] if times else None
+        self.pairs_of = pairs[1] if pairs else None
 
     def value(self, sizes: Sizes) -> Any:
         """What it must be, or None where that is not known yet."""
-        if self.follows is None:
-            return sizes.get(self.text)
-        try:
-            return eval(self.follows, {"__builtins__": {}}, sizes)
-        except NameError:
+        if self.times and self.of is None:
+            return self.times
+        n = sizes.get(self.of or self.pairs_of or self.text)
+        if n is None:
             return None
+        return self.times * n if self.times else n * (n - 1) // 2 if self.pairs_of else n
 
     def bind(self, n: int, sizes: Sizes) -> bool:
-        if self.follows is not None:
-            return bool(n == self.value(sizes))
-        return bool(n >= self.least and sizes.setdefault(self.text, n) == n)
+        if not (self.times or self.pairs_of):
+            sizes.setdefault(self.text, n)
+        return bool(n >= self.least and n == self.value(sizes))
 
 
 class Signature:
@@ -138,13 +142,14 @@ class Signature:
             TypeError: a tensor has another dtype.
             ValueError: a size, the number of dimensions or the device does not match, or a tensor is absurdly large.
         """
-        if self.plain:
-            return self._remembered(tuple([(x.shape, x.dtype, x.device) for x in args[: self.plain]]))
-        return self._remembered(self._facts(args))
-
-    def check_traced(self, args: Sequence[Any]) -> str:
-        """The same of tensors whose sizes may be symbols, which nothing can be remembered by."""
-        return self._check(self._facts(args))
+        if torch.compiler.is_compiling():
+            return self._check(self._facts(args))
+        plain = self.plain
+        facts = tuple([(x.shape, x.dtype, x.device) for x in args[:plain]]) if plain else self._facts(args)
+        try:
+            return self._remembered(facts)
+        except TypeError:  # a wrong dtype; or sizes that are symbols, which nothing can be remembered by
+            return self._check(facts)
 
     def _facts(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Of every tensor, of every one of a list, or None, in the order of the arguments."""
@@ -174,22 +179,25 @@ def _facts(x: Any) -> Any:
 def _check_tensor(row: Row, name: str, fact: Facts, sizes: Sizes, seen: dict[str, Facts]) -> None:
     shape, dtype, device = fact
     first, (_, _, first_device) = next(iter(seen.items()), (name, fact))
+    if dtype not in row.dtypes:
+        raise TypeError(f"{name} must be {_or(row.dtypes)}, got {dtype}")
     if row.like and dtype != seen[row.like][1]:
         raise TypeError(f"{name} must be {seen[row.like][1]} like {row.like}, got {dtype}")
     if row.sums_of and dtype != (wide := torch.promote_types(seen[row.sums_of][1], torch.float32)):
         raise TypeError(f"{name} must be {wide} for {row.sums_of} of {seen[row.sums_of][1]}, got {dtype}")
-    if dtype not in row.dtypes:
-        raise TypeError(f"{name} must be {_or(row.dtypes)}, got {dtype}")
     if device != first_device:
         raise ValueError(f"{name} must be on {first_device} like {first}, got {device}")
+    known = dict(sizes)
     if not row.bind(shape, sizes):
-        raise ValueError(f"{name} must be {row.expected(shape, sizes)}, got {tuple(shape)}")
+        raise ValueError(f"{name} must be {row.expected(shape, known)}, got {tuple(shape)}")
     if all(isinstance(n, int) for n in shape) and prod([max(n, 1) for n in shape]) > MOST_ELEMENTS:
         raise ValueError(f"{name} must have at most 2**48 elements, sizes of 0 taken for 1, got {tuple(shape)}")
     seen[name] = fact
 
 
 def _or(dtypes: Sequence[torch.dtype]) -> str:
+    if set(dtypes) == {torch.bool, *FLOATING}:
+        return "bool or floating point"
     *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"{', '.join(others)} or {last}" if others else last
 

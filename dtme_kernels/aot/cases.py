@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -119,7 +118,7 @@ def _attention_cases() -> dict[str, Callable[[], object]]:
             arguments = packed._replace(attn_mask=mask, is_causal=causal)
             saved = query, query, torch.empty(arguments.statistics_shape, device="meta")
             found[f"attention {case}"] = partial(kernel.expanded_attention, arguments)
-            backward: partial[object] = partial(
+            backward: Callable[[], object] = partial(
                 kernel.expanded_attention_backward, AttentionBackward(*saved, arguments, mask is square)
             )
             if mask is None and not causal:
@@ -146,7 +145,7 @@ def _cases_of_one() -> dict[str, Callable[[], object]]:
 
     half = partial(torch.empty, device="meta", dtype=torch.float16)
     one = [*[half(1, 1, 1, 1, 16)] * 3, *[half(1, 1, 1, 16)] * 2]
-    arguments = Attention(*one, half(1, 1))
+    arguments = Attention(one[0], one[0], one[0], one[3], one[3], half(1, 1))
     saved = AttentionBackward(one[0], one[0], torch.empty(1, 1, 1, 2, 1, device="meta"), arguments, True)
     token, row = torch.empty(1, 1, 16, device="meta"), torch.empty(1, 16, device="meta")
     grads, basis = torch.empty(2, 1, 16, device="meta"), torch.empty(16, 16, device="meta")

@@ -22,10 +22,10 @@ import triton
 from torch import Tensor
 
 from ..launch import highest, on_device
+from .arguments import Attention, AttentionBackward, PackedBackward, unpack
 from .backward import key_gradients, mask_gradients, query_gradients
 from .blocks import LOG2E
 from .forward import attend
-from .arguments import Attention, AttentionBackward, PackedBackward, unpack
 from .tiles import Tile, tile
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..launch import cannot_run, highest
-from ..registry import Gradient, Kernel, Operator, differentiable_once, library
+from ..registry import Gradient, Kernel, Operator, compose, differentiable_once, library
 from . import reference
 from .arguments import Attention, AttentionBackward, PackedBackward, unpack
 from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS
@@ -161,7 +161,7 @@ def _without_statistics(*args: Any, impl: str = "auto") -> Tensor:
 
 
 library.define(f"expanded_attention({ARGUMENTS}, *, str impl='auto') -> Tensor")
-library.impl("expanded_attention", _without_statistics, "CompositeImplicitAutograd")
+compose("expanded_attention", _without_statistics)
 
 # --- packed as one projection leaves them ----------------------------------------------------------------------------
 
@@ -222,7 +222,11 @@ packed_attention_backward = Operator(
     "packed_attention_backward(Tensor grad, Tensor output, Tensor statistics, Tensor qkv, Tensor task_kv, float? scale)"
     " -> (Tensor, Tensor)",
     PACKED_TABLE
-    | {"grad": "T B H N d; like qkv", "output": "T B H N d; like qkv", "statistics": "T B H parts N; float32 or float64"},
+    | {
+        "grad": "T B H N d; like qkv",
+        "output": "T B H N d; like qkv",
+        "statistics": "T B H parts N; float32 or float64",
+    },
     reference=_reference_packed_backward,
     fake=_fake_packed_backward,
     triton=Kernel(_triton_packed_backward, _triton_cannot_run_packed_backward),

@@ -57,9 +57,7 @@ def packed_attention(qkv: Tensor, task_kv: Tensor, scale: float | None) -> tuple
     return expanded_attention(unpack(qkv, task_kv, scale))
 
 
-def packed_attention_backward(
-    grad: Tensor, qkv: Tensor, task_kv: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def packed_attention_backward(grad: Tensor, qkv: Tensor, task_kv: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """Packed again, so that nothing has to be stacked for the projection's backward."""
     *shared, d_task_key, d_task_value, _ = expanded_attention_backward(grad, unpack(qkv, task_kv, scale), False)
     d_qkv, d_task_kv = torch.stack(shared, 3).transpose(2, 4), torch.stack([d_task_key, d_task_value], 2)
@@ -76,8 +74,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     """P V, in at least float32: (b, H, N, d), two (b, key heads, S, d) -> (b, H, N, d)."""
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (_rows(query, key), key, value))
-    p = _probabilities(q, k, mask, scale, query.shape[2])
-    return _heads(p @ v, query.shape[2]).to(query.dtype)
+    return _heads(_probabilities(q, k, mask, scale, query) @ v, query).to(query.dtype)
 
 
 def _attend_backward(
@@ -93,23 +90,24 @@ def _attend_backward(
 
     (b, H, N, d) -> dQ, dK, dV and, where the mask wants it, dS.
     """
-    num_queries, wide = query.shape[2], torch.promote_types(query.dtype, torch.float32)
+    wide = torch.promote_types(query.dtype, torch.float32)
     g, q, k, v = (x.to(wide) for x in (_rows(grad, key), _rows(query, key), key, value))
-    p = _probabilities(q, k, mask, scale, num_queries)
+    p = _probabilities(q, k, mask, scale, query)
     dp = g @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    d_scores = _heads(ds, num_queries) if mask_grad else ds.new_empty(0)
-    return _heads(ds @ k, num_queries) * scale, ds.mT @ q * scale, p.mT @ g, d_scores
+    d_scores = _heads(ds, query) if mask_grad else ds.new_empty(0)
+    return _heads(ds @ k, query) * scale, ds.mT @ q * scale, p.mT @ g, d_scores
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, num_queries: int) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, query: Tensor) -> Tensor:
     """P = softmax(scale q k^T + mask), (b, key heads, rows, S). A row that sees no key at all gets zeros."""
-    scores = q @ k.mT * scale
+    scores = q * scale @ k.mT
     if mask is None:
         return scores.softmax(-1)
-    scores = _heads(scores, num_queries)
+    scores = _heads(scores, query)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return _rows(scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0), k)
+    blind = scores.isneginf().all(-1, keepdim=True)
+    return _rows(scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0), k)
 
 
 def _rows(x: Tensor, key: Tensor) -> Tensor:
@@ -117,9 +115,9 @@ def _rows(x: Tensor, key: Tensor) -> Tensor:
     return x.unflatten(1, (key.shape[1], x.shape[1] // key.shape[1])).flatten(2, 3)
 
 
-def _heads(x: Tensor, num_queries: int) -> Tensor:
-    """Back again."""
-    return x.unflatten(2, (x.shape[2] // max(1, num_queries), num_queries)).flatten(1, 2)
+def _heads(x: Tensor, query: Tensor) -> Tensor:
+    """Back again, to the heads of the query."""
+    return x.unflatten(2, (query.shape[1] // x.shape[1], query.shape[2])).flatten(1, 2)
 
 
 def _fold(x: Tensor) -> Tensor:

@@ -120,8 +120,7 @@ def _backward(ctx: Any, grad_range: Tensor, grad_null: Tensor) -> tuple[Tensor, 
 projected_dots_backward = Operator(
     "projected_dots_backward(Tensor grad_range, Tensor grad_null, Tensor grads, Tensor basis, int rank)"
     " -> (Tensor, Tensor)",
-    TABLE
-    | {"grad_range": "K*(K-1)//2 *tokens; sums of grads", "grad_null": "K*(K-1)//2 *tokens; sums of grads"},
+    TABLE | {"grad_range": "pairs(K) *tokens; sums of grads", "grad_null": "pairs(K) *tokens; sums of grads"},
     reference=reference.projected_dots_backward,
     fake=_fake_dots_backward,
     triton=Kernel(_triton_dots_backward, _triton_cannot_run_backward),

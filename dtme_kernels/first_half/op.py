@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..attention import op as attention
 from ..modulation import op as modulation
+from ..modulation.reference import layer_norm
 from ..registry import Composition, autocast_enabled
 from . import reference
 
@@ -31,7 +32,7 @@ def _modulate_concat_attention(
     modulated, normalized, _ = modulation.modulate_layer_norm(impl, tokens, weight, bias, norm_weight, norm_bias, eps)
     qkv = F.linear(normalized, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
     dtype = task_tokens.dtype
-    task = F.layer_norm(task_tokens, (p,), norm_weight.to(dtype), norm_bias.to(dtype), eps).to(tokens.dtype)
+    task = layer_norm(task_tokens, norm_weight.to(dtype), norm_bias.to(dtype), eps).to(tokens.dtype)
     task_kv = F.linear(task, qkv_weight[p:], None if qkv_bias is None else qkv_bias[p:])
     task_kv = task_kv.unflatten(-1, (2, num_heads, -1))
     out, _ = attention.packed_attention(impl, qkv, task_kv, scale)

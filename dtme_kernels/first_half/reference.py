@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..attention import reference as attention
 from ..attention.arguments import Attention
+from ..modulation.reference import layer_norm
 
 
 def modulate_concat_attention(
@@ -26,10 +27,10 @@ def modulate_concat_attention(
     Attended, modulated and normalized tokens.
     """
     modulated = (tokens * weight[:, None, None] + bias[:, None, None]).to(tokens.dtype)
-    _, num_images, num_tokens, p = modulated.shape
+    _, num_images, num_tokens, _ = modulated.shape
     task_tokens, norm_weight, norm_bias = (x.to(tokens.dtype) for x in (task_tokens, norm_weight, norm_bias))
     expanded = torch.cat([modulated, task_tokens.unsqueeze(1).expand(-1, num_images, -1, -1)], 2)
-    normalized = F.layer_norm(expanded, (p,), norm_weight, norm_bias, eps)
+    normalized = layer_norm(expanded, norm_weight, norm_bias, eps)
     qkv = F.linear(normalized, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
     query, key, value = qkv.permute(3, 0, 1, 4, 2, 5)
     none = key.new_empty(len(key), num_heads, 0, key.shape[-1])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..launch import cannot_run
-from ..registry import Gradient, Kernel, Operator, differentiable_once, library
+from ..registry import Gradient, Kernel, Operator, compose, differentiable_once, library
 from . import reference
 
 MOST_CHANNELS = 4096  # a row of tokens, and the sums of one stream's gradients, in the registers of one program
@@ -159,4 +159,4 @@ def _without_statistics(*args: Any, impl: str = "auto") -> tuple[Tensor, Tensor]
 
 
 library.define(f"modulate_layer_norm({ARGUMENTS}, *, str impl='auto') -> (Tensor modulated, Tensor normalized)")
-library.impl("modulate_layer_norm", _without_statistics, "CompositeImplicitAutograd")
+compose("modulate_layer_norm", _without_statistics)

@@ -390,6 +390,8 @@ def test_dropout(impl):
 
 
 Q, K, V, TK, TV = problem()
+MANY_KEY_HEADS = {"key": K.repeat(1, 1, 2, 1, 1), "value": V.repeat(1, 1, 2, 1, 1)}
+MANY_KEY_HEADS |= {"task_key": TK.repeat(1, 2, 1, 1), "task_value": TV.repeat(1, 2, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -399,13 +401,14 @@ Q, K, V, TK, TV = problem()
         ({"value": V.long()}, TypeError, "value must be float16.*got torch.int64"),
         ({"key": K.double()}, TypeError, "key must be torch.float32 like query, got torch.float64"),
         ({"task_value": TV.to("meta")}, ValueError, "task_value must be on cpu like query, got meta"),
-        ({"query": Q[0, 0]}, ValueError, r"query must be \(T, B, H, N, d\) or \(B, H, N, d\)"),
-        ({"key": K[0]}, ValueError, r"key must be \(T, B, H, S, d\) like query"),
+        ({"query": Q[0, 0]}, ValueError, r"query must be \(B, H, N, d\) or \(T, B, H, N, d\)"),
+        ({"key": K[0]}, ValueError, r"key must be \(T, B, G, S, d\) with T = 3"),
         ({"key": K[:, :1]}, ValueError, r"key must be .* = \(3, 2, 2, 5, 4\), got \(3, 1, 2, 5, 4\)"),
         ({"key": K[..., :3]}, ValueError, r"key must be .* = \(3, 2, 2, 5, 4\), got \(3, 2, 2, 5, 3\)"),
         ({"value": V[..., :4, :]}, ValueError, r"value must be .* = \(3, 2, 2, 5, 4\), got \(3, 2, 2, 4, 4\)"),
-        ({"key": K.repeat(1, 1, 2, 1, 1)}, ValueError, "key heads must divide the 2 heads of query, got 4"),
-        ({"task_key": TK[0]}, ValueError, r"task_key must be \(T, H, t, d\)"),
+        ({"key": K.repeat(1, 1, 2, 1, 1)}, ValueError, r"value must be \(T, B, G, S, d\) = .*got"),
+        (MANY_KEY_HEADS, ValueError, "key heads must divide the 2 heads of query, got 4"),
+        ({"task_key": TK[0]}, ValueError, r"task_key must be \(T, G, t, d\)"),
         ({"task_key": TK[:2]}, ValueError, r"task_key must be .* = \(3, 2, 2, 4\), got \(2, 2, 2, 4\)"),
         ({"task_key": TK[:, :1]}, ValueError, r"task_key must be .* = \(3, 2, 2, 4\), got \(3, 1, 2, 4\)"),
         ({"task_value": TV[:, :, :1]}, ValueError, r"task_value must be .* = \(3, 2, 2, 4\), got \(3, 2, 1, 4\)"),

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from dtme_kernels import expanded_attention, launch, modulate, registry
 from dtme_kernels.registry import OPERATORS
 from dtme_kernels.testing import make
-from tests.kernels import every_implementation, test_registration
+from tests.kernels import every_implementation, samples
 
 pytestmark = pytest.mark.skipif(launch.interpreted(), reason="Triton's interpreter takes the CPU tensors")
 with_extension = pytest.mark.skipif(registry.cpp_module is None, reason="the extension is not built")
@@ -63,11 +63,11 @@ def test_a_named_extension_goes_through_the_dispatcher():
 
 
 @with_extension
-@pytest.mark.parametrize("name", test_registration.SHAPES)
+@pytest.mark.parametrize("name", samples.SHAPES)
 def test_a_named_extension_compiles_into_one_graph(name):
     torch._dynamo.reset()  # the limit of graphs is one function's, in all tests together
-    args = test_registration.arguments(name)
-    compiled = torch.compile(test_registration.call, fullgraph=True, backend="aot_eager")
-    got, want = (function(name, *args, impl="cpp") for function in (compiled, test_registration.call))
+    args = samples.arguments(name)
+    compiled = torch.compile(samples.call, fullgraph=True, backend="aot_eager")
+    got, want = (function(name, *args, impl="cpp") for function in (compiled, samples.call))
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*(test_registration.gradients(outputs, args) for outputs in (got, want)))
+    torch.testing.assert_close(*(samples.gradients(outputs, args) for outputs in (got, want)))

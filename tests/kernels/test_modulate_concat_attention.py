@@ -89,7 +89,11 @@ def test_gradients(impl):
     ("change", "error", "says"),
     [
         ({"tokens": make(5, 8)}, ValueError, "tokens must be"),
-        ({"task_tokens": make(2, 8)}, ValueError, r"task_tokens must be \(T, t, p\), got \(2, 8\)"),
+        (
+            {"task_tokens": make(2, 8)},
+            ValueError,
+            r"task_tokens must be \(T, t, p\) with T = 3 and p = 8, got \(2, 8\)",
+        ),
         ({"task_tokens": make(2, 2, 8)}, ValueError, r"task_tokens must be .* = \(3, 2, 8\), got \(2, 2, 8\)"),
         ({"norm_weight": make(7)}, ValueError, r"norm_weight must be \(p,\) = \(8,\)"),
         ({"norm_bias": make(8).double()}, TypeError, "norm_bias must be torch.float32 like norm_weight"),

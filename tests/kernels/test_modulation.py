@@ -112,7 +112,7 @@ def test_widths_of_one_piece_and_of_several(impl, p, dtype):
 
 @pytest.mark.parametrize("shape", [(2, 5, 33), (3, 2, 5, 8)])
 def test_statistics_are_right_or_left_to_the_backward(impl, shape):
-    """Mean and 1 / std of every row and stream, where a kernel's own backward wants them; else what no kernel would take for them."""
+    """Mean and 1 / std of every row and stream, where a kernel's own backward wants them; else nothing that reads as such."""
     args = problem(*shape)
     y = oracle(*args)[0]
     modulated, _, statistics = OPERATORS["modulate_layer_norm"](impl, *args, EPS)
@@ -262,7 +262,7 @@ X, W, V = make(2, 5, 6), make(3, 6), make(6)
         (X, W, W.double(), TypeError, "bias must be torch.float32 like weight, got torch.float64"),
         (X[0], W, W, ValueError, r"tokens must be \(B, N, p\) or \(T, B, N, p\).*got \(5, 6\)"),
         (X[..., :0], W[:, :0], W[:, :0], ValueError, "p >= 1"),
-        (X, V, W, ValueError, r"weight must be \(T, p\) with T >= 1, got \(6,\)"),
+        (X, V, W, ValueError, r"weight must be \(T, p\) with p = 6 and T >= 1, got \(6,\)"),
         (X, W[:0], W[:0], ValueError, r"T >= 1, got \(0, 6\)"),
         (X, W[:, :5], W, ValueError, r"weight must be \(T, p\) = \(3, 6\), got \(3, 5\)"),
         (X, W, W[:2], ValueError, r"bias must be \(T, p\) = \(3, 6\), got \(2, 6\)"),
