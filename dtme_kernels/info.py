@@ -60,9 +60,10 @@ def extension() -> str:
     if module is None:
         return "no extension"
     facts = module.build_facts()
-    damaged = ", DAMAGED: its bytes are not those that were built, reinstall"
+    intact = is_as_built(Path(module.__file__)) is not False
+    damage = "" if intact else "; DAMAGED, it is not what was built: reinstall"
     sets = f"{module.instruction_set()} kernels (of {', '.join(module.instruction_sets())})"
-    return f"{sets}, {facts['compiler']} {facts['flags']}, for torch {facts['torch_target']} and later{damaged * (is_as_built(Path(module.__file__)) is False)}"
+    return f"{sets}, {facts['compiler']} {facts['flags']}, for torch {facts['torch_target']} and later{damage}"
 
 
 def triton_version() -> str:

@@ -126,6 +126,7 @@ class Signature:
     """
 
     def __init__(self, names: Sequence[str], optional: Sequence[str], table: Mapping[str, str]) -> None:
+        self.optional = optional
         rows = [Row(name, row) for name, row in table.items()]
         self.rows = [(names.index(row.name), row) for row in rows]
         # where all tensors come first, their facts are taken without a look at what is a list or None
@@ -144,10 +145,12 @@ class Signature:
         """
         if torch.compiler.is_compiling():
             return self._check(self._facts(args))
-        plain = self.plain
-        facts = tuple([(x.shape, x.dtype, x.device) for x in args[:plain]]) if plain else self._facts(args)
         try:
+            plain = self.plain
+            facts = tuple([(x.shape, x.dtype, x.device) for x in args[:plain]]) if plain else self._facts(args)
             return self._remembered(facts)
+        except AttributeError:  # None, which torch lets pass for a tensor
+            return self._check(self._facts(args))
         except TypeError:  # a wrong dtype; or sizes that are symbols, which nothing can be remembered by
             return self._check(facts)
 
@@ -166,6 +169,8 @@ class Signature:
                     _check_tensor(row, f"{row.name}[{d}]" if len(fact) > 1 else row.name, each, sizes, seen)
             elif fact is not None:
                 _check_tensor(row, row.name, fact, sizes, seen)
+            elif row.name not in self.optional:
+                raise TypeError(f"{row.name} must be a tensor, got None")
         _, _, device = next(iter(seen.values()))
         return device.type
 

@@ -86,6 +86,7 @@ def _check(*args: Any) -> None:
     heads, key_heads = a.query.shape[-3], a.key.shape[-3]
     if heads % key_heads:
         raise ValueError(f"key heads must divide the {heads} heads of query, got {key_heads}")
+    _check_scale(a.scale)
     if a.attn_mask is None:
         return
     if a.is_causal:
@@ -94,6 +95,11 @@ def _check(*args: Any) -> None:
     sizes = zip(reversed(a.attn_mask.shape), reversed(full), strict=False)
     if not 1 <= a.attn_mask.dim() <= len(full) or any(have not in (1, want) for have, want in sizes):
         raise ValueError(f"attn_mask must broadcast to {full}, got {tuple(a.attn_mask.shape)}")
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not abs(scale) <= 1e30:  # times a query, infinite in float32
+        raise ValueError(f"scale must be a number in [-1e30, 1e30], got {scale}")
 
 
 def _check_backward(*args: Any) -> None:
@@ -202,8 +208,13 @@ def _fake_packed_backward(*args: Any) -> tuple[Tensor, Tensor]:
     return b.qkv.new_empty(b.qkv.shape), b.task_kv.new_empty(b.task_kv.shape)
 
 
+def _check_packed(qkv: Tensor, task_kv: Tensor, scale: float | None) -> None:
+    _check_scale(scale)
+
+
 def _check_packed_backward(*args: Any) -> None:
     b = PackedBackward(*args)
+    _check_scale(b.scale)
     _check_statistics(b.statistics, b.attention)
 
 
@@ -241,6 +252,7 @@ packed_attention = Operator(
     fake=_fake_packed,
     triton=Kernel(_triton_packed, _triton_cannot_run_packed),
     cpp="attention.cpp",
+    rules=_check_packed,
     gradient=Gradient(_save_packed, _backward_packed),
     low_precision=True,
 )

@@ -1,5 +1,6 @@
 """The definitions. Everything else is measured against them."""
 
+from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from .. import torch_private
 from .arguments import Attention, unpack
 
-# attention scores held at a time in the backward pass: 2 MB in float32
+# attention scores held at a time: 2 MB in float32
 CHUNK = 2**19
 
 
@@ -18,15 +19,14 @@ def expanded_attention(a: Attention, dropout_p: float = 0.0) -> tuple[Tensor, Te
 
     And no statistics: -inf, which no backward that reads them takes for some.
     """
-    # torch's own for the CPU leaves memory as it was where an expanded query overlaps itself: contiguous
-    inputs = _fold(a.query).contiguous(), _join(a.key, a.task_key), _join(a.value, a.task_value)
+    query, key, value = inputs = [_fold(a.query), _join(a.key, a.task_key), _join(a.value, a.task_value)]
     mask = _join_mask(a)
-    if dropout_p or not _to_be_differentiated(*inputs, mask):
+    if dropout_p or not (a.query.device.type == "cpu" or _to_be_differentiated(*inputs, mask)):
         # a branch, not the comparison itself: under dynamic shapes that is symbolic, and a bool is wanted
         shared_heads = True if a.query.shape[-3] != a.key.shape[-3] else False  # noqa: SIM210
-        out = F.scaled_dot_product_attention(*inputs, mask, dropout_p, scale=a.scale, enable_gqa=shared_heads)
+        out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=a.scale, enable_gqa=shared_heads)
     else:
-        out = _attend(*inputs, mask, a.factor)
+        out = torch.cat([_attend(a.factor, *chunk) for chunk in _chunks(a, inputs, mask)])
     out = out.transpose(1, 2).contiguous().transpose(1, 2).unflatten(0, a.query.shape[:-3])
     return out, torch.full(a.statistics_shape, -torch.inf, dtype=torch.float32, device=a.query.device)
 
@@ -35,12 +35,7 @@ def expanded_attention_backward(grad: Tensor, a: Attention, mask_grad: bool) -> 
     """A few images at a time. A task key's gradient is the sum over the images that share it."""
     lead, num_keys, num_task = a.query.shape[:-3], a.key.shape[-2], a.task_key.shape[-2]
     inputs = [_fold(grad), _fold(a.query), _join(a.key, a.task_key), _join(a.value, a.task_value)]
-    mask = _join_mask(a)
-    if mask is not None:
-        inputs.append(mask.expand(len(inputs[0]), -1, -1, -1))
-    scores = prod(a.query.shape[-3:-1]) * (num_keys + num_task)
-    chunks = zip(*(x.split(max(1, CHUNK // max(1, scores))) for x in inputs), strict=True)
-    parts = [_attend_backward(a.factor, mask_grad, *chunk) for chunk in chunks]
+    parts = [_attend_backward(a.factor, mask_grad, *chunk) for chunk in _chunks(a, inputs, _join_mask(a))]
     d_query, d_key, d_value, d_scores = (torch.cat(x) for x in zip(*parts, strict=True))
 
     d_key, d_task_key = d_key.unflatten(0, lead).split([num_keys, num_task], -2)
@@ -65,12 +60,23 @@ def packed_attention_backward(grad: Tensor, qkv: Tensor, task_kv: Tensor, scale:
 
 
 def _to_be_differentiated(*tensors: Tensor | None) -> bool:
-    """Torch's fused attention has one derivative, backwards; plain products and a softmax have all of them."""
+    """Torch's fused attention has one derivative, backwards; plain products and a softmax have all of them.
+
+    On the CPU it also loses a query's NaN, and leaves memory as it was where an expanded query overlaps itself.
+    """
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return recorded or torch_private.in_forward_mode() or torch_private.in_transform()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _chunks(a: Attention, inputs: list[Tensor], mask: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """The inputs, and the mask behind them, of so many images that about ``CHUNK`` scores are held at a time."""
+    if mask is not None:
+        inputs = [*inputs, mask.expand(len(inputs[0]), -1, -1, -1)]
+    scores = prod(a.query.shape[-3:-1]) * (a.key.shape[-2] + a.task_key.shape[-2])
+    return zip(*(x.split(max(1, CHUNK // max(1, scores))) for x in inputs), strict=True)
+
+
+def _attend(scale: float, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """P V, in at least float32: (b, H, N, d), two (b, key heads, S, d) -> (b, H, N, d)."""
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (_rows(query, key), key, value))

@@ -112,7 +112,7 @@ def test_widths_of_one_piece_and_of_several(impl, p, dtype):
 
 @pytest.mark.parametrize("shape", [(2, 5, 33), (3, 2, 5, 8)])
 def test_statistics_are_right_or_left_to_the_backward(impl, shape):
-    """Mean and 1 / std of every row and stream, where a kernel's own backward wants them; else nothing that reads as such."""
+    """Mean and 1 / std of every row and stream, where a kernel's own backward wants them; else zeros or -inf."""
     args = problem(*shape)
     y = oracle(*args)[0]
     modulated, _, statistics = OPERATORS["modulate_layer_norm"](impl, *args, EPS)
