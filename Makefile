@@ -7,6 +7,7 @@ OLD_TIMM := 0.5.4 0.6.13
 WORKERS ?= 2
 DEMO ?=
 EXAMPLES ?= 1000
+CALLS ?= 100000
 TRITON ?= 3.9.0
 AOT := $(VENV)-triton-$(TRITON)
 BUDGET ?= 300
@@ -33,10 +34,13 @@ test: $(READY)
 everything: $(READY)
 	DTME_TESTS=everything $(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-# what Hypothesis draws, anew every time, where CI draws the same: EXAMPLES per test, SEED=... repeats a run
+# what is drawn anew every time: by Hypothesis, EXAMPLES per test; CALLS of the public functions; ten times as many of the
+# raw operators with mutilated arguments. The C++ kernels run under the sanitizers. SEED=... repeats a run
 fuzz: $(READY)
 	DTME_HYPOTHESIS=fuzz DTME_EXAMPLES=$(EXAMPLES) $(RUN) -m pytest -q -m "hypothesis and not gpu" -n $(WORKERS) \
 	    --dist worksteal $(if $(SEED),--hypothesis-seed=$(SEED)) tests
+	$(RUN) -m tests.csrc.watched out/watched -- -m tests.fuzz public --calls $(CALLS) $(if $(SEED),--seed $(SEED))
+	$(RUN) -m tests.csrc.watched out/watched -- -m tests.fuzz raw --calls $(CALLS)0 $(if $(SEED),--seed $(SEED))
 
 # every kernel for every chip, by the Triton that is named: make aot TRITON=3.6.0
 aot: $(READY)
