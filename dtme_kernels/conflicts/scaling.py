@@ -24,6 +24,17 @@ def _magnitude(x):
 
 
 @triton.jit
+def _scales(start, stride, inside, p, BT: tl.constexpr, BK: tl.constexpr):
+    """The power of two for each of the gradients that begin at ``start`` [BT], 0 for one of zeros."""
+    peak = tl.zeros([BT], tl.int32)
+    for first in range(0, p, BK):
+        channel = first + tl.arange(0, BK)[None, :]
+        b_g = tl.load(start[:, None] + channel * stride, inside[:, None] & (channel < p), 0.0)  # [BT, BK]
+        peak = tl.maximum(peak, tl.max(_magnitude(b_g), 1))
+    return tl.where(peak == 0, 0.0, _power_of_two(peak))
+
+
+@triton.jit
 def _store_terms(pointer, terms_apart, b_x, mask, TERMS: tl.constexpr):
     """b_x in float16 and, with two terms, what that leaves of it."""
     b_high = b_x.to(tl.float16)
@@ -88,13 +99,8 @@ def prepare_gradients(
     offset = (token // inner).to(tl.int64) * strides[1] + (token % inner).to(tl.int64) * strides[2]
     b_scales = ()
     for task in tl.static_range(K):
-        pointer = grads + tl.cast(strides[0], tl.int64) * task + offset[:, None]
-        peak = tl.zeros([BT], tl.int32)
-        for first in range(0, p, BK):
-            channel = first + tl.arange(0, BK)[None, :]
-            b_g = tl.load(pointer + channel * strides[3], inside[:, None] & (channel < p), 0.0)  # [BT, BK]
-            peak = tl.maximum(peak, tl.max(_magnitude(b_g), 1))
-        b_scale = tl.where(peak == 0, 0.0, _power_of_two(peak))
+        start = grads + tl.cast(strides[0], tl.int64) * task + offset  # [BT]
+        b_scale = _scales(start, strides[3], inside, p, BT, BK)
         tl.store(scales + task * rows + row, b_scale, row < rows)
         b_scales += (b_scale,)
     terms_apart = tl.cast(rows, tl.int64) * width * K
