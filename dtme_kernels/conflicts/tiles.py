@@ -57,9 +57,9 @@ def tile(
     """
     if kernel == "totals":
         return next(tile for limit, tile in _TOTALS.items() if num_tasks <= limit)
-    where = chip(like.device)
+    gpu = chip(like.device)
     needed = min(num_tasks + (num_ranks > 1), MAX_TASKS)
-    largest = next(tile for limit, tile in _ROTATION[where.product].items() if needed <= limit)
+    largest = next(tile for limit, tile in _ROTATION[gpu.product].items() if needed <= limit)
     gradients = min(num_tasks, largest.tasks) * largest.tokens * precision.grad_terms
     per_stage = 2 * largest.channels * (gradients + precision.basis_terms * largest.coordinates)
-    return largest._replace(stages=max(1, min(largest.stages, (where.shared_memory // 2 - 1024) // per_stage)))
+    return largest._replace(stages=max(1, min(largest.stages, (gpu.shared_memory // 2 - 1024) // per_stage)))

@@ -25,8 +25,8 @@ class Tile(NamedTuple):
     def options(self) -> dict[str, object]:
         """What a launch takes of it, by the kernels' names."""
         launch = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
-        own = {"PROMOTE": self.promote} if self.promote else {"BK": self.step}
-        return {"BT": self.tokens, "BC": self.channels, **own, **launch}
+        steps = {"PROMOTE": self.promote} if self.promote else {"BK": self.step}
+        return {"BT": self.tokens, "BC": self.channels, **steps, **launch}
 
 
 def tile(kernel: str, p: int, like: torch.Tensor) -> Tile:

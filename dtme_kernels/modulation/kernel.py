@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..launch import chip, collapse, on_device
 from .pieces import _channels, _group_backward, _load, _load_rows, _parameters, _rows_of, _statistics, _zeros
-from .tiles import most_streams, tile
+from .tiles import max_streams, tile
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "streams", "num_streams"])
@@ -209,16 +209,16 @@ def _forward(
     weight, bias, *norm = (x.contiguous() for x in (weight, bias, *norm))
     (x,), (strides,), inner = _rows(tokens)
     in_program, groups = (num_streams, 1) if tokens.dim() == 3 else (1, num_streams)
-    own = tile("forward", p, tokens)
+    block = tile("forward", p, tokens)
     with on_device(tokens):
-        _modulate[(triton.cdiv(rows, own.rows), groups)](
+        _modulate[(triton.cdiv(rows, block.rows), groups)](
             *((x, strides), weight, bias),
             *(norm or (weight, bias)),
             *(modulated, normalized, statistics),
             *(eps, rows, inner, in_program, num_streams, p),
             NORM=bool(norm),
             INDEX=_index(rows),
-            **own.options(),
+            **block.options(),
         )
     return modulated, normalized, statistics
 
@@ -245,18 +245,18 @@ def _backward(
         d_tokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
         partials = _launch_backward(grads, tokens, vectors, gain, statistics, d_tokens)
         return d_tokens, partials.sum(0)
-    launches = triton.cdiv(num_streams, most_streams(p, tokens, bool(norm)))
+    launches = triton.cdiv(num_streams, max_streams(p, tokens, bool(norm)))
     dtype = tokens.dtype if launches == 1 else torch.float32
     d_tokens = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     for i in range(launches):
-        own = slice(num_streams * i // launches, num_streams * (i + 1) // launches)
-        parts = tuple(grad[own] for grad in grads), tokens, tuple(x[own] for x in vectors)
-        of_own = None if statistics is None else statistics[:, own]
-        partials = _launch_backward(*parts, gain, of_own, d_tokens, add=i > 0).sum(0)[0]  # (2 S + 0 or 2, p)
-        count = own.stop - own.start
-        sums[own, :2] = partials[: 2 * count].view(count, 2, p)
+        streams = slice(num_streams * i // launches, num_streams * (i + 1) // launches)
+        parts = tuple(grad[streams] for grad in grads), tokens, tuple(x[streams] for x in vectors)
+        part_statistics = None if statistics is None else statistics[:, streams]
+        partials = _launch_backward(*parts, gain, part_statistics, d_tokens, add=i > 0).sum(0)[0]  # (2 S + 0 or 2, p)
+        count = streams.stop - streams.start
+        sums[streams, :2] = partials[: 2 * count].view(count, 2, p)
         if norm:
-            sums[own.start, 2:] = partials[2 * count :]
+            sums[streams.start, 2:] = partials[2 * count :]
     return d_tokens.to(tokens.dtype), sums
 
 
@@ -275,9 +275,9 @@ def _launch_backward(
     if statistics is not None:
         norm, all_streams = True, statistics.stride(0) // tokens.shape[-3:-1].numel()
     groups, in_group = (1, num_streams) if tokens.dim() == 3 else (num_streams, 1)
-    rows, own = tokens.shape[-3:-1].numel(), tile("backward", p, tokens, in_group, norm)
-    wanted = triton.cdiv(own.resident * chip(tokens.device).multiprocessors, groups)
-    programs = min(wanted, triton.cdiv(rows, own.rows))
+    rows, block = tokens.shape[-3:-1].numel(), tile("backward", p, tokens, in_group, norm)
+    wanted = triton.cdiv(block.resident * chip(tokens.device).multiprocessors, groups)
+    programs = min(wanted, triton.cdiv(rows, block.rows))
     partials = torch.empty(programs, groups, 2 * in_group + 2 * norm, p, dtype=torch.float32, device=tokens.device)
     (x, *up), (strides, *up_strides), inner = _rows(tokens, *grads)
     with on_device(tokens):
@@ -289,6 +289,6 @@ def _launch_backward(
             ADD=add,
             INDEX=_index(rows),
             S=in_group,
-            **own.options(),
+            **block.options(),
         )
     return partials

@@ -8,11 +8,12 @@ import triton
 from ..launch import chip
 
 REGISTERS = 65536  # of a multiprocessor
-MOST_REGISTERS = 255  # of a thread
+MAX_REGISTERS = 255  # of a thread
+OTHER_REGISTERS = 40  # addresses and what else the backward holds, about
 
 
 class Tile(NamedTuple):
-    """Rows of p channels in pieces of ``width`` channels, and warps."""
+    """Rows of one kernel's tile, in pieces of ``width`` channels, and warps."""
 
     rows: int
     width: int
@@ -29,11 +30,11 @@ class Tile(NamedTuple):
     def options(self) -> dict[str, object]:
         """What a launch takes of it, by the kernels' names."""
         launch = {"num_warps": self.warps, "maxnreg": self.registers}
-        own = {"STAGES": self.stages, "G": self.streams} if self.stages else {}
-        return {"BR": self.rows, "BP": self.width, **own, **launch}
+        backward = {"STAGES": self.stages, "G": self.streams} if self.stages else {}
+        return {"BR": self.rows, "BP": self.width, **backward, **launch}
 
     def elements(self, p: int) -> int:
-        """Of a thread, per row tile: one or more of each piece."""
+        """How many of the tile a thread has, one or more of each piece."""
         return triton.cdiv(p, self.width) * (self.rows * self.width // (32 * self.warps))
 
 
@@ -51,24 +52,24 @@ def tile(kernel: str, p: int, like: torch.Tensor, streams: int = 1, norm: bool =
     """
     if kernel == "forward":
         return _whole_rows(p, 1 if p <= 1024 else 2 if p <= 2048 else 4, 8)
-    rows, where, size = _backward(p, like.dtype), chip(like.device), like.element_size()
-    per_thread = rows.elements(p)
+    block, gpu, size = _backward(p, like.dtype), chip(like.device), like.element_size()
+    threads, elements = 32 * block.warps, block.elements(p)
     # sums, parameters, what waits for the sums of a row
-    needed = min(MOST_REGISTERS, per_thread * (6 * streams + 5 if norm else 4 * streams + 3) + 40)
-    resident = max(1, REGISTERS // (32 * rows.warps * needed))
-    staged = 1024 + per_thread * 32 * rows.warps * size * (1 + streams * (1 + norm))
-    return rows._replace(
-        stages=1 + min(4 // size, where.shared_memory // (staged * resident)),
-        registers=min(MOST_REGISTERS, REGISTERS // (32 * rows.warps * resident) // 8 * 8),
-        streams=1 if size == 4 and where.capability < 90 else 2,  # else Triton 3.6 spills there
+    needed = min(MAX_REGISTERS, elements * (6 * streams + 5 if norm else 4 * streams + 3) + OTHER_REGISTERS)
+    resident = max(1, REGISTERS // (threads * needed))
+    staged = 1024 + threads * elements * size * (1 + streams * (1 + norm))
+    return block._replace(
+        stages=1 + min(4 // size, gpu.shared_memory // (staged * resident)),
+        registers=min(MAX_REGISTERS, REGISTERS // (threads * resident) // 8 * 8),
+        streams=1 if size == 4 and gpu.capability < 90 else 2,  # else Triton 3.6 spills there
         resident=resident,
     )
 
 
-def most_streams(p: int, like: torch.Tensor, norm: bool) -> int:
+def max_streams(p: int, like: torch.Tensor, norm: bool) -> int:
     """As many as the registers of one launch of the backward hold: ``tile`` counts what they take."""
-    most = (MOST_REGISTERS - 40) // _backward(p, like.dtype).elements(p)
-    return max(1, (most - 5) // 6 if norm else (most - 3) // 4)
+    per_element = (MAX_REGISTERS - OTHER_REGISTERS) // _backward(p, like.dtype).elements(p)
+    return max(1, (per_element - 5) // 6 if norm else (per_element - 3) // 4)
 
 
 def _whole_rows(p: int, warps: int, lanes: int) -> Tile:
