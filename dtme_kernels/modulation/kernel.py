@@ -39,6 +39,7 @@ def _modulate(
     streams,
     num_streams,
     p: tl.constexpr,
+    strides,
     NORM: tl.constexpr,
     INDEX: tl.constexpr,
     BR: tl.constexpr,
@@ -52,7 +53,7 @@ def _modulate(
     inside = ()
     for i in tl.static_range(len(channels)):
         inside += (real & (channels[i] < p),)
-    b_x = _load_rows(_rows_of(tokens, first.to(tl.int64), row, inner), 0, channels, inside)  # [BR, BP] each
+    b_x = _load_rows(_rows_of(tokens, strides, first.to(tl.int64), row, inner), 0, channels, inside)  # [BR, BP] each
     zero = tl.zeros_like(row)  # every row fetches the parameters from the first-level cache, in the tokens' layout
     for stream in range(first, first + streams):
         b_w = _load(weight + stream * p + zero, channels, 1, inside)
@@ -88,6 +89,9 @@ def _modulate_backward(
     inner,
     num_streams,
     p: tl.constexpr,
+    modulated_strides,
+    normalized_strides,
+    strides,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
     INDEX: tl.constexpr,
@@ -117,8 +121,9 @@ def _modulate_backward(
         inside, b_dx = (), _zeros(n, BR, BP)
         for i in tl.static_range(n):
             inside += (real & within[i],)
-        b_x = _load_rows(_rows_of(tokens, first, row, inner), 0, channels, inside)
-        modulated, normalized = _rows_of(grad_modulated, 0, row, inner), _rows_of(grad_normalized, 0, row, inner)
+        b_x = _load_rows(_rows_of(tokens, strides, first, row, inner), 0, channels, inside)
+        modulated = _rows_of(grad_modulated, modulated_strides, 0, row, inner)
+        normalized = _rows_of(grad_normalized, normalized_strides, 0, row, inner)
         b_next, b_d_norm = (), b_sums[2 * S * n :]
         for g in tl.static_range(0, S, G):
             b_dx, b_stream_sums, b_d_norm = _group_backward(
@@ -212,10 +217,10 @@ def _forward(
     block = tile("forward", p, tokens)
     with on_device(tokens):
         _modulate[(triton.cdiv(rows, block.rows), groups)](
-            *((x, strides), weight, bias),
+            *(x, weight, bias),
             *(norm or (weight, bias)),
             *(modulated, normalized, statistics),
-            *(eps, rows, inner, in_program, num_streams, p),
+            *(eps, rows, inner, in_program, num_streams, p, strides),
             NORM=bool(norm),
             INDEX=_index(rows),
             **block.options(),
@@ -282,9 +287,8 @@ def _launch_backward(
     (x, *up), (strides, *up_strides), inner = _rows(tokens, *grads)
     with on_device(tokens):
         _modulate_backward[(programs, groups)](
-            *zip(up, up_strides, strict=True),
-            *((x, strides), *vectors, gain, statistics if norm else gain, d_tokens, partials),
-            *(rows, inner, all_streams, p),
+            *(*up, x, *vectors, gain, statistics if norm else gain, d_tokens, partials),
+            *(rows, inner, all_streams, p, *up_strides, strides),
             NORM=norm,
             ADD=add,
             INDEX=_index(rows),

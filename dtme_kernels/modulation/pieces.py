@@ -10,15 +10,15 @@ JOINT = tl.constexpr(not interpreted())
 
 
 @triton.jit
-def _rows_of(tensor, stream, row, inner):
+def _rows_of(pointer, strides, stream, row, inner):
     """Where rows of a stream begin, [rows, 1], and how far apart streams and channels are.
 
     Args:
-        tensor: its pointer, and its strides as (stream, outer, inner, p).
+        strides: as (stream, outer, inner, p).
     """
-    pointer, strides = tensor
+    start = pointer + stream * strides[0]
     offset = (row // inner).to(tl.int64) * strides[1] + (row % inner).to(tl.int64) * strides[2]
-    return pointer + stream * strides[0] + offset, strides[0], strides[3]
+    return start + offset, strides[0], strides[3]
 
 
 @triton.jit
