@@ -57,9 +57,9 @@ def multiply_adds(grads: torch.Tensor, basis: torch.Tensor, rank: int) -> tuple[
     for slab in r.slabs():
         found = int(kernel._count(r, slab, counts, False))
         rows = num_tasks * slab.rows
-        per_block = r.passes * r.height * blocks.width
+        per_block = r.precision.products * r.height * blocks.width
         again = 2 * found * (blocks.touched[1] - blocks.touched[0])
-        if found > kernel.most_listed(num_tasks, slab.rows):
+        if found > kernel.max_listed(num_tasks, slab.rows):
             again = rows * blocks.num_skipped
         undecided += found
         work += (rows * (blocks.number - blocks.num_skipped) + again) * per_block

@@ -1,6 +1,6 @@
 """Other tiles than those that ship: every candidate is our rival once more, with a launcher's choice replaced.
 
-A launcher finds its tile by a function or a class of its module, ``target``; whatever that returns gets other fields.
+A launcher finds its tile by a function of its module, ``target``; the named tuple that it returns gets other fields.
 What another version of a kernel calls its tile, or the fields of it, is one line of ``SWEEPS``.
 """
 
@@ -19,12 +19,12 @@ class Sweep(NamedTuple):
     group: str
     """Only in the groups of that report whose name this regular expression matches."""
     target: str
-    """The function or class that a launcher asks, as ``unittest.mock.patch`` names it."""
+    """The function that a launcher asks, as ``unittest.mock.patch`` names it."""
     when: Any
     """Only if this is the first argument that it is asked with; None: always."""
     fields: tuple[str, ...]
     values: tuple[tuple[Any, ...], ...]
-    """One candidate each, in the order of the fields; a field ``a.b`` is the item ``b`` of a dict ``a``."""
+    """One candidate each, in the order of the fields."""
 
     def names(self) -> dict[str, dict[str, Any]]:
         """{candidate: its fields}."""
@@ -40,8 +40,8 @@ class Sweep(NamedTuple):
             original = getattr(resolve_name(module), attribute)
 
             def choose(*args: Any, **options: Any) -> Any:
-                found = original(*args, **options)
-                return found if self.when not in (None, args[0]) else _replaced(found, fields)
+                tile = original(*args, **options)
+                return tile if self.when not in (None, args[0]) else tile._replace(**fields)
 
             with mock.patch(self.target, choose):
                 return function()
@@ -50,23 +50,12 @@ class Sweep(NamedTuple):
 
 
 def _text(fields: dict[str, Any]) -> str:
-    return " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in fields.items())
-
-
-def _replaced(found: Any, fields: dict[str, Any]) -> Any:
-    if hasattr(found, "_replace"):
-        return found._replace(**fields)
-    for name, value in fields.items():
-        outer, dot, inner = name.partition(".")
-        if dot:
-            getattr(found, outer)[inner] = value
-        else:
-            setattr(found, name, value)
-    return found
+    return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 TILE = ("queries", "keys", "warps", "stages")
 ATTENTION, CONFLICTS = "dtme_kernels.attention.kernel.tile", "dtme_kernels.conflicts.kernel.tile"
+COVARIANCE, MODULATION = "dtme_kernels.covariance.kernel.tile", "dtme_kernels.modulation.kernel.tile"
 SWEEPS = (
     Sweep(
         *("attention", "backward$", ATTENTION, "key gradients", TILE),
@@ -81,7 +70,7 @@ SWEEPS = (
         ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 4)),
     ),
     Sweep(
-        *("conflicts", "512 px$", CONFLICTS, None, ("coordinates", "channels", "warps", "stages")),
+        *("conflicts", "512 px$", CONFLICTS, "rotation", ("coordinates", "channels", "warps", "stages")),
         ((64, 32, 8, 3), (64, 32, 4, 2), (64, 64, 4, 2), (64, 16, 4, 4), (32, 64, 4, 3), (32, 32, 4, 4)),
     ),
     Sweep(  # how many programs share the rows
@@ -89,13 +78,13 @@ SWEEPS = (
         ((66,), (264,), (396,)),
     ),
     Sweep(
-        *("modulate_layer_norm", "backward$", "dtme_kernels.modulation.kernel._Tile.backward", None),
-        ("rows", "width", "warps"),
-        ((1, 256, 8), (2, 256, 4), (2, 256, 8), (4, 256, 8)),
+        *("modulate_layer_norm", "backward$", MODULATION, "backward"),
+        ("rows", "width", "warps", "resident"),
+        ((1, 256, 8, 1), (2, 256, 4, 2), (2, 256, 8, 1), (4, 256, 8, 1)),
     ),
     Sweep(
-        *("covariance", "512 px$", "dtme_kernels.covariance.kernel._Tiles", None),
-        ("tokens", "promote", "options.num_stages"),
+        *("covariance", "512 px$", COVARIANCE, "covariance"),
+        ("tokens", "promote", "stages"),
         ((32, 32, 3), (64, 8, 3), (64, 32, 3), (128, 8, 2), (64, 16, 2)),
     ),
 )

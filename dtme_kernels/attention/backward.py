@@ -10,8 +10,11 @@ from .blocks import (
     load,
     load_keys,
     load_statistics,
+    mask_of,
     matrix_of,
-    place_of,
+    probabilities,
+    program_of,
+    query_program,
     span,
     statistics_of,
     store,
@@ -20,24 +23,18 @@ from .blocks import (
 
 @triton.jit
 def _query_part(
-    b_q,
-    b_do,
-    b_delta,
-    b_at,
-    b_share,
     b_dq,
+    queries_of,
     keys_of,
     values_of,
+    d_task,
+    mask,
+    m,
     begin,
     end,
-    m,
     queries,
     keys,
     scale,
-    mask,
-    mask_strides,
-    d_task_key,
-    d_task_value,
     PART: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
@@ -49,42 +46,38 @@ def _query_part(
     BD: tl.constexpr,
 ):
     """dQ, but for the scale, += dS K over the keys from begin to end; of task keys also dK = dS^T Q and dV = P^T dO."""
+    b_q, b_do, b_delta, shift, inverse_sum = queries_of
     unit = 1.0 if MASK == "additive" else scale
     for first in range(begin, end, BN):
         n = first + tl.arange(0, BN)  # [BN]
-        b_k = load_keys(keys_of[0], keys_of[1], n, keys, end, D, BD, PART, JOINED)  # [BN, BD]
-        b_v = load_keys(values_of[0], values_of[1], n, keys, end, D, BD, PART, JOINED)  # [BN, BD]
+        b_k = load_keys(keys_of, n, keys, end, D, BD, PART, JOINED)  # [BN, BD]
+        b_v = load_keys(values_of, n, keys, end, D, BD, PART, JOINED)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         if PART > 0:
-            b_s = hide(b_s, scale, mask, mask_strides, m[:, None], n[None, :], queries, end, MASK, CAUSAL)
-        b_p = tl.exp2(b_s * unit - b_at[:, None])
-        if EXACT:
-            b_p *= b_share[:, None]
+            b_s = hide(b_s, scale, mask, m[:, None], n[None, :], queries, end, MASK, CAUSAL)
+        b_p = probabilities(b_s * unit, shift[:, None], inverse_sum[:, None], EXACT)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
         if PART == 2:
+            d_key, d_value = d_task
             b_dv = tl.dot(tl.trans(b_p.to(b_v.dtype)), b_do, input_precision=PRECISION)  # [BN, BD]
-            store((d_task_value, D), n - keys, end - keys, b_dv, D, BD)
+            store((d_value, D), n - keys, end - keys, b_dv, D, BD)
             b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
-            store((d_task_key, D), n - keys, end - keys, b_dk * (scale / LOG2E), D, BD)
+            store((d_key, D), n - keys, end - keys, b_dk * (scale / LOG2E), D, BD)
     return b_dq
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradients(
     grad,
-    query,
-    key,
-    value,
-    task_key,
-    task_value,
+    shared,
+    task,
     mask,
     output,
     statistics,
     d_query,
-    d_task_key,
-    d_task_value,
+    d_task,
     delta,
     scale,
     images,
@@ -93,8 +86,6 @@ def query_gradients(
     queries,
     keys,
     task_keys,
-    strides,
-    mask_strides,
     D: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -107,41 +98,36 @@ def query_gradients(
     BD: tl.constexpr,
 ):
     """dQ and delta = rowsum(dO O) of BM queries; what they have of dK and dV of the task keys, a partial sum."""
-    q_strides, k_strides, v_strides, task_k_strides, task_v_strides, grad_strides, o_strides, d_strides = strides
-    blocks = tl.cdiv(queries, BM)
-    block, head, row = place_of(blocks, heads, CAUSAL)
-    stream, image, key_head = row // images, row % images, head // groups
-    m = block * BM + tl.arange(0, BM)  # [BM]
-    b_q = load(matrix_of(query, q_strides, row, head), m, queries, D, BD, True)
-    b_do = load(matrix_of(grad, grad_strides, row, head), m, queries, D, BD, True)
-    b_o = load(matrix_of(output, o_strides, row, head), m, queries, D, BD, True)
+    block, head, row, m, query, keys_of, values_of, mask = query_program(
+        shared, task, mask, images, heads, groups, queries, CAUSAL, BM
+    )
+    b_q = load(query, m, queries, D, BD, True)  # [BM, BD]
+    b_do = load(matrix_of(grad, row, head), m, queries, D, BD, True)
+    b_o = load(matrix_of(output, row, head), m, queries, D, BD, True)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BM]
     vector = row * heads + head
     tl.store(delta + vector * queries + m, b_delta, m < queries)
-    b_at, b_share = load_statistics(statistics_of(statistics, vector, queries, EXACT), m, queries, EXACT)
-    keys_of = matrix_of(key, k_strides, row, key_head), matrix_of(task_key, task_k_strides, stream, key_head)
-    values_of = matrix_of(value, v_strides, row, key_head), matrix_of(task_value, task_v_strides, stream, key_head)
-    mask += stream * mask_strides[0] + image * mask_strides[1] + head.to(tl.int64) * mask_strides[2]
+    shift, inverse_sum = load_statistics(statistics_of(statistics, vector, queries, EXACT), m, queries, EXACT)
+    queries_of = b_q, b_do, b_delta, shift, inverse_sum
+    partial = (vector * tl.cdiv(queries, BM) + block) * task_keys * D
+    d_task = d_task[0] + partial, d_task[1] + partial
     b_dq = tl.zeros([BM, BD], tl.float32)
-    partial = (vector * blocks + block) * task_keys * D
     for part in tl.static_range(1 if MASK != "" else 0, 3):
         if part != 1 or not JOINED:
             begin, end = span(part, block * BM, keys, task_keys, MASK != "", CAUSAL, JOINED, BM, BN)
             b_dq = _query_part(
-                b_q, b_do, b_delta, b_at, b_share, b_dq, keys_of, values_of, begin, end, m, queries, keys, scale,
-                mask, mask_strides, d_task_key + partial, d_task_value + partial, part, D, MASK if part == 1 else "",
-                CAUSAL and part == 1, EXACT, JOINED, PRECISION, BT if part == 2 else BN, BD,
+                b_dq, queries_of, keys_of, values_of, d_task, mask, m, begin, end, queries, keys, scale,
+                part, D, MASK if part == 1 else "", CAUSAL and part == 1, EXACT, JOINED, PRECISION,
+                BT if part == 2 else BN, BD,
             )  # fmt: skip
     UNIT: tl.constexpr = 8 if D % 8 == 0 else 1
-    store(matrix_of(d_query, d_strides, row, head, UNIT), m, queries, b_dq * (scale / LOG2E), D, BD)
+    store(matrix_of(d_query, row, head, UNIT), m, queries, b_dq * (scale / LOG2E), D, BD)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_gradients(
     grad,
-    query,
-    key,
-    value,
+    shared,
     mask,
     statistics,
     delta,
@@ -153,8 +139,6 @@ def key_gradients(
     groups,
     queries,
     keys,
-    strides,
-    mask_strides,
     D: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -164,25 +148,19 @@ def key_gradients(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dK and dV of BN shared keys, summed over the query heads that share them."""
-    q_strides, k_strides, v_strides, grad_strides, d_strides = strides
-    key_heads = heads // groups
-    blocks = tl.cdiv(keys, BN)
-    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    key_head, row = rest % key_heads, (rest // key_heads).to(tl.int64)
-    stream, image = row // images, row % images
+    """dK and dV, of the same strides, of BN shared keys, summed over the query heads that share them."""
+    query, key, value = shared
+    block, key_head, row = program_of(tl.cdiv(keys, BN), heads // groups, False)
     n = block * BN + tl.arange(0, BN)  # [BN]
-    b_k = load(matrix_of(key, k_strides, row, key_head), n, keys, D, BD, True)
-    b_v = load(matrix_of(value, v_strides, row, key_head), n, keys, D, BD, True)
+    b_k = load(matrix_of(key, row, key_head), n, keys, D, BD, True)
+    b_v = load(matrix_of(value, row, key_head), n, keys, D, BD, True)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
     unit = 1.0 if MASK == "additive" else scale
     begin = block * BN // BM * BM if CAUSAL else 0
     for head in range(key_head * groups, (key_head + 1) * groups):
-        q, do = matrix_of(query, q_strides, row, head), matrix_of(grad, grad_strides, row, head)
-        head_mask = (
-            mask + stream * mask_strides[0] + image * mask_strides[1] + tl.cast(head, tl.int64) * mask_strides[2]
-        )
+        q, do = matrix_of(query, row, head), matrix_of(grad, row, head)
+        head_mask = mask_of(mask, row // images, row % images, head)
         vector = row * heads + head
         head_statistics = statistics_of(statistics, vector, queries, EXACT)
         for first in range(begin, queries, BM):
@@ -190,11 +168,9 @@ def key_gradients(
             b_q = load(q, m, queries, D, BD, True)  # [BM, BD]
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
             if MASK != "" or CAUSAL:
-                b_s = hide(b_s, scale, head_mask, mask_strides, m[None, :], n[:, None], queries, keys, MASK, CAUSAL)
-            b_at, b_share = load_statistics(head_statistics, m, queries, EXACT)
-            b_p = tl.exp2(b_s * unit - b_at[None, :])
-            if EXACT:
-                b_p *= b_share[None, :]
+                b_s = hide(b_s, scale, head_mask, m[None, :], n[:, None], queries, keys, MASK, CAUSAL)
+            shift, inverse_sum = load_statistics(head_statistics, m, queries, EXACT)
+            b_p = probabilities(b_s * unit, shift[None, :], inverse_sum[None, :], EXACT)
             b_do = load(do, m, queries, D, BD, True)  # [BM, BD]
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
@@ -202,16 +178,14 @@ def key_gradients(
             b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
             b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
     UNIT: tl.constexpr = 8 if D % 8 == 0 else 1
-    store(matrix_of(d_key, d_strides, row, key_head, UNIT), n, keys, b_dk * (scale / LOG2E), D, BD)
-    store(matrix_of(d_value, d_strides, row, key_head, UNIT), n, keys, b_dv, D, BD)
+    store(matrix_of(d_key, row, key_head, UNIT), n, keys, b_dk * (scale / LOG2E), D, BD)
+    store(matrix_of((d_value, d_key[1]), row, key_head, UNIT), n, keys, b_dv, D, BD)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "streams", "kept_streams", "kept_images", "kept_heads"])
 def mask_gradients(
     grad,
-    query,
-    key,
-    value,
+    shared,
     mask,
     statistics,
     delta,
@@ -226,8 +200,6 @@ def mask_gradients(
     kept_streams,
     kept_images,
     kept_heads,
-    strides,
-    mask_strides,
     D: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -238,7 +210,7 @@ def mask_gradients(
     BD: tl.constexpr,
 ):
     """One tile of dS, summed over the streams, images and heads that share the mask; it has ``kept`` of each, or 1."""
-    q_strides, k_strides, v_strides, grad_strides = strides
+    query, key, value = shared
     blocks = tl.cdiv(queries, BM)
     tiles = blocks * tl.cdiv(keys, BN)
     tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -251,19 +223,16 @@ def mask_gradients(
         head = part % kept_heads + i % share_heads
         stream = (part // (kept_images * kept_heads) + i // (share_images * share_heads)).to(tl.int64)
         row, key_head = stream * images + image, head // groups
-        b_q = load(matrix_of(query, q_strides, row, head), m, queries, D, BD, True)
-        b_k = load(matrix_of(key, k_strides, row, key_head), n, keys, D, BD, True)
+        b_q = load(matrix_of(query, row, head), m, queries, D, BD, True)
+        b_k = load(matrix_of(key, row, key_head), n, keys, D, BD, True)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        head_mask = mask + stream * mask_strides[0] + image.to(tl.int64) * mask_strides[1]
-        head_mask += head.to(tl.int64) * mask_strides[2]
-        b_s = hide(b_s, scale, head_mask, mask_strides, m[:, None], n[None, :], queries, keys, MASK, False)
+        head_mask = mask_of(mask, stream, image, head)
+        b_s = hide(b_s, scale, head_mask, m[:, None], n[None, :], queries, keys, MASK, False)
         vector = row * heads + head
-        b_at, b_share = load_statistics(statistics_of(statistics, vector, queries, EXACT), m, queries, EXACT)
-        b_p = tl.exp2(b_s - b_at[:, None])
-        if EXACT:
-            b_p *= b_share[:, None]
-        b_do = load(matrix_of(grad, grad_strides, row, head), m, queries, D, BD, True)
-        b_v = load(matrix_of(value, v_strides, row, key_head), n, keys, D, BD, True)
+        shift, inverse_sum = load_statistics(statistics_of(statistics, vector, queries, EXACT), m, queries, EXACT)
+        b_p = probabilities(b_s, shift[:, None], inverse_sum[:, None], EXACT)
+        b_do = load(matrix_of(grad, row, head), m, queries, D, BD, True)
+        b_v = load(matrix_of(value, row, key_head), n, keys, D, BD, True)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_sum += b_p * (b_dp - tl.load(delta + vector * queries + m, m < queries, 0.0)[:, None])
     pointer = d_mask + (part.to(tl.int64) * queries + m)[:, None] * keys + n[None, :]

@@ -1,6 +1,8 @@
-"""Triton: what the attention kernels share: a program's place, its tiles, and what of the scores is hidden.
+"""Triton: what the attention kernels share: what a program reads, its tiles, and what of the scores is hidden.
 
-A *matrix* is a pair: where its first row starts, and how far apart its rows lie. Its channels lie side by side.
+A *strided tensor* is a pair, as the launchers hand it over: its pointer, and the strides of all axes but the channels.
+A *matrix* is such a tensor's part for one row (stream and image) and one head, again a pair: where its first token
+starts, and how far apart its tokens lie. The channels lie side by side in both.
 """
 
 import triton
@@ -13,19 +15,59 @@ SIZES = ["images", "task_keys"]
 
 
 @triton.jit
-def matrix_of(tensor, strides, row, head, UNIT: tl.constexpr = 8):
-    """The matrix of a row (stream and image) and a head. ``strides``: of row, head and token, multiples of UNIT.
+def query_program(shared, task, mask, images, heads, groups, queries, CAUSAL: tl.constexpr, BM: tl.constexpr):
+    """What a program of BM queries computes, and what it reads for that.
+
+    Args:
+        shared: query, key and value, strided.
+        task: task key and task value, strided.
+        mask: strided.
+
+    Returns: its block, head and row; its queries [BM]; the matrix of the queries; the matrices of the keys, shared and
+    task, and of their values; the mask of its head.
+    """
+    block, head, row = program_of(tl.cdiv(queries, BM), heads, CAUSAL)
+    stream, image, key_head = row // images, row % images, head // groups
+    query, key, value = shared
+    task_key, task_value = task
+    keys_of = matrix_of(key, row, key_head), matrix_of(task_key, stream, key_head)
+    values_of = matrix_of(value, row, key_head), matrix_of(task_value, stream, key_head)
+    m = block * BM + tl.arange(0, BM)  # [BM]
+    return block, head, row, m, matrix_of(query, row, head), keys_of, values_of, mask_of(mask, stream, image, head)
+
+
+@triton.jit
+def program_of(blocks, heads, CAUSAL: tl.constexpr):
+    """Block, head and row (stream and image) of a program; under a causal mask the longest loops start first."""
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    if CAUSAL:
+        block = blocks - 1 - block
+    return block, rest % heads, (rest // heads).to(tl.int64)
+
+
+@triton.jit
+def matrix_of(tensor, row, head, UNIT: tl.constexpr = 8):
+    """The matrix of a row and a head; of a task tensor, of a stream and a head. The strides are multiples of UNIT.
 
     The compiler is told only of strides that divide by 16. Knowing the 8, it moves 16 bytes at a time with 72 channels
     too.
     """
-    start = tensor + row * _multiple(strides[0], UNIT) + head * _multiple(strides[1], UNIT)
+    pointer, strides = tensor
+    start = pointer + row * _multiple(strides[0], UNIT) + head * _multiple(strides[1], UNIT)
     return start, _multiple(strides[2], UNIT)
 
 
 @triton.jit
 def _multiple(stride, UNIT: tl.constexpr):
     return tl.cast(stride, tl.int64) // UNIT * UNIT
+
+
+@triton.jit
+def mask_of(mask, stream, image, head):
+    """The mask of a head: where it starts, and its strides of query and key."""
+    pointer, strides = mask
+    start = pointer + stream * strides[0] + tl.cast(image, tl.int64) * strides[1]
+    return start + tl.cast(head, tl.int64) * strides[2], strides[3], strides[4]
 
 
 @triton.jit
@@ -42,11 +84,12 @@ def load(matrix, row, rows, D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl.const
 
 
 @triton.jit
-def load_keys(shared, task, n, keys, end, D: tl.constexpr, BD: tl.constexpr, PART: tl.constexpr, JOINED: tl.constexpr):
+def load_keys(matrices, n, keys, end, D: tl.constexpr, BD: tl.constexpr, PART: tl.constexpr, JOINED: tl.constexpr):
     """Rows n of [shared ; task], of which the first ``keys`` are shared: [BN, BD], zeros from ``end`` on.
 
     Parts 0 and 1 are of shared keys only; part 2 is of task keys only, unless the last shared keys join them.
     """
+    shared, task = matrices
     if PART < 2:
         return load(shared, n, end, D, BD, PART > 0)
     if not JOINED:
@@ -67,13 +110,14 @@ def store(matrix, row, rows, b_x, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def hide(b_s, scale, mask, strides, row, column, rows, columns, MASK: tl.constexpr, CAUSAL: tl.constexpr):
+def hide(b_s, scale, mask, row, column, rows, columns, MASK: tl.constexpr, CAUSAL: tl.constexpr):
     """Hide what is not visible. Scores as the product left them, or, with an additive mask, times ``scale``.
 
     row and column: of the scores, shaped to broadcast to them either way round.
     """
     if MASK != "":
-        pointer = mask + row.to(tl.int64) * strides[3] + column.to(tl.int64) * strides[4]
+        start, stride_query, stride_key = mask
+        pointer = start + row.to(tl.int64) * stride_query + column.to(tl.int64) * stride_key
         inside = (row < rows) & (column < columns)
         if MASK == "bool":
             b_s = tl.where(tl.load(pointer, inside, 0) != 0, b_s, float("-inf"))
@@ -95,25 +139,34 @@ def statistics_of(statistics, vector, queries, EXACT: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(statistics, m, queries, b_most, b_sum, EXACT: tl.constexpr):
-    """What finds the probabilities of queries m again: a log-sum-exp in units of log 2, +inf where no key is seen.
+def store_statistics(statistics, m, queries, row_max, row_sum, EXACT: tl.constexpr):
+    """What finds the probabilities of queries m again: the lse in units of log 2, +inf where no key is seen.
 
-    If EXACT, the greatest score and the inverse of the sum stay apart, in two rows: their log-sum-exp would round.
+    If EXACT, the row_max and the inverse of the row_sum stay apart, in two rows: their lse would round.
     """
     if EXACT:
-        tl.store(statistics + m, tl.where(b_sum == 0.0, float("inf"), b_most), m < queries)
-        tl.store(statistics + queries + m, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum), m < queries)
+        tl.store(statistics + m, tl.where(row_sum == 0.0, float("inf"), row_max), m < queries)
+        tl.store(statistics + queries + m, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum), m < queries)
     else:
-        tl.store(statistics + m, tl.where(b_sum == 0.0, float("inf"), b_most + tl.log2(b_sum)), m < queries)
+        tl.store(statistics + m, tl.where(row_sum == 0.0, float("inf"), row_max + tl.log2(row_sum)), m < queries)
 
 
 @triton.jit
 def load_statistics(statistics, m, queries, EXACT: tl.constexpr):
-    """What to subtract from a score, and, if EXACT, what to multiply its exponential by, to have a probability."""
-    b_at = tl.load(statistics + m, m < queries, float("inf"))
+    """What ``probabilities`` needs of queries m: the lse, or, if EXACT, the row_max, and the inverse of the row_sum."""
+    shift = tl.load(statistics + m, m < queries, float("inf"))
     if EXACT:
-        return b_at, tl.load(statistics + queries + m, m < queries, 1.0)
-    return b_at, b_at
+        return shift, tl.load(statistics + queries + m, m < queries, 1.0)
+    return shift, shift
+
+
+@triton.jit
+def probabilities(b_s, shift, inverse_sum, EXACT: tl.constexpr):
+    """Of scores in units of log 2; what ``load_statistics`` returns is shaped to broadcast to them either way round."""
+    b_p = tl.exp2(b_s - shift)
+    if EXACT:
+        b_p *= inverse_sum
+    return b_p
 
 
 @triton.jit
@@ -141,12 +194,3 @@ def span(
     begin = 0 if part == 0 else low if part == 1 or JOINED else keys
     end = low if part == 0 else high if part == 1 else keys + task_keys
     return begin, end
-
-
-@triton.jit
-def place_of(BLOCKS, heads, CAUSAL: tl.constexpr):
-    """Block, head and row (stream and image) of a program; under a causal mask the longest loops start first."""
-    block, rest = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    if CAUSAL:
-        block = BLOCKS - 1 - block
-    return block, rest % heads, (rest // heads).to(tl.int64)

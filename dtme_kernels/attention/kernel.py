@@ -61,6 +61,7 @@ class _Problem:
         self.block = max(16, triton.next_power_of_2(self.channels))
         exact = a.statistics_shape[-2] == 2
         self.constants = {"D": self.channels, "MASK": self.kind, "CAUSAL": is_causal, "EXACT": exact, "BD": self.block}
+        self.constants["PRECISION"] = "tf32x3" if highest() else "tf32"
 
     @staticmethod
     def fold(x: Tensor) -> Tensor:
@@ -93,9 +94,9 @@ def _aligned(x: Tensor) -> Tensor:
     return x.new_zeros(*x.shape[:-1], triton.cdiv(x.shape[-1], 8) * 8)[..., : x.shape[-1]].copy_(x)
 
 
-def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Of all axes but the channels."""
-    return tuple(x.stride()[:-1] for x in tensors)
+def _strided(*tensors: Tensor) -> tuple[tuple[Tensor, tuple[int, ...]], ...]:
+    """As the kernels take them: each with the strides of all axes but the channels."""
+    return tuple((x, x.stride()[:-1]) for x in tensors)
 
 
 def _grid(programs: int) -> tuple[int]:
@@ -114,8 +115,8 @@ def expanded_attention(a: Attention) -> tuple[Tensor, Tensor]:
     if out.numel():
         with on_device(query):
             attend[_grid(p.rows * p.heads * triton.cdiv(p.queries, own.queries))](
-                *(*p.shared, *p.task, p.mask, out, statistics, *p.sizes, p.task_keys),
-                *(_strides(*p.shared, *p.task), p.mask_strides),
+                *(_strided(*p.shared), _strided(*p.task), (p.mask, p.mask_strides), out, statistics),
+                *(*p.sizes, p.task_keys),
                 **(p.constants | own.options() | p.task_tile(own)),
             )
     return out.transpose(-3, -2), statistics
@@ -162,14 +163,14 @@ def _gradients(
     with on_device(grad):
         if d_query.numel():
             query_gradients[_grid(p.rows * p.heads * blocks)](
-                *(grad, *p.shared, *p.task, p.mask, output, statistics, d_query, *parts, delta),
-                *(*p.sizes, p.task_keys, _strides(*p.shared, *p.task, grad, output, d_query), p.mask_strides),
+                *(*_strided(grad), _strided(*p.shared), _strided(*p.task), (p.mask, p.mask_strides)),
+                *(*_strided(output), statistics, *_strided(d_query), tuple(parts), delta, *p.sizes, p.task_keys),
                 **(p.constants | first.options() | p.task_tile(first)),
             )
         if d_key.numel():
             key_gradients[_grid(p.rows * p.key_heads * triton.cdiv(p.keys, second.keys))](
-                *(grad, *p.shared, p.mask, statistics, delta, d_key, d_value),
-                *(*p.sizes, _strides(*p.shared, grad, d_key), p.mask_strides),
+                *(*_strided(grad), _strided(*p.shared), (p.mask, p.mask_strides)),
+                *(statistics, delta, *_strided(d_key), d_value, *p.sizes),
                 **(p.constants | second.options()),
             )
     if p.sign < 0:
@@ -190,8 +191,8 @@ def _mask_gradient(p: _Problem, grad: Tensor, statistics: Tensor, delta: Tensor,
         with on_device(grad):
             tiles = triton.cdiv(p.queries, own.queries) * triton.cdiv(p.keys, own.keys)
             mask_gradients[_grid(tiles * kept[0] * kept[1] * kept[2])](
-                *(grad, *p.shared, p.mask, statistics, delta, d_mask),
-                *(p.scale, leading[0], *p.sizes[1:], *kept, _strides(*p.shared, grad), p.mask_strides),
+                *(*_strided(grad), _strided(*p.shared), (p.mask, p.mask_strides)),
+                *(statistics, delta, d_mask, p.scale, leading[0], *p.sizes[1:], *kept),
                 **(p.constants | own.options()),
             )
     return d_mask.sum_to_size(shape).view(attn_mask.shape).to(attn_mask.dtype)

@@ -14,21 +14,19 @@ MOST_CHANNELS_IN_THREE_PARTS = 64  # of float32 as exact as float32: every opera
 
 
 class Tile(NamedTuple):
-    """Of one kernel: queries and keys, warps, and how many tiles are in flight."""
+    """Queries and keys of one kernel's tile, warps, and how many tiles are in flight."""
 
     queries: int
     keys: int
     warps: int
     stages: int
-    registers: int = 0
-    """A thread at most; where the assembler would rather spill than use as many, they are allowed by name."""
+    registers: int | None = None
+    """Of a thread, at most; where the assembler would rather spill than use as many, they are allowed by name."""
 
     def options(self) -> dict[str, object]:
-        """Of a launch, by the kernels' names."""
-        options = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
-        if self.registers:
-            options["maxnreg"] = self.registers
-        return options | {"PRECISION": "tf32x3" if highest() else "tf32"}
+        """What a launch takes of it, by the kernels' names."""
+        launch = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        return {"BM": self.queries, "BN": self.keys, **launch}
 
 
 PRODUCTS = ("mma", "wgmma", "tcgen05")
@@ -90,7 +88,12 @@ _TABLE: dict[tuple[str, str], dict[int, tuple[Tile, ...]]] = {
 
 
 def tile(kernel: str, channels: int, like: torch.Tensor) -> Tile:
-    """Of ``"forward"``, ``"query gradients"``, ``"key gradients"`` or ``"mask gradients"`` of tensors ``like``."""
+    """The tile of one kernel for heads of so many channels, padded to a power of two.
+
+    Args:
+        kernel: ``"forward"``, ``"query gradients"``, ``"key gradients"`` or ``"mask gradients"``.
+        like: a tensor of the dtype and on the device of all.
+    """
     precision = "low" if like.dtype != torch.float32 else "tf32x3" if highest() else "tf32"
-    tiles = next(tiles for most, tiles in _TABLE[kernel, precision].items() if channels <= most)
+    tiles = next(tiles for limit, tiles in _TABLE[kernel, precision].items() if channels <= limit)
     return tiles[min(PRODUCTS.index(chip(like.device).product), len(tiles) - 1)]

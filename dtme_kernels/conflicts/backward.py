@@ -17,26 +17,26 @@ def _mix(h, weights, num_tokens, p, rank, K: tl.constexpr, BT: tl.constexpr, BC:
     channel = tl.program_id(1) * BC + tl.arange(0, BC)  # [BC]
     mask = (token < num_tokens)[:, None] & (channel < p)[None, :]
     below = (channel < rank)[None, :]
-    own = h + token[:, None] * p + channel[None, :]
+    pointer = h + token[:, None] * p + channel[None, :]
     stride_task = tl.cast(num_tokens, tl.int64) * p
     b_h = ()
     for task in tl.static_range(K):
-        b_h += (tl.load(own + task * stride_task, mask, 0.0),)  # [BT, BC]
+        b_h += (tl.load(pointer + task * stride_task, mask, 0.0),)  # [BT, BC]
     for i in range(K):
         b_sum = tl.zeros([BT, BC], tl.float32)
         for j in tl.static_range(K):
             another = token < tl.where(i == j, 0, num_tokens)
             pair = _pair(tl.minimum(i, j), tl.maximum(i, j), K)
-            place = weights + pair * tl.cast(num_tokens, tl.int64) + token
-            b_range = tl.load(place, another, 0.0)[:, None]
-            b_null = tl.load(place + tl.cast(num_tokens, tl.int64) * (K * (K - 1) // 2), another, 0.0)[:, None]
+            weight = weights + pair * tl.cast(num_tokens, tl.int64) + token
+            b_range = tl.load(weight, another, 0.0)[:, None]
+            b_null = tl.load(weight + tl.cast(num_tokens, tl.int64) * (K * (K - 1) // 2), another, 0.0)[:, None]
             b_sum += tl.where(below, b_range, b_null) * b_h[j]
-        tl.store(own + i * stride_task, b_sum, mask)
+        tl.store(pointer + i * stride_task, b_sum, mask)
 
 
 @triton.jit
 def _pair(i, j, K: tl.constexpr):
-    """The place of i < j in itertools.combinations(range(K), 2)."""
+    """The index of i < j in itertools.combinations(range(K), 2)."""
     return i * (2 * K - i - 1) // 2 + j - i - 1
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..launch import in_reach
+from .precision import THREE_PRODUCTS, Precision
 from .scaling import split_basis
 
 CHANNELS, COLUMNS = 64, 128  # whole tiles of every rotation: what copies are padded to
@@ -33,51 +34,52 @@ class Basis(NamedTuple):
     sign that the dot in the other space has when that is rotated into."""
 
 
-def prepare(basis: Tensor, passes: int, channels: int, sum_terms: int | None) -> Basis:
+def prepare(basis: Tensor, precision: Precision, channels: int, sum_terms: int | None) -> Basis:
     """The basis (p, p), split; as it was for the last call, where torch can tell that nothing has written to it since.
 
     Torch's version counter tells, as it does for autograd: writing through ``.data`` escapes both.
 
     Args:
-        passes: products of a rotation.
+        precision: of a rotation.
         channels: of the tiles that it adds up.
         sum_terms: additions that a total, a sum over channels, goes through at most; None where no bound is wanted.
     """
     capturing = basis.is_cuda and torch.cuda.is_current_stream_capturing()  # replayed, the graph has to split anew
     if capturing or basis.is_inference() or basis.is_meta:
-        return _prepare(basis, passes, channels, sum_terms)
+        return _prepare(basis, precision, channels, sum_terms)
     storage = StorageWeakRef(basis.untyped_storage())
     stream = torch.cuda.current_stream(basis.device).cuda_stream if basis.is_cuda else 0
     where = (storage.cdata, basis.storage_offset(), basis.shape, basis.stride(), basis.dtype, basis.device)
-    key = (*where, stream, passes, channels, sum_terms)
+    key = (*where, stream, precision, channels, sum_terms)
     with _lock:
         if (kept := _kept.get(key)) and not kept[0].expired() and kept[1] == basis._version:
             _kept.move_to_end(key)
             return kept[2]
-    version, found = basis._version, _prepare(basis.detach(), passes, channels, sum_terms)
+    version, prepared = basis._version, _prepare(basis.detach(), precision, channels, sum_terms)
     with _lock:
         for other in [k for k, (reference, *_) in _kept.items() if reference.expired()]:
             del _kept[other]
-        _kept[key] = storage, version, found
+        _kept[key] = storage, version, prepared
         while len(_kept) > _KEPT:
             _kept.popitem(last=False)
-    return found
+    return prepared
 
 
-def _prepare(basis: Tensor, passes: int, channels: int, sum_terms: int | None) -> Basis:
+def _prepare(basis: Tensor, precision: Precision, channels: int, sum_terms: int | None) -> Basis:
     p, basis = len(basis), in_reach(basis)
     height, width = triton.cdiv(p, CHANNELS) * CHANNELS, triton.cdiv(p, COLUMNS) * COLUMNS
-    count = min(passes, 2)
-    terms = torch.empty(count, height, width, dtype=torch.float16, device=basis.device)
+    terms = torch.empty(precision.basis_terms, height, width, dtype=torch.float16, device=basis.device)
     units = torch.empty(width, dtype=torch.float32, device=basis.device)
     grid = (width // 16,)
-    split_basis[grid](basis, terms, units, p, height, width, basis.stride(), TERMS=count, BC=64, BN=16)
+    split_basis[grid](
+        *(basis, terms, units, p, height, width, basis.stride()), TERMS=precision.basis_terms, BC=64, BN=16
+    )
     if sum_terms is None:
         return Basis(terms, units, units[0])
-    return Basis(terms, units, _doubt(terms, units, p, passes, channels, sum_terms))
+    return Basis(terms, units, _doubt(terms, units, p, precision, channels, sum_terms))
 
 
-def _doubt(terms: Tensor, units: Tensor, p: int, passes: int, channels: int, sum_terms: int) -> Tensor:
+def _doubt(terms: Tensor, units: Tensor, p: int, precision: Precision, channels: int, sum_terms: int) -> Tensor:
     """How far <g_i, g_j> and the sum of its parts may be apart, in units of both norms: an upper bound, float32 ().
 
     - The split basis U is not quite orthonormal: by no more than ||E||_2 <= ||E^4||_F^(1/4), with E = U^T U - 1.
@@ -94,8 +96,8 @@ def _doubt(terms: Tensor, units: Tensor, p: int, passes: int, channels: int, sum
     error.diagonal().sub_(1)
     distance = torch.linalg.matrix_norm(torch.linalg.matrix_power(error, 4)) ** 0.25
     sums = triton.cdiv(p, channels)
-    rotated = passes * sums * ROUNDING + TRUNCATION * (channels // STEP + 0.5) * sums**0.5 + 4 * ROUNDING
+    rotated = precision.products * sums * ROUNDING + TRUNCATION * (channels // STEP + 0.5) * sums**0.5 + 4 * ROUNDING
     doubt = distance + 4 * rotated + sum_terms * ROUNDING
-    if passes == 3:
+    if precision == THREE_PRODUCTS:
         doubt = doubt + 4 * 2.0**-11 * torch.linalg.matrix_norm(terms[1].double() * units)
     return (1.01 * doubt).float()  # 1.01: products of errors, and norms that are rounded themselves

@@ -11,7 +11,7 @@ With an orthonormal basis the dot in the larger space is the whole one less that
 so small that rounding could have made its sign (``basis`` has the bound), the pair is listed at that token, and both
 spaces are rotated into after all: by the pair, where few are listed; all tokens, where many are. Which, a launch sees
 for itself: the host waits for nothing. Signs in the null space hang on the last bits of large numbers that cancel, so
-nothing is rounded to the gradients' precision: a rotation is 1, 2 or 3 products of float16 numbers (``_passes``).
+nothing is rounded to the gradients' precision: a rotation is 1, 2 or 3 products of float16 numbers (``precision``).
 """
 
 import math
@@ -22,11 +22,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import chip, collapse, highest, on_device
+from ..launch import chip, collapse, on_device
 from .backward import projected_dots_backward as projected_dots_backward
 from .basis import CHANNELS, prepare
 from .blocks import cut
 from .counting import count
+from .precision import ONE_PRODUCT, precision_of
 from .rotation import encode, pair_dots, settle
 from .scaling import prepare_gradients
 from .tiles import tile
@@ -43,22 +44,21 @@ class _Slab:
         r, like = rotation, rotation.grads
         self.rows = triton.cdiv(stop - start, r.tile.tokens) * r.tile.tokens
         wide = partial(torch.empty, dtype=torch.float32, device=like.device)
-        self.terms = torch.empty(r.terms, r.num_tasks, self.rows, r.height, dtype=torch.float16, device=like.device)
+        terms = r.precision.grad_terms
+        self.terms = torch.empty(terms, r.num_tasks, self.rows, r.height, dtype=torch.float16, device=like.device)
         self.scales = wide(r.num_tasks, self.rows)
         self.norms, self.totals = self.scales, self.scales  # unless they are wanted
         if r.blocks.skipped >= 0:
             self.norms, self.totals = (wide(n, self.rows) for n in (r.num_tasks, r.num_pairs))
         self.dots = wide(r.blocks.pieces, r.num_pairs, self.rows)
-        prepare_gradients[(triton.cdiv(self.rows, 16),)](
+        prepare_gradients[(triton.cdiv(self.rows, r.totals_tile.tokens),)](
             *(like, self.terms, self.scales, self.norms, self.totals),
             *(like.shape[2], start, stop, self.rows, r.p, r.height, like.stride()),
             K=r.num_tasks,
-            G=r.sum_tasks,
-            TERMS=r.terms,
+            G=r.totals_tile.tasks,
+            TERMS=terms,
             TOTALS=r.blocks.skipped >= 0,
-            BT=16,
-            BC=r.sum_width,
-            **({"maxnreg": 255} if r.num_tasks > 5 else {}),  # else the assembler may spill to have fewer
+            **r.totals_tile.options(),
         )
 
     def rotate(self, undecided: Tensor, begin: int, number: int, hole_at: int, hole: int, limit: int) -> None:
@@ -83,39 +83,24 @@ class _Rotation:
         self.num_pairs = self.num_tasks * (self.num_tasks - 1) // 2
         self.num_tokens = outer * inner
         self.ranks = tuple(ranks)
-        self.passes = _passes(grads.dtype, basis.dtype)
-        self.terms = 2 if self.passes == 3 else 1
-        self.tile = tile(chip(grads.device), self.num_tasks, self.passes, len(ranks))
+        self.precision = precision_of(grads.dtype, basis.dtype)
+        self.tile = tile("rotation", self.num_tasks, grads, len(ranks), self.precision)
+        self.totals_tile = tile("totals", self.num_tasks, grads)
         # one product of 11 bits each is too coarse to take differences of
-        self.blocks = cut(self.p, ranks, self.tile.coordinates, skip and self.passes > 1)
+        self.blocks = cut(self.p, ranks, self.tile.coordinates, skip and self.precision != ONE_PRODUCT)
         self.height = triton.cdiv(self.p, CHANNELS) * CHANNELS
-        # channels and tasks of a loop that sums products: their sums are in registers
-        self.sum_width, self.sum_tasks = (64, 5) if self.num_tasks <= 5 else (32, 4) if self.num_tasks <= 8 else (32, 3)
-        sum_terms = self.height // self.sum_width + self.sum_width.bit_length()
+        sum_terms = self.height // self.totals_tile.channels + self.totals_tile.channels.bit_length()
         bounded = sum_terms if self.blocks.skipped >= 0 else None
-        self.basis = prepare(basis, self.passes, self.tile.channels, bounded)
-        self.options = {
-            "PASSES": self.passes,
-            "BT": self.tile.tokens,
-            "BN": self.tile.coordinates,
-            "BK": self.tile.channels,
-            "num_warps": self.tile.warps,
-            "num_stages": self.tile.stages,
-            "maxnreg": 255,  # else the assembler may spill to have fewer
-        }
+        self.basis = prepare(basis, self.precision, self.tile.channels, bounded)
+        terms = {"GRAD_TERMS": self.precision.grad_terms, "BASIS_TERMS": self.precision.basis_terms}
+        self.options = terms | self.tile.options()
 
     def slabs(self) -> Iterator[_Slab]:
-        per_token = 2 * self.terms * self.num_tasks * self.height + 4 * self.num_pairs * (self.blocks.pieces + 1)
+        copies = 2 * self.precision.grad_terms * self.num_tasks * self.height
+        per_token = copies + 4 * self.num_pairs * (self.blocks.pieces + 1)
         length = max(1, SLAB // (per_token * self.tile.tokens)) * self.tile.tokens
         for start in range(0, self.num_tokens, length):
             yield _Slab(self, start, min(start + length, self.num_tokens))
-
-
-def _passes(grads: torch.dtype, basis: torch.dtype) -> int:
-    """As few products as are exact; of float32 gradients, as exact as ``torch.get_float32_matmul_precision()``."""
-    if grads == torch.float32:
-        return 3 if highest() else 1
-    return 1 if grads == basis else 2
 
 
 def count_conflicts(
@@ -133,7 +118,7 @@ def count_conflicts(
     return counts  # type: ignore[return-value]
 
 
-def most_listed(num_tasks: int, rows: int) -> int:
+def max_listed(num_tasks: int, rows: int) -> int:
     """Two gradients are rotated per listed pair. From twice as many on, rotating all K would be less."""
     return max(1, num_tasks * rows // 4)
 
@@ -141,13 +126,13 @@ def most_listed(num_tasks: int, rows: int) -> int:
 def _count(r: _Rotation, slab: _Slab, counts: tuple[Tensor, ...], count_zero_gradients: bool) -> Tensor:
     """Add to the counts, and return how many (pair, token)s were undecided, (1,)."""
     blocks, length = r.blocks, slab.stop - slab.start
-    limit = most_listed(r.num_tasks, slab.rows)
+    limit = max_listed(r.num_tasks, slab.rows)
     undecided = torch.zeros(1, dtype=torch.int32, device=r.grads.device)
     items = torch.empty(limit if blocks.skipped >= 0 else 1, dtype=torch.int32, device=r.grads.device)
 
     def count_signs(settling: bool) -> None:
         count[(triton.cdiv(length, 128), r.num_pairs)](
-            *(slab.dots, slab.scales, slab.norms, slab.totals, r.basis.doubt, *counts, undecided, items),
+            *(slab.dots, slab.scales, slab.norms, slab.totals, r.basis.doubt, counts, undecided, items),
             *(r.num_tasks, slab.rows, length, encode(blocks.starts), blocks.skipped, limit, int(settling)),
             COUNT_ZERO=count_zero_gradients,
             BT=128,

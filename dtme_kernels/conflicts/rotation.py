@@ -71,34 +71,32 @@ def _rotate(
     height,
     columns,
     column,
-    places,
-    PASSES: tl.constexpr,
+    starts,
+    GRAD_TERMS: tl.constexpr,
+    BASIS_TERMS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Tiles [BT, BN] of h = U^T g, in scaled units, of the rows of terms at ``places`` [BT], a tile each.
-
-    PASSES: 1, 11 bits of gradients and basis each. 2, 11 bits of gradients with 22 of the basis. 3, 22 bits each.
-    """
+    """Tiles [BT, BN] of h = U^T g, in scaled units, of the rows of terms that begin at ``starts`` [BT], a tile each."""
     b_h = ()
-    for _ in tl.static_range(len(places)):
+    for _ in tl.static_range(len(starts)):
         b_h += (tl.zeros([BT, BN], tl.float32),)
-    for start in range(0, height, BK):
-        channel = start + tl.arange(0, BK)  # [BK]
-        at = basis + channel[:, None] * columns + column[None, :]
-        b_u = tl.load(at)  # [BK, BN]
-        if PASSES > 1:
-            b_u_low = tl.load(at + height * columns)
+    for first in range(0, height, BK):
+        channel = first + tl.arange(0, BK)  # [BK]
+        pointer = basis + channel[:, None] * columns + column[None, :]
+        b_u = tl.load(pointer)  # [BK, BN]
+        if BASIS_TERMS == 2:
+            b_u_low = tl.load(pointer + height * columns)
         b_next = ()
-        for i in tl.static_range(len(places)):
-            b_g = tl.load(terms + places[i][:, None] + channel[None, :])  # [BT, BK]
+        for i in tl.static_range(len(starts)):
+            b_g = tl.load(terms + starts[i][:, None] + channel[None, :])  # [BT, BK]
             # tensor cores round towards zero whenever they add: their sums are short, and added with rounding
             b_sum = b_h[i]
-            if PASSES > 1:
+            if BASIS_TERMS == 2:
                 b_sum += tl.dot(b_g, b_u_low)
-            if PASSES > 2:
-                b_g_low = tl.load(terms + terms_apart + places[i][:, None] + channel[None, :])
+            if GRAD_TERMS == 2:
+                b_g_low = tl.load(terms + terms_apart + starts[i][:, None] + channel[None, :])
                 b_sum += tl.dot(b_g_low, b_u)
             b_next += (b_sum + tl.dot(b_g, b_u),)
         b_h = b_next
@@ -122,7 +120,8 @@ def pair_dots(
     limit,
     K: tl.constexpr,
     G: tl.constexpr,
-    PASSES: tl.constexpr,
+    GRAD_TERMS: tl.constexpr,
+    BASIS_TERMS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -144,30 +143,32 @@ def pair_dots(
         unit = tl.load(units + column)  # [BN]
         b_h = ()
         for group in tl.static_range(0, K, G):
-            places = ()
+            starts = ()
             for task in tl.static_range(group, min(group + G, K)):
-                places += ((tl.cast(rows, tl.int64) * task + row) * height,)
-            b_h += _rotate(terms, terms_apart, basis, height, columns, column, places, PASSES, BT, BN, BK)
+                starts += ((tl.cast(rows, tl.int64) * task + row) * height,)
+            b_h += _rotate(
+                terms, terms_apart, basis, height, columns, column, starts, GRAD_TERMS, BASIS_TERMS, BT, BN, BK
+            )
         for index in range(_pieces(block, ranks, BN)):
             first, last, piece = _piece(block, index, ranks, BN)
-            own = (encoded(column) >= first) & (encoded(column) < last)
-            weight = tl.where(own, unit * unit, 0.0)[None, :]  # undoes the scales of both sides
-            place = dots + piece.to(tl.int64) * (K * (K - 1) // 2) * rows + row
+            inside = (encoded(column) >= first) & (encoded(column) < last)
+            weight = tl.where(inside, unit * unit, 0.0)[None, :]  # undoes the scales of both sides
+            pointer = dots + piece.to(tl.int64) * (K * (K - 1) // 2) * rows + row
             # a loop over i, lest the products of all pairs wait in registers at once, and take minutes to compile
             for i in range(K - 1):
-                b_own = b_h[0]  # type: ignore[misc]
+                b_h_i = b_h[0]  # type: ignore[misc]
                 for k in tl.static_range(1, K):
-                    b_own = tl.where(i == k, b_h[k], b_own)
-                b_own *= weight
+                    b_h_i = tl.where(i == k, b_h[k], b_h_i)
+                b_h_i *= weight
                 for j in tl.static_range(1, K):
                     if j > i:
-                        tl.store(place + (j - i - 1) * rows, tl.sum(b_own * b_h[j], 1))
-                place += (K - 1 - i) * rows
+                        tl.store(pointer + (j - i - 1) * rows, tl.sum(b_h_i * b_h[j], 1))
+                pointer += (K - 1 - i) * rows
 
 
 @triton.jit
 def tasks_of(pair, tasks):
-    """i < j of a place in itertools.combinations(range(tasks), 2)."""
+    """i < j of a pair's index in itertools.combinations(range(tasks), 2)."""
     i = pair * 0
     for k in tl.static_range(1, MAX_TASKS - 1):
         i += ((k < tasks - 1) & (pair >= k * (2 * tasks - k - 1) // 2)).to(tl.int32)
@@ -192,7 +193,8 @@ def settle(
     high,
     piece,
     limit,
-    PASSES: tl.constexpr,
+    GRAD_TERMS: tl.constexpr,
+    BASIS_TERMS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -204,21 +206,20 @@ def settle(
     number = tl.load(undecided)
     terms_apart = tl.cast(rows, tl.int64) * height * tasks
     number = tl.where(number > limit, 0, number)
-    for start in range(tl.program_id(0) * BT, number, tl.num_programs(0) * BT):
-        index = start + tl.arange(0, BT)
+    for begin in range(tl.program_id(0) * BT, number, tl.num_programs(0) * BT):
+        index = begin + tl.arange(0, BT)
         item = tl.load(items + index, index < number, 0)  # [BT]
         pair, row = item // rows, item % rows
         i, j = tasks_of(pair, tasks)
-        places = (
-            (i.to(tl.int64) * rows + row) * height,
-            (j.to(tl.int64) * rows + row) * height,
-        )
+        starts = (i.to(tl.int64) * rows + row) * height, (j.to(tl.int64) * rows + row) * height
         b_dot = tl.zeros([BT], tl.float32)
         for block in range(first_block, end_block):
             column = block * BN + tl.arange(0, BN)  # [BN]
             unit = tl.load(units + column)  # [BN]
-            b_h = _rotate(terms, terms_apart, basis, height, columns, column, places, PASSES, BT, BN, BK)
+            b_h = _rotate(
+                terms, terms_apart, basis, height, columns, column, starts, GRAD_TERMS, BASIS_TERMS, BT, BN, BK
+            )
             weight = tl.where((column >= low) & (column < high), unit * unit, 0.0)[None, :]
             b_dot += tl.sum(b_h[0] * weight * b_h[1], 1)
-        place = dots + (tl.cast(piece, tl.int64) * (tasks * (tasks - 1) // 2) + pair) * rows + row
-        tl.store(place, b_dot, index < number)
+        pointer = dots + (tl.cast(piece, tl.int64) * (tasks * (tasks - 1) // 2) + pair) * rows + row
+        tl.store(pointer, b_dot, index < number)

@@ -24,12 +24,23 @@ def _magnitude(x):
 
 
 @triton.jit
-def _store_terms(place, terms_apart, b_x, mask, TERMS: tl.constexpr):
+def _scales(start, stride, inside, p, BT: tl.constexpr, BK: tl.constexpr):
+    """The power of two for each of the gradients that begin at ``start`` [BT], 0 for one of zeros."""
+    peak = tl.zeros([BT], tl.int32)
+    for first in range(0, p, BK):
+        channel = first + tl.arange(0, BK)[None, :]
+        b_g = tl.load(start[:, None] + channel * stride, inside[:, None] & (channel < p), 0.0)  # [BT, BK]
+        peak = tl.maximum(peak, tl.max(_magnitude(b_g), 1))
+    return tl.where(peak == 0, 0.0, _power_of_two(peak))
+
+
+@triton.jit
+def _store_terms(pointer, terms_apart, b_x, mask, TERMS: tl.constexpr):
     """b_x in float16 and, with two terms, what that leaves of it."""
     b_high = b_x.to(tl.float16)
-    tl.store(place, b_high, mask)
+    tl.store(pointer, b_high, mask)
     if TERMS == 2:
-        tl.store(place + terms_apart, (b_x - b_high.to(tl.float32)).to(tl.float16), mask)
+        tl.store(pointer + terms_apart, (b_x - b_high.to(tl.float32)).to(tl.float16), mask)
 
 
 @triton.jit
@@ -73,7 +84,7 @@ def prepare_gradients(
     TERMS: tl.constexpr,
     TOTALS: tl.constexpr,
     BT: tl.constexpr,
-    BC: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """Scale the tokens from ``start`` to ``stop`` of gradients (K, outer, inner, p); those up to ``rows`` are zeros.
 
@@ -88,13 +99,8 @@ def prepare_gradients(
     offset = (token // inner).to(tl.int64) * strides[1] + (token % inner).to(tl.int64) * strides[2]
     b_scales = ()
     for task in tl.static_range(K):
-        at = grads + tl.cast(strides[0], tl.int64) * task + offset[:, None]
-        peak = tl.zeros([BT], tl.int32)
-        for first in range(0, p, BC):
-            channel = first + tl.arange(0, BC)[None, :]
-            b_g = tl.load(at + channel * strides[3], inside[:, None] & (channel < p), 0.0)  # [BT, BC]
-            peak = tl.maximum(peak, tl.max(_magnitude(b_g), 1))
-        b_scale = tl.where(peak == 0, 0.0, _power_of_two(peak))
+        start = grads + tl.cast(strides[0], tl.int64) * task + offset  # [BT]
+        b_scale = _scales(start, strides[3], inside, p, BT, BK)
         tl.store(scales + task * rows + row, b_scale, row < rows)
         b_scales += (b_scale,)
     terms_apart = tl.cast(rows, tl.int64) * width * K
@@ -103,17 +109,17 @@ def prepare_gradients(
         for i in tl.static_range(begin, min(begin + G, K)):
             for _ in tl.static_range(i, K):
                 b_sums += (tl.zeros([BT], tl.float32),)
-        for first in range(0, width, BC):
-            channel = first + tl.arange(0, BC)[None, :]
+        for first in range(0, width, BK):
+            channel = first + tl.arange(0, BK)[None, :]
             mask = inside[:, None] & (channel < p)
             b_x = ()
             for task in tl.static_range(begin, K):
-                at = grads + tl.cast(strides[0], tl.int64) * task + offset[:, None]
-                b_own = tl.load(at + channel * strides[3], mask, 0.0).to(tl.float32) * b_scales[task][:, None]
+                pointer = grads + tl.cast(strides[0], tl.int64) * task + offset[:, None]
+                b_g = tl.load(pointer + channel * strides[3], mask, 0.0).to(tl.float32) * b_scales[task][:, None]
                 if begin == 0:
-                    place = terms + (tl.cast(rows, tl.int64) * task + row)[:, None] * width + channel
-                    _store_terms(place, terms_apart, b_own, (row < rows)[:, None] & (channel < width), TERMS)
-                b_x += (b_own,)
+                    target = terms + (tl.cast(rows, tl.int64) * task + row)[:, None] * width + channel
+                    _store_terms(target, terms_apart, b_g, (row < rows)[:, None] & (channel < width), TERMS)
+                b_x += (b_g,)
             if TOTALS:
                 b_sums = _add_products(b_sums, b_x, min(G, K - begin))
         if TOTALS:
@@ -138,6 +144,6 @@ def split_basis(
         row = first + tl.arange(0, BC)
         mask = (row < p)[:, None] & (column < p)[None, :]
         b_u = tl.load(basis + row[:, None] * strides[0] + column[None, :] * strides[1], mask, 0.0)
-        place = terms + row[:, None] * width + column[None, :]
+        pointer = terms + row[:, None] * width + column[None, :]
         inside = (row < height)[:, None] & (column < width)[None, :]
-        _store_terms(place, height * width, b_u.to(tl.float32) * scale[None, :], inside, TERMS)
+        _store_terms(pointer, height * width, b_u.to(tl.float32) * scale[None, :], inside, TERMS)

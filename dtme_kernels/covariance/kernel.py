@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import chip, collapse, highest, in_reach, on_device
+from .tiles import tile
 
 
 @triton.jit
@@ -71,9 +72,9 @@ def _multiply(
             b_columns = tl.load(start[:, None] + columns[None, :] * stride_channel, inside, 0.0)  # [BT, BC]
             b_part = tl.dot(b_rows, b_columns, b_part, input_precision=PRECISION)
         b_sum += b_part
-    place = (split * tl.num_programs(1) + layer) * tl.num_programs(0) + tile
+    number = (split * tl.num_programs(1) + layer) * tl.num_programs(0) + tile
     cell = tl.arange(0, BC)[:, None] * BC + tl.arange(0, BC)[None, :]  # [BC, BC]
-    tl.store(partials + place.to(tl.int64) * (BC * BC) + cell, b_sum)
+    tl.store(partials + number.to(tl.int64) * (BC * BC) + cell, b_sum)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -86,11 +87,11 @@ def _accumulate(accumulators, partials, splits, p, stride_row, stride_column, BC
     c = tl.arange(0, BC)[None, :]
     i, j = row * BC + r, column * BC + c
     below = i >= j  # of a tile on the diagonal the upper half is not used, for symmetry to the last bit
-    place = (layer * tl.num_programs(0) + tile).to(tl.int64) * (BC * BC)
+    start = (layer * tl.num_programs(0) + tile).to(tl.int64) * (BC * BC)
     stride_split = (tl.num_programs(1) * tl.num_programs(0)).to(tl.int64) * (BC * BC)
     b_sum = tl.zeros([BS, BC], tl.float32)
     for split in range(splits):
-        b_sum += tl.load(partials + split * stride_split + place + r * BC + c, below, 0.0)
+        b_sum += tl.load(partials + split * stride_split + start + r * BC + c, below, 0.0)
     inside = below & (i < p) & (j < p)
     lower = accumulator + i.to(tl.int64) * stride_row + j.to(tl.int64) * stride_column
     tl.store(lower, tl.load(lower, inside) + b_sum, inside)
@@ -133,25 +134,6 @@ def _multiply_symmetric(
     tl.store(out + token[:, None] * p + column[None, :], b_out, inside & (column < p)[None, :])
 
 
-class _Tiles:
-    """Tiles of ``_multiply``: 128 channels where loads can be vectors and little of the last tile would be empty.
-
-    Float32 in three parts, on tensor cores that take both factors from registers, has no registers for so many.
-    """
-
-    def __init__(self, p: int, dtype: torch.dtype, device: torch.device) -> None:
-        wide = dtype == torch.float32
-        self.precision = "tf32x3" if wide and highest() else "tf32"
-        fits = self.precision == "tf32" or chip(device).product != "mma"
-        large = fits and p >= 256 and p % 16 == 0 and triton.cdiv(p, 128) * 128 <= 1.2 * triton.cdiv(p, 64) * 64
-        self.channels = 128 if large else 64
-        self.tokens = 32 if wide else 64
-        self.promote = 64 * (8 if wide else 16) // self.tokens  # after 64 additions of the tensor core
-        self.options = {"num_warps": 8 if large else 4, "num_stages": 3 if large or wide else 2, "maxnreg": 255}
-        rows = triton.cdiv(p, self.channels)
-        self.lower = rows * (rows + 1) // 2
-
-
 def token_covariance(tokens: Tensor) -> Tensor:
     """(..., p) -> (p, p), float32."""
     p = tokens.shape[-1]
@@ -176,29 +158,23 @@ def token_covariance_(accumulator: Tensor, tokens: list[Tensor]) -> None:
 def _accumulate_layers(outputs: tuple[Tensor, ...], layers: tuple[Tensor, ...]) -> None:
     x, out = layers[0], outputs[0]
     outer, inner, p = x.shape
-    tiles = _Tiles(p, x.dtype, x.device)
-    steps = outer * triton.cdiv(inner, tiles.tokens)
+    product = tile("covariance", p, x)
+    tile_rows = triton.cdiv(p, product.channels)
+    lower = tile_rows * (tile_rows + 1) // 2
+    steps = outer * triton.cdiv(inner, product.tokens)
     # about two rounds of programs, each with at least 512 tokens: a split costs a tile written and read
-    wanted = triton.cdiv(2 * chip(x.device).multiprocessors, tiles.lower * len(layers))
-    per_split = max(triton.cdiv(steps, wanted), 512 // tiles.tokens)
+    wanted = triton.cdiv(2 * chip(x.device).multiprocessors, lower * len(layers))
+    per_split = max(triton.cdiv(steps, wanted), 512 // product.tokens)
     splits = triton.cdiv(steps, per_split)
-    grid = (tiles.lower, len(layers), splits)
-    partials = torch.empty(splits, len(layers), tiles.lower, tiles.channels**2, dtype=torch.float32, device=x.device)
-    _multiply[grid](
-        layers,
-        partials,
-        *(outer, inner, p),
-        *x.stride(),
-        per_split,
-        PRECISION=tiles.precision,
-        PROMOTE=tiles.promote,
-        BC=tiles.channels,
-        BT=tiles.tokens,
-        **tiles.options,
+    partials = torch.empty(splits, len(layers), lower, product.channels**2, dtype=torch.float32, device=x.device)
+    _multiply[(lower, len(layers), splits)](
+        *(layers, partials, outer, inner, p, *x.stride(), per_split),
+        PRECISION="tf32x3" if x.dtype == torch.float32 and highest() else "tf32",
+        **product.options(),
     )
     slab = 32
-    grid = (tiles.lower, len(layers), tiles.channels // slab)
-    _accumulate[grid](outputs, partials, splits, p, *out.stride(), BC=tiles.channels, BS=slab, num_warps=4)
+    grid = (lower, len(layers), product.channels // slab)
+    _accumulate[grid](outputs, partials, splits, p, *out.stride(), BC=product.channels, BS=slab, num_warps=4)
 
 
 def token_covariance_backward(grad: Tensor, tokens: Tensor) -> Tensor:
@@ -208,22 +184,12 @@ def token_covariance_backward(grad: Tensor, tokens: Tensor) -> Tensor:
     out = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     # a gradient of 11 significant bits or fewer needs no more of G; float32 is multiplied as torch would
     precision = "ieee" if tokens.dtype == torch.float32 and highest() else "tf32"
-    block = 64
+    product = tile("gradient", p, tokens)
     if out.numel():
         with on_device(tokens):
-            grid = (triton.cdiv(outer * inner, block), triton.cdiv(p, block))
-            _multiply_symmetric[grid](
-                rows,
-                grad,
-                out,
-                *(outer, inner, p),
-                *rows.stride(),
-                *grad.stride(),
+            _multiply_symmetric[(triton.cdiv(outer * inner, product.tokens), triton.cdiv(p, product.channels))](
+                *(rows, grad, out, outer, inner, p, *rows.stride(), *grad.stride()),
                 PRECISION=precision,
-                BT=block,
-                BC=block,
-                BK=16 if precision == "ieee" else 32,
-                num_warps=8 if precision == "ieee" else 4,
-                num_stages=3,
+                **product.options(),
             )
     return out

@@ -13,15 +13,14 @@ need to know of a row is summed by one joint reduction. No grid comes near 2^31 
 a program takes at least about 256 elements.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import chip, collapse, on_device
-from .pieces import _add_stream, _channels, _load, _normalized_backward, _offset, _statistics, _sums
+from .pieces import _channels, _group_backward, _load, _load_rows, _parameters, _rows_of, _statistics, _zeros
+from .tiles import max_streams, tile
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "streams", "num_streams"])
@@ -54,12 +53,11 @@ def _modulate(
     inside = ()
     for i in tl.static_range(len(channels)):
         inside += (real & (channels[i] < p),)
-    start = tokens + first.to(tl.int64) * strides[0] + _offset(row, inner, strides)
-    b_x = _load(start, channels, strides[3], inside)  # [BR, BP] each
-    own = tl.zeros_like(row)  # every row fetches the parameters from the first-level cache, in the tokens' layout
+    b_x = _load_rows(_rows_of(tokens, strides, first.to(tl.int64), row, inner), 0, channels, inside)  # [BR, BP] each
+    zero = tl.zeros_like(row)  # every row fetches the parameters from the first-level cache, in the tokens' layout
     for stream in range(first, first + streams):
-        b_w = _load(weight + stream * p + own, channels, 1, inside)
-        b_b = _load(bias + stream * p + own, channels, 1, inside)
+        b_w = _load(weight + stream * p + zero, channels, 1, inside)
+        b_b = _load(bias + stream * p + zero, channels, 1, inside)
         number = tl.cast(stream, tl.int64) * rows + row
         b_y = ()
         for i in tl.static_range(len(channels)):
@@ -69,8 +67,8 @@ def _modulate(
             b_mean, b_rest, b_inverse_std = _statistics(b_y, channels, eps, p)
             tl.store(statistics + number, b_mean + b_rest, real)
             tl.store(statistics + tl.cast(num_streams, tl.int64) * rows + number, b_inverse_std, real)
-            b_gain = _load(norm_weight + own, channels, 1, inside)
-            b_shift = _load(norm_bias + own, channels, 1, inside)
+            b_gain = _load(norm_weight + zero, channels, 1, inside)
+            b_shift = _load(norm_bias + zero, channels, 1, inside)
             for i in tl.static_range(len(channels)):
                 b_s = (b_y[i] - b_mean - b_rest) * b_inverse_std
                 tl.store(normalized + number * p + channels[i], b_s * b_gain[i] + b_shift[i], inside[i])
@@ -113,58 +111,26 @@ def _modulate_backward(
     channels, within = _channels(p, BP), ()
     for i in tl.static_range(n):
         within += (channels[i] < p,)
-    b_w, b_b, b_gain, b_sums = (), (), (), ()
-    for s in tl.static_range(S):
-        b_w += (_load(weight + (first + s) * p, channels, 1, within),)  # [1, BP] each
-        if NORM:
-            b_b += (_load(bias + (first + s) * p, channels, 1, within),)
-    if NORM:
-        b_gain = _load(norm_weight, channels, 1, within)
-    for _ in tl.static_range((2 * S + 2 * NORM) * n):
-        b_sums += (tl.zeros([BR, BP], tl.float32),)
+    parameters = _parameters(weight, bias, norm_weight, first, channels, within, p, S, NORM)
+    b_sums = _zeros((2 * S + 2 * NORM) * n, BR, BP)
     first_row = tl.program_id(0).to(INDEX) * BR
     step = tl.num_programs(0) * BR
     for begin in tl.range(first_row, rows, step, num_stages=STAGES, disable_licm=True):  # hoisted addresses would spill
         row = (begin + tl.arange(0, BR))[:, None]  # [BR, 1]
         real = (row < rows) | (BR == 1)
-        inside, b_dx = (), ()
+        inside, b_dx = (), _zeros(n, BR, BP)
         for i in tl.static_range(n):
             inside += (real & within[i],)
-            b_dx += (tl.zeros([BR, BP], tl.float32),)
-        b_x = _load(tokens + first * strides[0] + _offset(row, inner, strides), channels, strides[3], inside)
-        row_modulated = grad_modulated + _offset(row, inner, modulated_strides)
-        row_normalized = grad_normalized + _offset(row, inner, normalized_strides)
+        b_x = _load_rows(_rows_of(tokens, strides, first, row, inner), 0, channels, inside)
+        modulated = _rows_of(grad_modulated, modulated_strides, 0, row, inner)
+        normalized = _rows_of(grad_normalized, normalized_strides, 0, row, inner)
         b_next, b_d_norm = (), b_sums[2 * S * n :]
         for g in tl.static_range(0, S, G):
-            b_partial, b_s, b_row_sums, inverse = (), (), (), ()
-            for s in tl.static_range(g, min(g + G, S)):
-                b_dy = _load(row_modulated + (first + s) * modulated_strides[0], channels, modulated_strides[3], inside)
-                if NORM:
-                    start = row_normalized + (first + s) * normalized_strides[0]
-                    b_dz = _load(start, channels, normalized_strides[3], inside)
-                    number = statistics + (first + s) * rows + row
-                    b_mean = tl.load(number, real, 0.0)
-                    b_inverse_std = tl.load(number + tl.cast(num_streams, tl.int64) * rows, real, 0.0)
-                    b_dy, b_own_s, b_own_sums, b_d_norm = _normalized_backward(
-                        b_x, b_w[s], b_b[s], b_dy, b_dz, b_gain, b_mean, b_inverse_std, b_d_norm
-                    )
-                    b_s += (b_own_s,)
-                    b_row_sums += b_own_sums
-                    inverse += (b_inverse_std * (1.0 / p),)
-                b_partial += (b_dy,)
-            if NORM:
-                b_row_sums = _sums(b_row_sums)
-            for s in tl.static_range(g, min(g + G, S)):
-                b_dy = b_partial[s - g]
-                if NORM:
-                    mean, slope = b_row_sums[2 * (s - g)] * inverse[s - g], b_row_sums[2 * (s - g) + 1] * inverse[s - g]
-                    b_y = b_dy
-                    b_dy = ()
-                    for i in tl.static_range(n):
-                        b_dy += (b_y[i] - mean - b_s[s - g][i] * slope,)
-                b_d_weight, b_d_bias = b_sums[2 * s * n : (2 * s + 1) * n], b_sums[(2 * s + 1) * n : (2 * s + 2) * n]
-                b_dx, b_d_weight, b_d_bias = _add_stream(b_dx, b_d_weight, b_d_bias, b_dy, b_x, b_w[s])
-                b_next += b_d_weight + b_d_bias
+            b_dx, b_stream_sums, b_d_norm = _group_backward(
+                b_dx, b_sums[2 * g * n : 2 * min(g + G, S) * n], b_d_norm, b_x, parameters, modulated, normalized,
+                statistics, first, row, rows, num_streams, channels, inside, real, p, g, min(g + G, S), NORM,
+            )  # fmt: skip
+            b_next += b_stream_sums
         b_sums = b_next + b_d_norm
         # shared tokens have one gradient; tokens in streams, a stream's
         target = d_tokens + (tl.program_id(1).to(tl.int64) * rows + row) * p
@@ -179,43 +145,6 @@ def _modulate_backward(
             channel = i * BP + tl.arange(0, BP)
             target = partials + (group * (2 * S + 2 * NORM) + k) * p + channel
             tl.store(target, tl.sum(b_sums[k * n + i], 0), channel < p)
-
-
-class _Tile(NamedTuple):
-    """Rows of p channels in ``pieces`` of ``width`` channels; a thread has ``lanes`` elements of each piece."""
-
-    rows: int
-    width: int
-    pieces: int
-    lanes: int
-    warps: int
-
-    @staticmethod
-    def of(p: int, warps: int, lanes: int) -> "_Tile":
-        width = min(triton.next_power_of_2(triton.cdiv(p, 3)), 32 * warps * lanes)
-        return _Tile(32 * warps * lanes // width, width, triton.cdiv(p, width), lanes, warps)
-
-    @staticmethod
-    def forward(p: int) -> "_Tile":
-        """16 bytes of a low precision a thread, and as few warps to a row as registers allow."""
-        return _Tile.of(p, 1 if p <= 1024 else 2 if p <= 2048 else 4, 8)
-
-    @staticmethod
-    def backward(p: int, dtype: torch.dtype) -> "_Tile":
-        """At least 4 bytes a thread, as fewer are not fetched ahead, where rows are aligned to that; little padding."""
-        warps = 4 if p <= 768 else 8
-        one, two = _Tile.of(p, warps, 1), _Tile.of(p, warps, 2)
-        fits_better = warps == 8 and dtype == torch.float32 and one.pieces * one.width < two.pieces * two.width
-        return one if p % 2 or fits_better else two
-
-    def registers(self, streams: int, norm: bool) -> int:
-        """About what a thread of ``_modulate_backward`` takes: sums, parameters, what waits for the sums of a row."""
-        return min(255, self.pieces * self.lanes * (6 * streams + 5 if norm else 4 * streams + 3) + 40)
-
-    def most_streams(self, norm: bool) -> int:
-        """As many as the registers of one launch hold."""
-        most = (255 - 40) // (self.pieces * self.lanes)
-        return max(1, (most - 5) // 6 if norm else (most - 3) // 4)
 
 
 def modulate(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -285,18 +214,16 @@ def _forward(
     weight, bias, *norm = (x.contiguous() for x in (weight, bias, *norm))
     (x,), (strides,), inner = _rows(tokens)
     in_program, groups = (num_streams, 1) if tokens.dim() == 3 else (1, num_streams)
-    tile = _Tile.forward(p)
+    block = tile("forward", p, tokens)
     with on_device(tokens):
-        _modulate[(triton.cdiv(rows, tile.rows), groups)](
+        _modulate[(triton.cdiv(rows, block.rows), groups)](
             *(x, weight, bias),
             *(norm or (weight, bias)),
             *(modulated, normalized, statistics),
             *(eps, rows, inner, in_program, num_streams, p, strides),
             NORM=bool(norm),
             INDEX=_index(rows),
-            BR=tile.rows,
-            BP=tile.width,
-            num_warps=tile.warps,
+            **block.options(),
         )
     return modulated, normalized, statistics
 
@@ -323,18 +250,18 @@ def _backward(
         d_tokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
         partials = _launch_backward(grads, tokens, vectors, gain, statistics, d_tokens)
         return d_tokens, partials.sum(0)
-    launches = triton.cdiv(num_streams, _Tile.backward(p, tokens.dtype).most_streams(bool(norm)))
+    launches = triton.cdiv(num_streams, max_streams(p, tokens, bool(norm)))
     dtype = tokens.dtype if launches == 1 else torch.float32
     d_tokens = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
     for i in range(launches):
-        own = slice(num_streams * i // launches, num_streams * (i + 1) // launches)
-        parts = tuple(grad[own] for grad in grads), tokens, tuple(x[own] for x in vectors)
-        of_own = None if statistics is None else statistics[:, own]
-        partials = _launch_backward(*parts, gain, of_own, d_tokens, add=i > 0).sum(0)[0]  # (2 S + 0 or 2, p)
-        count = own.stop - own.start
-        sums[own, :2] = partials[: 2 * count].view(count, 2, p)
+        streams = slice(num_streams * i // launches, num_streams * (i + 1) // launches)
+        parts = tuple(grad[streams] for grad in grads), tokens, tuple(x[streams] for x in vectors)
+        part_statistics = None if statistics is None else statistics[:, streams]
+        partials = _launch_backward(*parts, gain, part_statistics, d_tokens, add=i > 0).sum(0)[0]  # (2 S + 0 or 2, p)
+        count = streams.stop - streams.start
+        sums[streams, :2] = partials[: 2 * count].view(count, 2, p)
         if norm:
-            sums[own.start, 2:] = partials[2 * count :]
+            sums[streams.start, 2:] = partials[2 * count :]
     return d_tokens.to(tokens.dtype), sums
 
 
@@ -353,14 +280,11 @@ def _launch_backward(
     if statistics is not None:
         norm, all_streams = True, statistics.stride(0) // tokens.shape[-3:-1].numel()
     groups, in_group = (1, num_streams) if tokens.dim() == 3 else (num_streams, 1)
-    rows, tile = tokens.shape[-3:-1].numel(), _Tile.backward(p, tokens.dtype)
-    resident = max(1, 65536 // (32 * tile.warps * tile.registers(in_group, norm)))
-    wanted = triton.cdiv(resident * chip(tokens.device).multiprocessors, groups)
-    programs = min(wanted, triton.cdiv(rows, tile.rows))
+    rows, block = tokens.shape[-3:-1].numel(), tile("backward", p, tokens, in_group, norm)
+    wanted = triton.cdiv(block.resident * chip(tokens.device).multiprocessors, groups)
+    programs = min(wanted, triton.cdiv(rows, block.rows))
     partials = torch.empty(programs, groups, 2 * in_group + 2 * norm, p, dtype=torch.float32, device=tokens.device)
     (x, *up), (strides, *up_strides), inner = _rows(tokens, *grads)
-    # later rows are fetched while these are worked on: two tiles ahead, or as many bytes, if there is room
-    staged = 1024 + tile.rows * tile.pieces * tile.width * x.element_size() * (1 + in_group * (1 + norm))
     with on_device(tokens):
         _modulate_backward[(programs, groups)](
             *(*up, x, *vectors, gain, statistics if norm else gain, d_tokens, partials),
@@ -369,11 +293,6 @@ def _launch_backward(
             ADD=add,
             INDEX=_index(rows),
             S=in_group,
-            G=1 if x.element_size() == 4 and chip(tokens.device).capability < 90 else 2,  # else Triton 3.6 spills there
-            BR=tile.rows,
-            BP=tile.width,
-            STAGES=1 + min(4 // x.element_size(), chip(tokens.device).shared_memory // (staged * resident)),
-            num_warps=tile.warps,
-            maxnreg=min(255, 65536 // (32 * tile.warps * resident) // 8 * 8),
+            **block.options(),
         )
     return partials

@@ -10,9 +10,15 @@ JOINT = tl.constexpr(not interpreted())
 
 
 @triton.jit
-def _offset(row, inner, strides):
-    """Of a row of (stream, outer, inner, p), as ``collapse`` leaves it."""
-    return (row // inner).to(tl.int64) * strides[1] + (row % inner).to(tl.int64) * strides[2]
+def _rows_of(pointer, strides, stream, row, inner):
+    """Where rows of a stream begin, [rows, 1], and how far apart streams and channels are.
+
+    Args:
+        strides: as (stream, outer, inner, p).
+    """
+    start = pointer + stream * strides[0]
+    offset = (row // inner).to(tl.int64) * strides[1] + (row % inner).to(tl.int64) * strides[2]
+    return start + offset, strides[0], strides[3]
 
 
 @triton.jit
@@ -25,12 +31,27 @@ def _channels(p: tl.constexpr, BP: tl.constexpr):
 
 
 @triton.jit
+def _zeros(COUNT: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr):
+    pieces = ()
+    for _ in tl.static_range(COUNT):
+        pieces += (tl.zeros([BR, BP], tl.float32),)
+    return pieces
+
+
+@triton.jit
 def _load(start, channels, stride, inside):
     """The pieces of rows, float32 [rows, BP] each; ``start`` is [rows, 1]."""
     pieces = ()
     for i in tl.static_range(len(channels)):
         pieces += (tl.load(start + channels[i] * stride, inside[i], 0.0).to(tl.float32),)
     return pieces
+
+
+@triton.jit
+def _load_rows(rows_of, further, channels, inside):
+    """The pieces of the rows of ``_rows_of``, or of those so many streams further."""
+    start, stride_stream, stride_channel = rows_of
+    return _load(start + tl.cast(further, tl.int64) * stride_stream, channels, stride_channel, inside)
 
 
 @triton.jit
@@ -111,3 +132,80 @@ def _add_stream(b_dx, b_d_weight, b_d_bias, b_dy, b_x, b_w):
         b_next_weight += (b_d_weight[i] + b_dy[i] * b_x[i],)
         b_next_bias += (b_d_bias[i] + b_dy[i],)
     return b_next_dx, b_next_weight, b_next_bias
+
+
+@triton.jit
+def _parameters(
+    weight, bias, norm_weight, first, channels, within, p: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr
+):
+    """W of S streams from ``first`` on and, where there is a norm, b and the norm's weight, in pieces [1, BP] each."""
+    b_w, b_b, b_gain = (), (), ()
+    for s in tl.static_range(S):
+        b_w += (_load(weight + (first + s) * p, channels, 1, within),)
+        if NORM:
+            b_b += (_load(bias + (first + s) * p, channels, 1, within),)
+    if NORM:
+        b_gain = _load(norm_weight, channels, 1, within)
+    return b_w, b_b, b_gain
+
+
+@triton.jit
+def _group_backward(
+    b_dx,
+    b_sums,
+    b_d_norm,
+    b_x,
+    parameters,
+    modulated,
+    normalized,
+    statistics,
+    first,
+    row,
+    rows,
+    num_streams,
+    channels,
+    inside,
+    real,
+    p: tl.constexpr,
+    BEGIN: tl.constexpr,
+    END: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """What the streams from BEGIN to END of a tile of rows add to dx, to dW and db of each, and to the norm's sums."""
+    b_w, b_b, b_gain = parameters
+    n: tl.constexpr = len(b_x)
+    b_partial, b_s, b_row_sums, inverse = (), (), (), ()
+    for s in tl.static_range(BEGIN, END):
+        b_dy = _load_rows(modulated, first + s, channels, inside)
+        if NORM:
+            b_dz = _load_rows(normalized, first + s, channels, inside)
+            pointer = statistics + (first + s) * rows + row
+            b_mean = tl.load(pointer, real, 0.0)
+            b_inverse_std = tl.load(pointer + tl.cast(num_streams, tl.int64) * rows, real, 0.0)
+            b_dy, b_s_stream, b_stream_sums, b_d_norm = _normalized_backward(
+                b_x, b_w[s], b_b[s], b_dy, b_dz, b_gain, b_mean, b_inverse_std, b_d_norm
+            )
+            b_s += (b_s_stream,)
+            b_row_sums += b_stream_sums
+            inverse += (b_inverse_std * (1.0 / p),)
+        b_partial += (b_dy,)
+    if NORM:
+        b_row_sums = _sums(b_row_sums)
+    b_next = ()
+    for k in tl.static_range(END - BEGIN):
+        b_dy = b_partial[k]
+        if NORM:
+            b_dy = _less_means(b_dy, b_s[k], b_row_sums[2 * k] * inverse[k], b_row_sums[2 * k + 1] * inverse[k])
+        b_d_weight, b_d_bias = b_sums[2 * k * n : (2 * k + 1) * n], b_sums[(2 * k + 1) * n : (2 * k + 2) * n]
+        b_dx, b_d_weight, b_d_bias = _add_stream(b_dx, b_d_weight, b_d_bias, b_dy, b_x, b_w[BEGIN + k])
+        b_next += b_d_weight + b_d_bias
+    return b_dx, b_next, b_d_norm
+
+
+@triton.jit
+def _less_means(b_dy, b_s, mean, slope):
+    """dy - mean - s * slope, in pieces: the two means of a row that ``_normalized_backward`` leaves to be taken off."""
+    b_less = ()
+    for i in tl.static_range(len(b_dy)):
+        b_less += (b_dy[i] - mean - b_s[i] * slope,)
+    return b_less

@@ -176,13 +176,12 @@ def test_what_ncu_prints():
 def test_a_candidate_is_chosen_while_it_runs():
     from dtme_kernels.covariance import kernel
 
-    sweep = Sweep(
-        "covariance", "", "dtme_kernels.covariance.kernel._Tiles", None, ("tokens", "options.num_stages"), ((16, 5),)
-    )
+    target, tokens = "dtme_kernels.covariance.kernel.tile", torch.empty(1, 768, dtype=torch.bfloat16)
+    sweep = Sweep("covariance", "", target, "covariance", ("tokens", "stages"), ((16, 5),))
     (name,) = sweep.names()
-    tiles = sweep.patched(name, lambda: kernel._Tiles(768, torch.bfloat16, torch.device("cpu")))()
-    assert (name, tiles.tokens, tiles.options["num_stages"]) == ("ours: tokens=16 num_stages=5", 16, 5)
-    assert kernel._Tiles(768, torch.bfloat16, torch.device("cpu")).tokens != 16
+    tile = sweep.patched(name, lambda: kernel.tile("covariance", 768, tokens))()
+    assert (name, tile.tokens, tile.options()["num_stages"]) == ("ours: covariance tokens=16 stages=5", 16, 5)
+    assert kernel.tile("covariance", 768, tokens).tokens != 16
 
 
 def test_what_a_sweep_replaces_is_there():
