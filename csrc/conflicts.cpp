@@ -113,18 +113,15 @@ struct Plan {
       starts.push_back(s == skipped ? -1 : start);
       if (s != skipped) start += width(s);
     }
-    Rows rows(basis);
-    parallel(rows.count, 64, [&](int64_t begin, int64_t end) {
-      Buffer<S> scratch(rows.width);
-      S finite = 0;
-      for (int64_t c = begin; c < end; c++) {
-        const S* row = rows.get<S>(scratch, c);
+    parallel(grads.width, 64, [&](int64_t begin, int64_t end) {
+      for_rows<S>(basis, begin, end, [&](int64_t c, const S* row) {
         for (int64_t s = 0; s + 1 < int64_t(cuts.size()); s++)
           (s == skipped ? rest : direct).put_row(c, row + cuts[s], s == skipped ? 0 : starts[s], width(s));
+        S finite = 0;
 #pragma omp simd reduction(+ : finite)
-        for (int64_t e = 0; e < rows.width; e++) finite += row[e] * 0;
-      }
-      if (finite != 0) usable = false;
+        for (int64_t e = 0; e < grads.width; e++) finite += row[e] * 0;
+        if (finite != 0) usable = false;
+      });
     });
   }
 };
@@ -312,11 +309,10 @@ int64_t largest_segment(const std::vector<int64_t>& cuts) {
 }
 
 double distance_in_double(const Parallel& parallel, const View& basis) {
-  Rows rows(basis);
-  Panels<double> columns(rows.count, rows.width);
-  parallel(rows.count, 64, [&](int64_t begin, int64_t end) {
-    Buffer<double> scratch(rows.width);
-    for (int64_t c = begin; c < end; c++) columns.put_row(c, rows.get<double>(scratch, c), 0, rows.width);
+  int64_t p = basis.size[0];
+  Panels<double> columns(p, p);
+  parallel(p, 64, [&](int64_t begin, int64_t end) {
+    for_rows<double>(basis, begin, end, [&](int64_t c, const double* row) { columns.put_row(c, row, 0, p); });
   });
   return distance_from_orthonormal<double>(parallel, {&columns});
 }

@@ -60,10 +60,28 @@ void pair_dots(const S* x, int64_t distance, int64_t num_tasks, int64_t n, doubl
   }
 }
 
-template <class S>
-void read_matrix(S* to, const View& x) {
-  Rows rows(x);
-  for (int64_t i = 0; i < rows.count; i++) rows.copy<S>(to + i * rows.width, i);
+// f(c, row) for rows [begin, end) of a matrix. Where it is the columns that lie together, as torch.linalg.eigh leaves
+// them, a few rows are read at a time: each is all of one cache line for a column.
+template <class S, class F>
+void for_rows(const View& matrix, int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t TOGETHER = 16;
+  Rows rows(matrix);
+  int64_t p = rows.width, apart = matrix.stride[0];
+  bool by_columns = std::abs(apart) < std::abs(rows.stride);
+  Buffer<S> scratch(by_columns ? TOGETHER * p : p);
+  for (int64_t first = begin; first < end; first += by_columns ? TOGETHER : 1) {
+    if (!by_columns) {
+      f(first, rows.get<S>(scratch, first));
+      continue;
+    }
+    S column[TOGETHER];
+    int64_t count = std::min(TOGETHER, end - first);
+    for (int64_t e = 0; e < p; e++) {
+      read<S>(column, rows.at(first, e * rows.stride), matrix.dtype, apart, count);
+      for (int64_t i = 0; i < count; i++) scratch[i * p + e] = column[i];
+    }
+    for (int64_t i = 0; i < count; i++) f(first + i, scratch + i * p);
+  }
 }
 
 }  // namespace dtme::DTME_ISA
