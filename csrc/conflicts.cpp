@@ -7,6 +7,7 @@
 // that token is rotated after all. So a sign is that of the rotation whether or not it was rotated for.
 
 #include <atomic>
+#include <iterator>
 #include <optional>
 
 #include "pairs.h"
@@ -149,7 +150,7 @@ class Counter {
   int64_t rotated_again = 0;  // rows
 
   void count_block(int64_t first_token, int64_t tokens) {
-    doubtful.clear();
+    size_t before = doubtful.size();
     load(first_token, tokens);
     rotate(plan.direct, g, tokens * num_tasks);
     for (int64_t token = 0; token < tokens; token++) {
@@ -162,7 +163,23 @@ class Counter {
       for (int64_t i = 0, pair = 0; i < num_tasks; i++)
         for (int64_t j = i + 1; j < num_tasks; j++, pair++) count_pair(pair, row, i, j);
     }
-    if (!doubtful.empty()) settle();
+    keep(before);
+  }
+
+  // Rotate the doubtful gradients into the segment left out as well, and take the signs of what is found.
+  void settle() {
+    if (doubtful.empty()) return;
+    rotate(plan.rest, some, kept);
+    for (const Doubt& doubt : doubtful) {
+      double found;
+      dot<1>(h + doubt.i * width, h + doubt.j * width, 0, plan.rest.n, &found);
+      auto known = [&](int64_t s) { return s == plan.skipped ? found : doubt.segments[s]; };
+      for (int64_t r = 0; r < plan.num_ranks(); r++)
+        add_signs(doubt.pair, r, sum(0, r + 1, known), sum(r + 1, segments, known));
+    }
+    rotated_again += kept;
+    doubtful.clear();
+    kept = 0;
   }
 
   // range (R, K, K), null (R, K, K), valid (K, K), nonfinite (): integers, so that any order of threads will do
@@ -184,7 +201,7 @@ class Counter {
  private:
   enum State : char { NORMAL, ZERO, NONFINITE };
   struct Doubt {
-    int64_t pair, i, j;            // i and j: rows of the block
+    int64_t pair, i, j;            // i and j: rows of the block, then of those kept
     std::vector<double> segments;  // the dots that are known
   };
 
@@ -196,6 +213,7 @@ class Counter {
   std::vector<double> norms;
   std::vector<int64_t> counts;  // range of every rank, null of every rank, valid, nonfinite; (., pairs)
   std::vector<Doubt> doubtful;
+  int64_t kept = 0;  // rows
 
   // Gradients of extreme size are brought near 1 by a power of two, which no sign depends on.
   void load(int64_t first_token, int64_t tokens) {
@@ -278,24 +296,24 @@ class Counter {
     return known(segments) - (plan.skipped <= r ? sum(r + 1, segments, known) : sum(0, r + 1, known));
   }
 
-  // Rotate the doubtful gradients into the segment left out as well, and take the signs of what is found.
-  void settle() {
+  // Keep the gradients that the block's doubts, from `first` on, are about: a few rows take nearly as long to rotate as
+  // many, so they wait for more.
+  void keep(size_t first) {
+    if (first == doubtful.size()) return;
+    std::vector<Doubt> added(std::make_move_iterator(doubtful.begin() + first), std::make_move_iterator(doubtful.end()));
+    doubtful.resize(first);
     std::vector<int64_t> place(tokens_at_once * num_tasks, -1);
-    int64_t rows = 0;
-    for (const Doubt& doubt : doubtful)
-      for (int64_t row : {doubt.i, doubt.j})
-        if (place[row] < 0) {
-          std::copy_n(g + row * p, p, some + rows * p);
-          place[row] = rows++;
-        }
-    rotate(plan.rest, some, rows);
-    rotated_again += rows;
-    for (const Doubt& doubt : doubtful) {
-      double found;
-      dot<1>(h + place[doubt.i] * width, h + place[doubt.j] * width, 0, plan.rest.n, &found);
-      auto known = [&](int64_t s) { return s == plan.skipped ? found : doubt.segments[s]; };
-      for (int64_t r = 0; r < plan.num_ranks(); r++)
-        add_signs(doubt.pair, r, sum(0, r + 1, known), sum(r + 1, segments, known));
+    for (const Doubt& doubt : added) place[doubt.i] = place[doubt.j] = 0;
+    if (kept + std::count(place.begin(), place.end(), 0) > int64_t(place.size())) settle();
+    for (int64_t row = 0; row < int64_t(place.size()); row++)
+      if (place[row] == 0) {
+        std::copy_n(g + row * p, p, some + kept * p);
+        place[row] = kept++;
+      }
+    for (Doubt& doubt : added) {
+      doubt.i = place[doubt.i];
+      doubt.j = place[doubt.j];
+      doubtful.push_back(std::move(doubt));
     }
   }
 };
@@ -347,6 +365,7 @@ void count(const Parallel& parallel, const Gradients& grads, const View& basis, 
       Counter<S> counter(*plan);
       for (int64_t block = first + begin; block < first + end; block++)
         counter.count_block(block * step, std::min(step, grads.count - block * step));
+      counter.settle();
       counter.add_to(sums);
       rotated_again += counter.rotated_again;
     });
