@@ -335,11 +335,11 @@ double distance_in_double(const Parallel& parallel, const View& basis) {
   return distance_from_orthonormal<double>(parallel, {&columns});
 }
 
-// Whether it pays to find the distance in T, where that saves the rotation of so many rows into so many columns: it takes
-// half of p^3 products of T, and a fifth more with what goes with it.
+// Whether it pays to find the distance in T, half of p^3 products, where that saves so many rows the rotation into so many
+// columns, a product of S for each channel.
 template <class S, class T>
 bool pays(double rows, int64_t columns, int64_t p) {
-  return rows * double(columns) > 0.6 * (sizeof(T) / sizeof(S)) * double(p) * double(p + PANEL<T>);
+  return rows * double(columns) > 0.5 * (sizeof(T) / sizeof(S)) * double(p) * double(p + PANEL<T>);
 }
 
 // The distance in float32 is soon found, but the bound of its rounding is loose. Where many signs turn out to be in
