@@ -7,7 +7,6 @@
 // that token is rotated after all. So a sign is that of the rotation whether or not it was rotated for.
 
 #include <atomic>
-#include <iterator>
 #include <optional>
 
 #include "pairs.h"
@@ -26,7 +25,7 @@ constexpr double ROUNDING = std::numeric_limits<S>::epsilon() / 2;
 
 // How much rounding may change a product U^T U by `multiply_in_blocks`: its ||.||_F, in parts of ||U||_2^2. The sum over
 // k rows of U has rank k, so its ||.||_F is at most sqrt(k) ||U||_2^2; an addition takes at most ROUNDING of that, and a
-// product, where it is rounded by itself, ROUNDING of ||U||_2^2.
+// product that is rounded by itself ROUNDING of ||U||_2^2.
 template <class T>
 double rounding_of_square(int64_t p) {
   double roundings = 0;
@@ -37,14 +36,14 @@ double rounding_of_square(int64_t p) {
   return roundings * ROUNDING<T>;
 }
 
-// ||U^T U - 1||_F at least, and so ||1 - U U^T||_2, for all columns of the panels together; infinity where that is WORST
-// or more, or where there is a NaN. A sum over tiles of the upper triangle, in order.
+// An upper bound of ||U^T U - 1||_F, and so of ||1 - U U^T||_2, for all columns of the panels together; infinity where
+// that is WORST or more, or where there is a NaN. A sum over tiles of the upper triangle, in order.
 template <class T>
 double distance_from_orthonormal(const Parallel& parallel, std::initializer_list<const Panels<T>*> columns) {
   std::vector<std::pair<const T*, int64_t>> panels;  // and their columns
   int64_t p = (*columns.begin())->depth;
-  for (const Panels<T>* some : columns)
-    for (int64_t j = 0; j < some->n; j += PANEL<T>) panels.emplace_back(some->at(0, j), std::min(some->n - j, PANEL<T>));
+  for (const Panels<T>* x : columns)
+    for (int64_t j = 0; j < x->n; j += PANEL<T>) panels.emplace_back(x->at(0, j), std::min(x->n - j, PANEL<T>));
   int64_t side = panels.size(), tiles = side * (side + 1) / 2;
   std::vector<double> squares(tiles);
   std::atomic<bool> too_far = false;
@@ -74,10 +73,9 @@ double distance_from_orthonormal(const Parallel& parallel, std::initializer_list
 }
 
 // How far <g_i, g_j> and the sum of its parts in all spaces may be apart, in units of both norms, for a basis so far from
-// orthonormal. An addition to all coordinates of g takes at most ROUNDING of the norm of what they have come to, which is
-// that of the part of g already used: in blocks, whose norms add up to sqrt(number of blocks) of that of g at most; so
-// with products, which are rounded by themselves; then the sums of blocks are added. Both gradients have such errors, but
-// no more in all spaces together. Dots add theirs, in double.
+// orthonormal. An addition to all coordinates of g takes at most ROUNDING of the norm of what they have come to, that of
+// the part of g already used: in blocks, whose norms add up to sqrt(number of blocks) of that of g; likewise products,
+// rounded by themselves; then sums of blocks. Both gradients have such errors in all spaces together. Dots add theirs.
 template <class S>
 double doubt_of_dots(double distance, int64_t p) {
   double blocks = double((p + BLOCK - 1) / BLOCK), length = double(std::min(p, BLOCK));
@@ -300,7 +298,7 @@ class Counter {
   // many, so they wait for more.
   void keep(size_t first) {
     if (first == doubtful.size()) return;
-    std::vector<Doubt> added(std::make_move_iterator(doubtful.begin() + first), std::make_move_iterator(doubtful.end()));
+    std::vector<Doubt> added(doubtful.begin() + first, doubtful.end());
     doubtful.resize(first);
     std::vector<int64_t> place(tokens_at_once * num_tasks, -1);
     for (const Doubt& doubt : added) place[doubt.i] = place[doubt.j] = 0;
@@ -335,8 +333,7 @@ double distance_in_double(const Parallel& parallel, const View& basis) {
   return distance_from_orthonormal<double>(parallel, {&columns});
 }
 
-// Whether it pays to find the distance in T, half of p^3 products, where that saves so many rows the rotation into so many
-// columns, a product of S for each channel.
+// Whether finding the distance in T, half of p^3 products, costs less than rotating so many rows into so many columns.
 template <class S, class T>
 bool pays(double rows, int64_t columns, int64_t p) {
   return rows * double(columns) > 0.5 * (sizeof(T) / sizeof(S)) * double(p) * double(p + PANEL<T>);

@@ -18,9 +18,8 @@ WIDEST = "import dtme_kernels.registry as r; print(r.cpp_module.instruction_sets
 def link(folder: Path) -> Path:
     """Returns the folder to run in. _build.json stays away: it is about another library."""
     overlay = folder / "repository"
-    package = overlay / "dtme_kernels"
-    package.mkdir(parents=True, exist_ok=True)
-    for source, target in ((ROOT, overlay), (ROOT / "dtme_kernels", package)):
+    (overlay / "dtme_kernels").mkdir(parents=True, exist_ok=True)
+    for source, target in ((ROOT, overlay), (ROOT / "dtme_kernels", overlay / "dtme_kernels")):
         for path in source.iterdir():
             if path.name not in ("dtme_kernels", "__pycache__", "_build.json", ".git") and path.suffix != ".so":
                 (target / path.name).unlink(missing_ok=True)
@@ -37,14 +36,14 @@ def build(folder: Path, target: Path) -> None:
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
         "Python_EXECUTABLE": sys.executable,
     }
-    defines = [f"-D{key}={value}" for key, value in options.items()]
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *defines], check=True)
+    command = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja"]
+    subprocess.run([*command, *(f"-D{key}={value}" for key, value in options.items())], check=True)
     subprocess.run(["cmake", "--build", folder], check=True)
 
 
 def run(overlay: Path, *arguments: str) -> int:
-    compiler, names = os.environ.get("CXX", "c++"), ("libasan.so", "libubsan.so", "libstdc++.so")
-    asked = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
+    find, names = os.environ.get("CXX", "c++"), ("libasan.so", "libubsan.so", "libstdc++.so")
+    asked = [subprocess.check_output([find, f"-print-file-name={name}"], text=True).strip() for name in names]
     settings = {  # Python has no sanitizers: theirs comes first, and the library whose exceptions they follow
         "LD_PRELOAD": " ".join(asked),
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # Python frees little at its end
@@ -57,6 +56,5 @@ def run(overlay: Path, *arguments: str) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 4 or sys.argv[2] != "--":
         sys.exit(__doc__)
-    where = link(Path(sys.argv[1]).absolute())
-    build(where.parent / "cmake", where / "dtme_kernels")
+    build((where := link(Path(sys.argv[1]).absolute())).parent / "cmake", where / "dtme_kernels")
     sys.exit(run(where, *sys.argv[3:]))
