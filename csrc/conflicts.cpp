@@ -23,9 +23,9 @@ constexpr double ROUNDING = std::numeric_limits<S>::epsilon() / 2;
 
 // --- how far off a dot product may be --------------------------------------------------------------------------------
 
-// How much rounding may change a product U^T U by `multiply_in_blocks`: its ||.||_F, in parts of ||U||_2^2. The sum over
-// k rows of U has rank k, so its ||.||_F is at most sqrt(k) ||U||_2^2; an addition takes at most ROUNDING of that, and a
-// product that is rounded by itself ROUNDING of ||U||_2^2.
+// How much rounding may change a product U^T U by `multiply_in_blocks`: its ||.||_F, in parts of ||U||_2^2. The sum
+// over k rows of U has rank k, so its ||.||_F is at most sqrt(k) ||U||_2^2; an addition takes at most ROUNDING of that,
+// and a product that is rounded by itself ROUNDING of ||U||_2^2.
 template <class T>
 double rounding_of_square(int64_t p) {
   double roundings = 0;
@@ -72,10 +72,10 @@ double distance_from_orthonormal(const Parallel& parallel, std::initializer_list
   return too_far || !(distance < WORST) ? std::numeric_limits<double>::infinity() : distance;
 }
 
-// How far <g_i, g_j> and the sum of its parts in all spaces may be apart, in units of both norms, for a basis so far from
-// orthonormal. An addition to all coordinates of g takes at most ROUNDING of the norm of what they have come to, that of
-// the part of g already used: in blocks, whose norms add up to sqrt(number of blocks) of that of g; likewise products,
-// rounded by themselves; then sums of blocks. Both gradients have such errors in all spaces together. Dots add theirs.
+// How far <g_i, g_j> and the sum of its parts in all spaces may be apart, in units of both norms, for a basis so far
+// from orthonormal. An addition to all coordinates of g takes at most ROUNDING of the norm of what they have come to,
+// that of the part of g already used: in blocks, whose norms add up to sqrt(number of blocks) of that of g; likewise
+// products, rounded by themselves; then sums of blocks. Both gradients have such errors in all spaces together.
 template <class S>
 double doubt_of_dots(double distance, int64_t p) {
   double blocks = double((p + BLOCK - 1) / BLOCK), length = double(std::min(p, BLOCK));
