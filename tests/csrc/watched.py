@@ -21,7 +21,7 @@ def link(folder: Path) -> Path:
     (overlay / "dtme_kernels").mkdir(parents=True, exist_ok=True)
     for source, target in ((ROOT, overlay), (ROOT / "dtme_kernels", overlay / "dtme_kernels")):
         for path in source.iterdir():
-            if path.name not in ("dtme_kernels", "__pycache__", "_build.json", ".git") and path.suffix != ".so":
+            if path.suffix != ".so" and not path.name.startswith((".", "dtme_kernels", "__pycache__", "_build.")):
                 (target / path.name).unlink(missing_ok=True)
                 (target / path.name).symlink_to(path)
     return overlay
@@ -54,7 +54,7 @@ def run(overlay: Path, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4 or sys.argv[2] != "--":
+    if sys.argv[2:3] != ["--"]:
         sys.exit(__doc__)
     build((where := link(Path(sys.argv[1]).absolute())).parent / "cmake", where / "dtme_kernels")
     sys.exit(run(where, *sys.argv[3:]))
