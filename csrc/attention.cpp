@@ -138,7 +138,8 @@ void forward(const Parallel& parallel, const Attention& a, const View& output) {
   Sizes size(a);
   int64_t keys = size.keys(), d = size.d, padded_keys = round_up(keys, LANES<S>), width = round_up(d, LANES<S>);
   int64_t most = size.queries_at_once(sizeof(S)), blocks = (size.queries + most - 1) / most;
-  int64_t parts = size.units() >= 4 * parallel.threads ? 1 : blocks;  // no number depends on it
+  bool split = size.units() < 4 * parallel.threads;  // no number depends on it
+  int64_t parts = split ? blocks : 1, blocks_of_part = split ? 1 : blocks;
   parallel(size.units() * parts, 1, [&](int64_t begin, int64_t end) {
     Panels<S> key(d, keys);
     Buffer<S> value(keys * width, S(0)), query(most * d), scores(most * padded_keys), out(most * width);
@@ -153,8 +154,8 @@ void forward(const Parallel& parallel, const Attention& a, const View& output) {
                         [&](int64_t j, const S* row) { std::copy_n(row, d, value + j * width); });
         laid_out = unit;
       }
-      int64_t first_block = part % parts * blocks / parts, last_block = (part % parts + 1) * blocks / parts;
-      for (int64_t i = 0; i < size.group() * (last_block - first_block); i++) {
+      int64_t first_block = part % parts * blocks_of_part;
+      for (int64_t i = 0; i < size.group() * blocks_of_part; i++) {
         Head own{head.stream, head.image, head.head * size.group() + i % size.group()};
         int64_t first = (first_block + i / size.group()) * most, count = std::min(most, size.queries - first);
         copy_rows<S>(query, d, a.query, own, first, count);
@@ -274,7 +275,8 @@ void backward(const Parallel& parallel, const Attention& a, const View& grad, co
               const View& d_value, const View& d_task_key, const View& d_task_value, const View& d_scores) {
   Sizes size(a);
   int64_t d = size.d, of_task = size.task * d;
-  Buffer<S> task_keys(size.units() * of_task), task_values(size.units() * of_task);
+  int64_t of_all = product(size.units(), of_task);
+  Buffer<S> task_keys(of_all), task_values(of_all);
   parallel(size.units(), 1, [&](int64_t begin, int64_t end) {
     Backward<S> of(a, size);
     Rows to_key(d_key, 3), to_value(d_value, 3);

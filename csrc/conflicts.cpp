@@ -2,44 +2,85 @@
 //
 // A block of tokens stays in the second cache while it is rotated and its dot products are taken: no coordinate is ever
 // written to memory. The rotation is nearly all of the work, so the larger of the two spaces is not rotated into: with
-// an orthonormal basis its dot product is the whole one, <g_i, g_j>, less that of the other space. Where the result is
-// so small that rounding could have made its sign, that pair at that token is rotated after all.
+// an orthonormal basis its dot product is the whole one, <g_i, g_j>, less that of the other space. How far the two may
+// be apart, by the basis and by rounding, is bounded from above; where the result is no larger than that, the pair at
+// that token is rotated after all. So a sign is that of the rotation whether or not it was rotated for.
 
 #include <atomic>
+#include <optional>
 
 #include "pairs.h"
 
 namespace dtme::DTME_ISA {
 namespace {
 
-constexpr int64_t FEW_ROWS = 64, FEW_COLUMNS = 32;  // rotated as a whole: nothing is won by a second look
+constexpr int64_t FEW_COLUMNS = 32;  // are always rotated into: nothing is won by a second look
+constexpr double WORST = 1e-3;       // bound from which on nearly every sign would be in doubt
+constexpr int64_t LOOKS = 16;        // one block of so many shows how many signs are
 
 template <class S>
 constexpr double ROUNDING = std::numeric_limits<S>::epsilon() / 2;
 
-// How far the basis is from orthonormal, ||1 - U U^T||_F, seen along a few directions: an estimate that a basis would
-// have to be made for to escape. NaN where the basis has one.
-template <class S>
-double distance_from_orthonormal(const S* basis, int64_t p) {
-  constexpr int DIRECTIONS = 8;
-  std::vector<double> u(p * DIRECTIONS, 0.0), v(p * DIRECTIONS);
-  uint64_t state = 0x9e3779b97f4a7c15;
-  for (double& x : v) {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    x = state >> 63 ? 1 : -1;
+// --- how far off a dot product may be --------------------------------------------------------------------------------
+
+// How much rounding may change a product U^T U by `multiply_in_blocks`: its ||.||_F, in parts of ||U||_2^2. The sum
+// over k rows of U has rank k, so its ||.||_F is at most sqrt(k) ||U||_2^2; an addition takes at most ROUNDING of that,
+// and a product that is rounded by itself ROUNDING of ||U||_2^2.
+template <class T>
+double rounding_of_square(int64_t p) {
+  double roundings = 0;
+  for (int64_t k = 1; k <= p; k++) {
+    roundings += 1 + std::sqrt((k - 1) % BLOCK + 1);
+    if (k % BLOCK == 0 || k == p) roundings += std::sqrt(k);
   }
-  for (int64_t c = 0; c < p; c++)  // u = U^T v
-    for (int64_t e = 0; e < p; e++)
-      for (int d = 0; d < DIRECTIONS; d++) u[e * DIRECTIONS + d] += basis[c * p + e] * v[c * DIRECTIONS + d];
+  return roundings * ROUNDING<T>;
+}
+
+// An upper bound of ||U^T U - 1||_F, and so of ||1 - U U^T||_2, for all columns of the panels together; infinity where
+// that is WORST or more, or where there is a NaN. A sum over tiles of the upper triangle, in order.
+template <class T>
+double distance_from_orthonormal(const Parallel& parallel, std::initializer_list<const Panels<T>*> columns) {
+  std::vector<std::pair<const T*, int64_t>> panels;  // and their columns
+  int64_t p = (*columns.begin())->depth;
+  for (const Panels<T>* x : columns)
+    for (int64_t j = 0; j < x->n; j += PANEL<T>) panels.emplace_back(x->at(0, j), std::min(x->n - j, PANEL<T>));
+  int64_t side = panels.size(), tiles = side * (side + 1) / 2;
+  std::vector<double> squares(tiles);
+  std::atomic<bool> too_far = false;
+  parallel(tiles, 1, [&](int64_t begin, int64_t end) {
+    Buffer<T> tile(PANEL<T> * PANEL<T>);
+    for (int64_t task = begin; task < end && !too_far; task++) {
+      int64_t row = 0, column = task;
+      while (column > row) column -= ++row;
+      auto [left, m] = panels[row];
+      auto [right, n] = panels[column];
+      multiply_in_blocks<T>(m, n, p, {left, 1, PANEL<T>}, {right, 0, PANEL<T>}, tile, PANEL<T>);
+      double square = 0;
+      for (int64_t i = 0; i < m; i++) {
+        if (row == column) tile[i * PANEL<T> + i] -= 1;  // exact, near 1
+#pragma omp simd reduction(+ : square)
+        for (int64_t j = 0; j < n; j++) square += double(tile[i * PANEL<T> + j]) * tile[i * PANEL<T> + j];
+      }
+      squares[task] = row == column ? square : 2 * square;
+      if (!(square < WORST * WORST)) too_far = true;
+    }
+  });
   double square = 0;
-  for (int64_t c = 0; c < p; c++) {  // v - U u
-    double left[DIRECTIONS];
-    for (int d = 0; d < DIRECTIONS; d++) left[d] = v[c * DIRECTIONS + d];
-    for (int64_t e = 0; e < p; e++)
-      for (int d = 0; d < DIRECTIONS; d++) left[d] -= basis[c * p + e] * u[e * DIRECTIONS + d];
-    for (double x : left) square += x * x / DIRECTIONS;
-  }
-  return 4 * std::sqrt(square);  // 4: from 8 directions, of one bad eigenvector, it is rarely estimated lower by more
+  for (double x : squares) square += x;
+  // 1.01: ||U||_2^2 is not quite 1, products of errors, and the rounding of this sum
+  double distance = 1.01 * (std::sqrt(square) + rounding_of_square<T>(p));
+  return too_far || !(distance < WORST) ? std::numeric_limits<double>::infinity() : distance;
+}
+
+// How far <g_i, g_j> and the sum of its parts in all spaces may be apart, in units of both norms, for a basis so far
+// from orthonormal. An addition to all coordinates of g takes at most ROUNDING of the norm of what they have come to,
+// that of the part of g already used: in blocks, whose norms add up to sqrt(number of blocks) of that of g; likewise
+// products, rounded by themselves; then sums of blocks. Both gradients have such errors in all spaces together.
+template <class S>
+double doubt_of_dots(double distance, int64_t p) {
+  double blocks = double((p + BLOCK - 1) / BLOCK), length = double(std::min(p, BLOCK));
+  double rotated = ROUNDING<S> * (length * std::sqrt(blocks) + std::sqrt(p) + blocks);
+  return 1.01 * (distance + 2 * rotated + 4 * double(p) * ROUNDING<double>);
 }
 
 // --- counting --------------------------------------------------------------------------------------------------------
@@ -50,31 +91,37 @@ struct Plan {
   const Gradients& grads;
   std::vector<int64_t> cuts;  // 0, the ranks, p
   int64_t skipped = -1;       // segment; -1 for none
-  double doubt = 0;           // a difference below this, times both norms, may have either sign
-  bool usable, count_zero;
+  bool count_zero;
+  double doubt = 0;  // a difference below this, times both norms, may have either sign
+  std::atomic<bool> usable = true;
   std::vector<int64_t> starts;  // of every segment among the columns rotated into
   Panels<S> direct, rest;
 
   int64_t num_ranks() const { return cuts.size() - 2; }
   int64_t width(int64_t segment) const { return cuts[segment + 1] - cuts[segment]; }
 
-  Plan(const Gradients& grads, const S* basis, std::vector<int64_t> cuts_, int64_t skipped, double doubt, bool usable,
-       bool count_zero)
+  Plan(const Parallel& parallel, const Gradients& grads, const View& basis, const std::vector<int64_t>& cuts_,
+       int64_t skipped, bool count_zero)
       : grads(grads),
-        cuts(std::move(cuts_)),
+        cuts(cuts_),
         skipped(skipped),
-        doubt(doubt),
-        usable(usable),
         count_zero(count_zero),
         direct(grads.width, grads.width - (skipped < 0 ? 0 : width(skipped))),
         rest(grads.width, skipped < 0 ? 0 : width(skipped)) {
-    int64_t start = 0, p = grads.width;
-    for (int64_t s = 0; s + 1 < int64_t(cuts.size()); s++) {
+    for (int64_t s = 0, start = 0; s + 1 < int64_t(cuts.size()); s++) {
       starts.push_back(s == skipped ? -1 : start);
-      for (int64_t c = 0; c < p; c++)
-        (s == skipped ? rest : direct).put_row(c, basis + c * p + cuts[s], s == skipped ? 0 : start, width(s));
       if (s != skipped) start += width(s);
     }
+    parallel(grads.width, 64, [&](int64_t begin, int64_t end) {
+      for_rows<S>(basis, begin, end, [&](int64_t c, const S* row) {
+        for (int64_t s = 0; s + 1 < int64_t(cuts.size()); s++)
+          (s == skipped ? rest : direct).put_row(c, row + cuts[s], s == skipped ? 0 : starts[s], width(s));
+        S finite = 0;
+#pragma omp simd reduction(+ : finite)
+        for (int64_t e = 0; e < grads.width; e++) finite += row[e] * 0;
+        if (finite != 0) usable = false;
+      });
+    });
   }
 };
 
@@ -98,8 +145,10 @@ class Counter {
         norms(tokens_at_once * num_tasks),
         counts((2 * plan.num_ranks() + 2) * pairs, 0) {}
 
+  int64_t rotated_again = 0;  // rows
+
   void count_block(int64_t first_token, int64_t tokens) {
-    doubtful.clear();
+    size_t before = doubtful.size();
     load(first_token, tokens);
     rotate(plan.direct, g, tokens * num_tasks);
     for (int64_t token = 0; token < tokens; token++) {
@@ -112,7 +161,23 @@ class Counter {
       for (int64_t i = 0, pair = 0; i < num_tasks; i++)
         for (int64_t j = i + 1; j < num_tasks; j++, pair++) count_pair(pair, row, i, j);
     }
-    if (!doubtful.empty()) settle();
+    keep(before);
+  }
+
+  // Rotate the doubtful gradients into the segment left out as well, and take the signs of what is found.
+  void settle() {
+    if (doubtful.empty()) return;
+    rotate(plan.rest, some, kept);
+    for (const Doubt& doubt : doubtful) {
+      double found;
+      dot<1>(h + doubt.i * width, h + doubt.j * width, 0, plan.rest.n, &found);
+      auto known = [&](int64_t s) { return s == plan.skipped ? found : doubt.segments[s]; };
+      for (int64_t r = 0; r < plan.num_ranks(); r++)
+        add_signs(doubt.pair, r, sum(0, r + 1, known), sum(r + 1, segments, known));
+    }
+    rotated_again += kept;
+    doubtful.clear();
+    kept = 0;
   }
 
   // range (R, K, K), null (R, K, K), valid (K, K), nonfinite (): integers, so that any order of threads will do
@@ -134,7 +199,7 @@ class Counter {
  private:
   enum State : char { NORMAL, ZERO, NONFINITE };
   struct Doubt {
-    int64_t pair, i, j;            // i and j: rows of the block
+    int64_t pair, i, j;            // i and j: rows of the block, then of those kept
     std::vector<double> segments;  // the dots that are known
   };
 
@@ -146,6 +211,7 @@ class Counter {
   std::vector<double> norms;
   std::vector<int64_t> counts;  // range of every rank, null of every rank, valid, nonfinite; (., pairs)
   std::vector<Doubt> doubtful;
+  int64_t kept = 0;  // rows
 
   // Gradients of extreme size are brought near 1 by a power of two, which no sign depends on.
   void load(int64_t first_token, int64_t tokens) {
@@ -228,52 +294,85 @@ class Counter {
     return known(segments) - (plan.skipped <= r ? sum(r + 1, segments, known) : sum(0, r + 1, known));
   }
 
-  // Rotate the doubtful gradients into the segment left out as well, and take the signs of what is found.
-  void settle() {
+  // Keep the gradients that the block's doubts, from `first` on, are about: a few rows take nearly as long to rotate as
+  // many, so they wait for more.
+  void keep(size_t first) {
+    if (first == doubtful.size()) return;
+    std::vector<Doubt> added(doubtful.begin() + first, doubtful.end());
+    doubtful.resize(first);
     std::vector<int64_t> place(tokens_at_once * num_tasks, -1);
-    int64_t rows = 0;
-    for (const Doubt& doubt : doubtful)
-      for (int64_t row : {doubt.i, doubt.j})
-        if (place[row] < 0) {
-          std::copy_n(g + row * p, p, some + rows * p);
-          place[row] = rows++;
-        }
-    rotate(plan.rest, some, rows);
-    for (const Doubt& doubt : doubtful) {
-      double found;
-      dot<1>(h + place[doubt.i] * width, h + place[doubt.j] * width, 0, plan.rest.n, &found);
-      auto known = [&](int64_t s) { return s == plan.skipped ? found : doubt.segments[s]; };
-      for (int64_t r = 0; r < plan.num_ranks(); r++)
-        add_signs(doubt.pair, r, sum(0, r + 1, known), sum(r + 1, segments, known));
+    for (const Doubt& doubt : added) place[doubt.i] = place[doubt.j] = 0;
+    if (kept + std::count(place.begin(), place.end(), 0) > int64_t(place.size())) settle();
+    for (int64_t row = 0; row < int64_t(place.size()); row++)
+      if (place[row] == 0) {
+        std::copy_n(g + row * p, p, some + kept * p);
+        place[row] = kept++;
+      }
+    for (Doubt& doubt : added) {
+      doubt.i = place[doubt.i];
+      doubt.j = place[doubt.j];
+      doubtful.push_back(std::move(doubt));
     }
   }
 };
 
-template <class S>
-void count(const Parallel& parallel, const Gradients& grads, const View& basis, std::vector<int64_t> cuts,
-           bool count_zero, std::atomic<int64_t>* sums) {
-  int64_t p = grads.width, rows = grads.num_tasks * grads.count, skipped = -1;
-  Buffer<S> u(p * p);
-  read_matrix<S>(u, basis);
-  bool usable = std::all_of(static_cast<S*>(u), u + p * p, [](S x) { return std::isfinite(x); });
-  double doubt = 0;
-  for (int64_t s = 0; s + 1 < int64_t(cuts.size()); s++)
-    if (skipped < 0 || cuts[s + 1] - cuts[s] > cuts[skipped + 1] - cuts[skipped]) skipped = s;
-  if (usable && rows > FEW_ROWS && cuts[skipped + 1] - cuts[skipped] >= FEW_COLUMNS) {
-    double distance = distance_from_orthonormal<S>(u, p);
-    doubt = distance + ROUNDING<S> * (BLOCK + p / BLOCK);
-    if (!(distance < 1e-3)) skipped = -1;  // everything would be doubtful
-  } else {
-    skipped = -1;
-  }
-  Plan<S> plan(grads, u, std::move(cuts), skipped, doubt, usable, count_zero);
-  int64_t step = grads.tokens_at_once(), blocks = (grads.count + step - 1) / step;
-  parallel(blocks, 1, [&](int64_t begin, int64_t end) {
-    Counter<S> counter(plan);
-    for (int64_t block = begin; block < end; block++)
-      counter.count_block(block * step, std::min(step, grads.count - block * step));
-    counter.add_to(sums);
+// The largest segment, or -1 where it is small.
+int64_t largest_segment(const std::vector<int64_t>& cuts) {
+  int64_t largest = 0;
+  for (int64_t s = 1; s + 1 < int64_t(cuts.size()); s++)
+    if (cuts[s + 1] - cuts[s] > cuts[largest + 1] - cuts[largest]) largest = s;
+  return cuts[largest + 1] - cuts[largest] >= FEW_COLUMNS ? largest : -1;
+}
+
+double distance_in_double(const Parallel& parallel, const View& basis) {
+  int64_t p = basis.size[0];
+  Panels<double> columns(p, p);
+  parallel(p, 64, [&](int64_t begin, int64_t end) {
+    for_rows<double>(basis, begin, end, [&](int64_t c, const double* row) { columns.put_row(c, row, 0, p); });
   });
+  return distance_from_orthonormal<double>(parallel, {&columns});
+}
+
+// Whether finding the distance in T, half of p^3 products, costs less than rotating so many rows into so many columns.
+template <class S, class T>
+bool pays(double rows, int64_t columns, int64_t p) {
+  return rows * double(columns) > 0.5 * (sizeof(T) / sizeof(S)) * double(p) * double(p + PANEL<T>);
+}
+
+// The distance in float32 is soon found, but the bound of its rounding is loose. Where many signs turn out to be in
+// doubt, or where it is too loose from the start, it is found in double.
+template <class S>
+void count(const Parallel& parallel, const Gradients& grads, const View& basis, const std::vector<int64_t>& cuts,
+           bool count_zero, std::atomic<int64_t>* sums) {
+  int64_t p = grads.width, rows = grads.num_tasks * grads.count, skipped = largest_segment(cuts);
+  int64_t columns = skipped < 0 ? 0 : cuts[skipped + 1] - cuts[skipped];
+  bool in_double = rounding_of_square<S>(p) > WORST / 2;
+  if (!(in_double ? pays<S, double>(rows, columns, p) : pays<S, S>(rows, columns, p))) skipped = -1;
+  std::optional<Plan<S>> plan(std::in_place, parallel, grads, basis, cuts, skipped, count_zero);
+  if (skipped >= 0 && plan->usable) {
+    double distance = in_double ? distance_in_double(parallel, basis)
+                                : distance_from_orthonormal<S>(parallel, {&plan->direct, &plan->rest});
+    plan->doubt = doubt_of_dots<S>(distance, p);
+    if (!(distance < WORST)) plan.emplace(parallel, grads, basis, cuts, skipped = -1, count_zero);
+  }
+  std::atomic<int64_t> rotated_again = 0;
+  int64_t step = grads.tokens_at_once(), blocks = (grads.count + step - 1) / step;
+  auto run = [&](int64_t first, int64_t last) {
+    parallel(last - first, 1, [&](int64_t begin, int64_t end) {
+      Counter<S> counter(*plan);
+      for (int64_t block = first + begin; block < first + end; block++)
+        counter.count_block(block * step, std::min(step, grads.count - block * step));
+      counter.settle();
+      counter.add_to(sums);
+      rotated_again += counter.rotated_again;
+    });
+  };
+  bool loose = skipped >= 0 && !in_double && sizeof(S) < sizeof(double);
+  int64_t look = loose && blocks >= LOOKS * parallel.threads ? blocks / LOOKS : 0;
+  run(0, look);
+  if (look && pays<S, double>(double(rotated_again) / look * (blocks - look), columns, p))
+    plan->doubt = doubt_of_dots<S>(distance_in_double(parallel, basis), p);
+  run(look, blocks);
 }
 
 }  // namespace

@@ -108,7 +108,8 @@ struct Panels {
 
   Panels(int64_t depth, int64_t n) : depth(depth), n(n), data(round_up(n, PANEL<S>) * depth) { clear_tail(); }
   operator Right<S>() const { return {data, depth * PANEL<S>, PANEL<S>}; }
-  S* at(int64_t k, int64_t j) { return data + j / PANEL<S> * depth * PANEL<S> + k * PANEL<S> + j % PANEL<S>; }
+  S* at(int64_t k, int64_t j) { return data + index(k, j); }
+  const S* at(int64_t k, int64_t j) const { return data + index(k, j); }
 
   // b[k, first:first + count] = row
   void put_row(int64_t k, const S* row, int64_t first, int64_t count) {
@@ -125,6 +126,7 @@ struct Panels {
   }
 
  private:
+  int64_t index(int64_t k, int64_t j) const { return (j / PANEL<S> * depth + k) * PANEL<S> + j % PANEL<S>; }
   void clear_tail() {
     if (n % PANEL<S> == 0) return;
     for (int64_t k = 0; k < depth; k++) std::fill(at(k, n), at(k, n / PANEL<S> * PANEL<S>) + PANEL<S>, S(0));

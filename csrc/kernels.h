@@ -1,7 +1,9 @@
 // What library.cpp and the kernels know of each other: plain views, no torch. The unit tests are built on this alone.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace dtme {
 
@@ -22,7 +24,8 @@ struct View {
   int64_t size[MAX_DIM] = {}, stride[MAX_DIM] = {};
 };
 
-// Runs f(begin, end) on parts of [0, n), on several threads where n is more than `grain`.
+// Runs f(begin, end) on parts of [0, n), on several threads where n is more than `grain`. What f throws, as where there
+// is no memory, must not leave a thread that is not the caller's: the first of it is thrown again at the end.
 struct Parallel {
   using Function = void (*)(int64_t begin, int64_t end, void* context);
   void (*run)(int64_t n, int64_t grain, Function, void* context);
@@ -30,7 +33,21 @@ struct Parallel {
 
   template <class F>
   void operator()(int64_t n, int64_t grain, const F& f) const {
-    run(n, grain, [](int64_t begin, int64_t end, void* g) { (*static_cast<const F*>(g))(begin, end); }, (void*)&f);
+    struct Call {
+      const F& f;
+      std::atomic<bool> failed = false;
+      std::exception_ptr error = nullptr;
+    } call{f};
+    auto part = [](int64_t begin, int64_t end, void* context) {
+      Call& call = *static_cast<Call*>(context);
+      try {
+        call.f(begin, end);
+      } catch (...) {
+        if (!call.failed.exchange(true)) call.error = std::current_exception();
+      }
+    };
+    run(n, grain, part, &call);
+    if (call.error) std::rethrow_exception(call.error);
   }
 };
 

@@ -12,9 +12,7 @@ void projected_dots(const Parallel& parallel, const View& grads, const View& bas
     int64_t p = x.width, width = round_up(p, LANES<S>), num_tasks = x.num_tasks;
     int64_t step = x.tokens_at_once(), blocks = (x.count + step - 1) / step;
     Panels<S> u(p, p);
-    Buffer<S> rows(p * p);
-    read_matrix<S>(rows, basis);
-    for (int64_t c = 0; c < p; c++) u.put_row(c, rows + c * p, 0, p);
+    for_rows<S>(basis, 0, p, [&](int64_t c, const S* row) { u.put_row(c, row, 0, p); });
     parallel(blocks, 1, [&](int64_t begin, int64_t end) {
       Buffer<S> g(step * num_tasks * p), h(step * num_tasks * width);
       std::vector<double> dots(x.num_pairs());
@@ -58,12 +56,11 @@ void backward(const Parallel& parallel, const S* grad_range, const S* grad_null,
               int64_t rank, const View& d_grads, const View& d_basis) {
   int64_t p = x.width, width = round_up(p, LANES<S>), num_tasks = x.num_tasks;
   Panels<S> u(p, p), transposed(p, p);
-  Buffer<S> rows(p * p), du(p * width, S(0));
-  read_matrix<S>(rows, basis);
-  for (int64_t c = 0; c < p; c++) {
-    u.put_row(c, rows + c * p, 0, p);
-    transposed.put_column(c, rows + c * p);
-  }
+  Buffer<S> du(p * width, S(0));
+  for_rows<S>(basis, 0, p, [&](int64_t c, const S* row) {
+    u.put_row(c, row, 0, p);
+    transposed.put_column(c, row);
+  });
   Gradients dx(d_grads);
   int64_t step = x.tokens_at_once(), stretch = std::min(16 * step, x.count);
   Buffer<S> g(stretch * num_tasks * p), dh(stretch * num_tasks * width);

@@ -146,11 +146,19 @@ struct Rows {
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// The size of a buffer where no tensor has as many numbers: what overflows does not fit into memory either.
+inline int64_t product(int64_t a, int64_t b) {
+  int64_t n;
+  if (__builtin_mul_overflow(a, b, &n)) throw std::bad_alloc();
+  return n;
+}
+
 // Aligned to a cache line; not initialised.
 template <class S>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<S*>(operator new(std::max<int64_t>(n, 1) * sizeof(S), LINE))) {}
+  explicit Buffer(int64_t n)
+      : data_(static_cast<S*>(operator new(product(std::max<int64_t>(n, 1), sizeof(S)), LINE))) {}
   Buffer(int64_t n, S value) : Buffer(n) { std::fill_n(data_, n, value); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

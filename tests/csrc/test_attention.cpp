@@ -106,6 +106,25 @@ void check_attention(const Case& a) {
   });
 }
 
+// Tensors without an element, of sizes that together have more task keys than an int64 counts.
+void check_overflow() {
+  name_of_case = "more than can be counted";
+  auto none = [](const Sizes& size) {
+    View view;
+    for (int64_t n : size) view.size[view.dim++] = n;
+    return view;
+  };
+  View queries = none({1, int64_t(1) << 47, 1, 0, 1}), task = none({1, 1, 1 << 17, 1});
+  bool caught = false;
+  try {
+    kernels->attend_backward(PARALLELS[0], {queries, queries, queries, task, task, {}, false, 1}, queries, queries,
+                             queries, queries, task, task, {});
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  expect(caught, "exception", 1, caught);
+}
+
 }  // namespace
 
 void test_attention() {
@@ -129,6 +148,7 @@ void test_attention() {
       {float32, 1, 1, 2, 1, 3, 4, 2, 5, 'N', DENSE, DENSE},
   };
   for (const Case& each : cases) check_attention(each);
+  check_overflow();
   far([] { check_attention({float32, 1, 1, 1, 1, 3, 3, 3, 16, 'a', FAR, FAR}); });
 }
 

@@ -132,6 +132,42 @@ void check_weak_null_space(Dtype dtype) {
   }
 }
 
+// A basis that has lost all of a direction, or a little of it, which both gradients have most of: what they have of it
+// must not be taken for what the basis leaves to the other space. The direction is the difference of two channels that
+// are alike in each of eight vectors of signs: no estimate along these would see it.
+void check_lost_direction(Dtype dtype) {
+  constexpr int64_t p = 130, tokens = 200;
+  std::vector<int> signs(p);
+  uint64_t state = 0x9e3779b97f4a7c15;
+  for (int64_t i = 0; i < 8 * p; i++) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    signs[i / 8] = signs[i / 8] << 1 | int(state >> 63);
+  }
+  int64_t a = 0, b = 1;
+  while (signs[a] != signs[b])
+    if (++b == p) b = ++a + 1;
+  for (double lost : {1.0, 1e-4})
+    for (int64_t rank : {30, 100}) {
+      name_of_case = "a lost direction, rank " + to_string(rank) + ", lost " + to_string(lost);
+      Sizes order(p);  // of columns: both channels in the smaller space, c in the larger
+      for (int64_t i = 0; i < p; i++) order[i] = i;
+      std::swap(order[rank == 30 ? 0 : p - 1], order[a]);
+      std::swap(order[rank == 30 ? 1 : p - 2], order[b]);
+      int64_t c = rank == 30 ? 120 : 10;
+      // U = 1 - lost v v^T, v = (e_a - e_b) / sqrt(2); g = v + x e_c and v - x e_c
+      double x = lost == 1 ? 0.5 : 0.01, v = std::sqrt(0.5);
+      Tensor basis = filled(Tensor(dtype, {p, p}), [&](int64_t i) {
+        int64_t row = i / p, column = order[i % p];
+        bool both = (row == a || row == b) && (column == a || column == b);
+        return (row == column) - (both ? (row == column ? 0.5 : -0.5) * lost : 0);
+      });
+      Tensor grads = filled(Tensor(dtype, {2, tokens, p}), [&](int64_t i) {
+        return i % p == a ? v : i % p == b ? -v : i % p == c ? (i < tokens * p ? x : -x) : 0;
+      });
+      check_counts(grads, basis, {rank}, false);
+    }
+}
+
 }  // namespace
 
 void test_conflicts() {
@@ -166,6 +202,7 @@ void test_conflicts() {
   name_of_case = "several stretches";
   check_dots(random(float32, {2, 3100, 5}), random(float32, {5, 5}), 2, DENSE);
   for (Dtype dtype : {float32, float64}) check_weak_null_space(dtype);
+  for (Dtype dtype : {float32, float64}) check_lost_direction(dtype);
   far([] {
     check_counts(random(float32, {3, 1, 70}, FAR), random(float32, {70, 70}), {30}, true);
     check_dots(random(float32, {3, 1, 70}, FAR), random(float32, {70, 70}), 30, DENSE);
