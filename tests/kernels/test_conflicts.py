@@ -345,3 +345,18 @@ def test_a_basis_that_is_not_finite_makes_every_pair_invalid(impl, bad, dtype):
         counts = count_conflicts(make(3, 9, 20, dtype=dtype), basis, rank, impl=impl)
         assert not counts.valid.any() and not counts.range.any() and counts.nonfinite == 27
         assert math.isnan(counts.rate("range"))
+
+
+def test_a_basis_that_is_singular_where_nobody_looks(impl):
+    """However a kernel finds out that a basis is not orthonormal: here it is so but for one direction of the channels.
+
+    Random directions of plus and minus one, which an estimate would be made along, are all but one in two free of it.
+    """
+    p, tokens = 130, 200
+    for other in range(1, 17):
+        lost = torch.zeros(p)
+        lost[0], lost[other] = 0.5**0.5, -(0.5**0.5)
+        basis = torch.eye(p) - torch.outer(lost, lost)
+        kept = 0.5 * torch.eye(p)[120]
+        grads = torch.stack([(lost + kept).expand(tokens, p), (lost - kept).expand(tokens, p)])
+        assert count_conflicts(grads, basis, 30, impl=impl).null[0, 1] == tokens
