@@ -29,6 +29,10 @@ from tests.kernels.samples import SAMPLES
 REFUSED = (TypeError, ValueError, RuntimeError, MemoryError)
 
 
+# the tests know the error of every dtype; here it is what is altogether wrong that is looked for
+SLACK = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
 class Wrong(Exception):
     """What a call did that it must not do."""
 
@@ -127,7 +131,7 @@ def public(seed: int) -> str:
     largest = max(1.0, *(x.abs().max().item() for x in exactly if x.numel()))
     for i, (a, exact, plain) in enumerate(zip(got, exactly, plainly, strict=True)):
         error, budget = accuracy(a, exact, plain.double(), terms=100, eps=max(eps, torch.finfo(a.dtype).eps))
-        allowed = 4 * budget + 30 * max(eps, 1e-12) * largest  # a result may be no more than what is left of others
+        allowed = 10 * budget + SLACK[draw.dtype] * largest  # a result may be no more than what is left of others
         if not error <= allowed:
             raise Wrong(f"{make_call.__name__}, {draw.dtype}, result {i}: off by {error:.2e}, allowed {allowed:.2e}")
     return make_call.__name__
@@ -319,15 +323,21 @@ def _compare(name: str, args: list[Any], got: list[Tensor], want: list[Tensor]) 
         return
     tensors = [x for x in (*got, *args) if isinstance(x, Tensor)]
     tolerance = 6e-2 if any(x.dtype in (torch.float16, torch.bfloat16) for x in tensors) else 2e-3
+    # what is left where numbers of 1e30 cancel is their rounding
+    given = [x.double().abs().nan_to_num(0, 0, 0).max().item() for x in args if _has_numbers(x)]
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         if a.shape != b.shape:
             raise Wrong(f"{name}, result {i}: {tuple(a.shape)} for {tuple(b.shape)}")
         a, b = a.double(), b.double()
         usable = b.abs() < 1e4  # beyond, what overflows in which dtype is anybody's
-        size = b[usable].abs().max().item() if usable.any() else 0.0
+        size = max(0.0, *given, b[usable].abs().max().item() if usable.any() else 0.0)
         off = (a - b)[usable].abs().max().item() if usable.any() and b.isfinite().all() else 0.0
         if not off <= tolerance * (1 + size):
             raise Wrong(f"{name}, result {i}: off by {off:.2e} of {size:.2e}; {_shown(args)}")
+
+
+def _has_numbers(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and 0 < x.numel() <= 2**24
 
 
 def _shown(x: Any) -> str:

@@ -41,7 +41,10 @@ def modulate_concat_attention(
         eps: of the layer norm.
         scale: default ``1 / sqrt(p / H)``.
         return_normalized: return the layer norm of the modulated tokens too.
-        impl: ``"auto"``, ``"reference"``, which does concatenate, ``"triton"`` or ``"cpp"``.
+        impl: ``"auto"``, ``"reference"``, which does concatenate, ``"triton"`` or ``"cpp"``, for the operations inside.
+
+    The projections are torch's own ``linear``, whose last bits on the CPU may change with the number of threads; no
+    other operation's do.
 
     Returns:
         (attended, modulated), both (T, B, N, p): heads merged, before the output projection; and the residual stream,

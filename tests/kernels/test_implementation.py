@@ -1,0 +1,95 @@
+"""Which implementation runs inside ``dtme_kernels.implementation``: by thread, in what is composed, and compiled."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+
+import dtme_kernels as dk
+from dtme_kernels.registry import OPERATORS
+from tests.kernels.samples import DIFFERENTIABLE, SHAPES, arguments, call
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators of this package that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "dtme":
+            self.names.add((function._opname, (kwargs or {}).get("impl", "auto")))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_reference_is_plain_torch(name):
+    args = arguments(name)
+    with Seen() as seen, dk.implementation("reference"):
+        got = call(name, *args)
+    assert not seen.names
+    for a, b in zip(got, call(name, *args, impl="reference"), strict=True):
+        assert torch.equal(a, b)
+    with Seen() as seen:
+        call(name, *args)
+    assert seen.names
+
+
+def test_an_implementation_is_chosen_in_this_thread_only_and_inner_ones_win():
+    args, seen = arguments("modulate_concat_attention", grad=False), []
+
+    def run(**options):
+        with Seen() as inside:
+            call("modulate_concat_attention", *args, **options)
+        seen.append({impl for _, impl in inside.names})
+
+    with dk.implementation("reference"):
+        run()
+        with dk.implementation("auto"):
+            run()
+        run(impl="auto")
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        with pytest.raises(KeyError), dk.implementation("auto"):
+            raise KeyError
+        run()
+    run()
+    assert seen == [set(), {"auto"}, set(), {"auto"}, set(), {"auto"}]
+    with pytest.raises(ValueError, match=r"impl must be .*, got 'fast'"), dk.implementation("fast"):
+        pass
+
+
+def test_an_implementation_reaches_what_is_composed_and_never_falls_back():
+    missing = [impl for impl in ("cpp", "triton") if OPERATORS["modulate"].missing(impl)]
+    for impl in ("cpp", "triton"):
+        args = arguments("modulate_concat_attention", grad=False)
+        with dk.implementation(impl):
+            if impl in missing or impl == "triton":
+                with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run modulate_layer_norm: "):
+                    call("modulate_concat_attention", *args)
+            else:
+                with Seen() as seen:
+                    call("modulate_concat_attention", *args)
+                assert {impl for _, impl in seen.names} == {"cpp"}
+            assert dk.split_token_space(torch.eye(3)).rank == 2  # the same everywhere
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_compiled_function_is_compiled_for_what_is_chosen(name):
+    torch._dynamo.reset()
+    args, graphs = arguments(name), []
+
+    def record(graph, inputs):
+        operators = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        graphs.append(any(getattr(operator, "namespace", "") == "dtme" for operator in operators))
+        return graph
+
+    compiled = torch.compile(partial(call, name), fullgraph=True, backend=record)
+    compiled(*args)
+    with dk.implementation("reference"):
+        compiled(*args)
+    compiled(*args)
+    assert graphs == [True, False]
