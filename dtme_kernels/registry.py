@@ -94,7 +94,7 @@ class Operator:
         self.writes = self.overload._schema.is_mutable
         OPERATORS[self.name] = self
 
-        library.impl(self.operator, self._run_any, "BackendSelect")
+        library.impl(self.operator, self._run_any, "BackendSelect")  # the last one before a device's own
         library.impl(self.operator, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dtme::{self.operator}", self._run_fake, lib=library)
         library.impl(self.operator, self._differentiate, "Autograd", with_keyset=True)
@@ -143,9 +143,7 @@ class Operator:
                 f"impl={impl!r} cannot run {self.name} in forward mode or inside a transform of torch.func:"
                 " impl='reference' can, and 'auto' takes it there"
             )
-        args = (*args, *self.defaults[len(args) :])  # the dispatcher leaves out the last ones that have their default
-        _check(self, args)
-        return self.reference(*args)
+        return self.run_reference(*args, *self.defaults[len(args) :])
 
     def _leave_autocast(self, device: str) -> Callable[..., Any]:
         def run(*args: Any, impl: str = "auto") -> Any:
@@ -173,7 +171,7 @@ class Operator:
         return self._run(args, impl)
 
     def _run(self, args: tuple[Any, ...], impl: str) -> Any:
-        if len(args) < len(self.defaults):  # the dispatcher leaves out the last ones that have their default value
+        if len(args) < len(self.defaults):  # the dispatcher leaves out the last ones where they have their default
             args = (*args, *self.defaults[len(args) :])
         device = self.signature.check(args)
         if self.rules:

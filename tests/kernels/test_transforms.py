@@ -108,3 +108,15 @@ def test_a_named_kernel_says_what_to_do_instead(name, impl):
         grad(loss_of(function, impl=impl))(*tensors)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="impl='reference' can, and 'auto' takes it"):
         function(forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:], impl=impl)
+
+
+@pytest.mark.parametrize("name", ["token_covariance", "expanded_attention"])
+def test_autocast_means_the_same_inside_a_transform(name):
+    """Attention is lowered, nothing else is: a matrix product inside the reference must not follow autocast."""
+    function, tensors = problem(name)
+    tensors = [x.float() for x in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        (want,) = function(*tensors)
+        got, _ = jvp(lambda *args: function(*args)[0], tuple(tensors), tuple(tensors))
+    assert got.dtype == want.dtype == (torch.bfloat16 if name == "expanded_attention" else torch.float32)
+    torch.testing.assert_close(got, want)
