@@ -324,16 +324,20 @@ def differentiable_once(public: str) -> Gradient:
 # --- which implementation "auto" is ----------------------------------------------------------------------------------
 
 
-class _Chosen(threading.local):
-    """Of this thread."""
+# {(thread, how many of its contexts are around it): the implementation}. A plain dictionary, for torch.compile cannot
+# read what belongs to a thread; this it looks at, and compiles anew where it has changed
+_open: dict[tuple[int, int], str] = {}
 
-    impl = "auto"
+
+@torch.compiler.assume_constant_result
+def _thread() -> int:
+    return threading.get_ident()
 
 
-_chosen = _Chosen()
-# of all threads, {an object per context: its implementation}: torch.compile knows of no thread's own variables, but
-# looks at this one, and compiles anew where it has changed
-_open: dict[object, str] = {}
+def _contexts() -> list[int]:
+    """Of this thread, the outermost first."""
+    thread = _thread()
+    return sorted([depth for other, depth in list(_open) if other == thread])  # a list at once: others change it
 
 
 @contextmanager
@@ -351,19 +355,19 @@ def implementation(impl: str) -> Iterator[None]:
     """
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
-    before, token = _chosen.impl, object()
-    _chosen.impl, _open[token] = impl, impl
+    key = _thread(), 1 + max(_contexts(), default=0)
+    _open[key] = impl
     try:
         yield
     finally:
-        _chosen.impl = before
-        del _open[token]
+        del _open[key]
 
 
 def chosen(impl: str) -> str:
     """``impl``, or what it stands for here. Raises ValueError where it is unknown."""
     if impl == "auto":
-        return _chosen.impl if _open else "auto"
+        contexts = _contexts() if _open else []
+        return _open[_thread(), contexts[-1]] if contexts else "auto"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
     return impl

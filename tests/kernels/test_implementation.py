@@ -93,3 +93,23 @@ def test_a_compiled_function_is_compiled_for_what_is_chosen(name):
         compiled(*args)
     compiled(*args)
     assert graphs == [True, False]
+
+
+def test_a_context_inside_what_is_compiled():
+    args, graphs = arguments("modulate", grad=False), []
+
+    def record(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if "dtme" in str(node.target)])
+        return graph
+
+    @partial(torch.compile, fullgraph=True, backend=record)
+    def both(*args):
+        with dk.implementation("reference"):
+            plain = dk.modulate(*args)
+        return plain, dk.modulate(*args)
+
+    plain, kernel = both(*args)
+    torch.testing.assert_close(plain, kernel)
+    assert len(graphs) == 1
+    assert len(graphs[0]) == 1
+    assert torch.equal(plain, dk.modulate(*args, impl="reference"))
