@@ -186,7 +186,7 @@ Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& val
 }
 
 // As the reference returns it: merging heads is a view. And zeros for the statistics, which only Triton's kernels want, in
-// the shape that attention/packing.py gives them.
+// the shape that attention/arguments.py gives them.
 std::tuple<Tensor, Tensor> attend(const Attention& a, const Tensor& like, Sizes size) {
   int64_t dim = size.size();
   std::swap(size[dim - 3], size[dim - 2]);

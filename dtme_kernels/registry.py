@@ -95,7 +95,6 @@ class Operator:
         OPERATORS[self.name] = self
 
         library.impl(self.operator, self._run_any, "BackendSelect")  # the last one before a device's own
-        library.impl(self.operator, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dtme::{self.operator}", self._run_fake, lib=library)
         library.impl(self.operator, self._differentiate, "Autograd", with_keyset=True)
         for device in ("cpu", "cuda"):
@@ -104,7 +103,7 @@ class Operator:
 
     def __call__(self, impl: str, *args: Any) -> Any:
         """What a public function does: run by ``impl``, or by what ``implementation`` has put in the place of auto."""
-        impl = chosen(impl)
+        impl = resolve(impl)
         if impl == "reference":
             return self.run_reference(*args)
         if impl != "auto" and (why := self.missing(impl)):
@@ -119,6 +118,10 @@ class Operator:
             return self.reference(*args, **options)
         with torch.autocast(device, enabled=False):
             return self.run_reference(*self._cast(device, args), **options)
+
+    def backward_of(self, ctx: Any, *args: Any) -> Any:
+        """The gradient of what has run, by the same implementation, whichever is chosen where backward is called."""
+        return self.run_reference(*args) if ctx.impl == "reference" else self.overload(*args, impl=ctx.impl)
 
     def missing(self, impl: str) -> str | None:
         """Why ``impl`` cannot run here, whatever it is given, or None where it can."""
@@ -138,12 +141,12 @@ class Operator:
 
     def _transform(self, *args: Any, impl: str = "auto") -> Any:
         """Inside ``torch.func``'s transforms, and in forward mode."""
-        if impl not in ("auto", "reference"):
+        if check_impl(impl) not in ("auto", "reference"):
             raise RuntimeError(
                 f"impl={impl!r} cannot run {self.name} in forward mode or inside a transform of torch.func:"
                 " impl='reference' can, and 'auto' takes it there"
             )
-        return self.run_reference(*args, *self.defaults[len(args) :])
+        return self.run_reference(*self._complete(args))
 
     def _leave_autocast(self, device: str) -> Callable[..., Any]:
         def run(*args: Any, impl: str = "auto") -> Any:
@@ -153,7 +156,7 @@ class Operator:
         return run
 
     def _differentiate(self, keys: Any, *args: Any, impl: str = "auto") -> Any:
-        if torch_private.in_forward_mode() or torch_private.in_transform():
+        if torch_private.in_transform() or torch_private.have_tangents(args):
             return self._transform(*args, impl=impl)
         if not torch_private.any_requires_grad(*args):
             return self._below_autograd(keys, args, impl)
@@ -171,14 +174,11 @@ class Operator:
         return self._run(args, impl)
 
     def _run(self, args: tuple[Any, ...], impl: str) -> Any:
-        if len(args) < len(self.defaults):  # the dispatcher leaves out the last ones where they have their default
-            args = (*args, *self.defaults[len(args) :])
-        device = self.signature.check(args)
-        if self.rules:
-            self.rules(*args)
-        if device == "meta" and impl == "auto":
+        args = self._complete(args)
+        kind = _check(self, args)
+        if kind == "meta" and impl == "auto":
             return self.fake(*args)
-        kernel = self._choose(impl, device, args)
+        kernel = self._kernel_for(impl, kind, args)
         if kernel is None:
             output = self.reference(*args)
         else:
@@ -187,14 +187,16 @@ class Operator:
             torch.autograd.graph.increment_version(args[0])
         return output
 
-    def _choose(self, impl: str, device: str, args: Sequence[Any]) -> Kernel | None:
-        """None for the reference."""
+    def _kernel_for(self, impl: str, kind: str, args: Sequence[Any]) -> Kernel | None:
+        """None for the reference; ``kind`` as ``Signature.check`` returns it."""
         if impl == "auto":
-            kernel = self.kernels.get(AUTOMATIC.get(device, ""))
+            kernel = self.kernels.get(AUTOMATIC.get(kind, ""))
             return None if kernel is None or kernel.cannot_run(*args) else kernel
-        if chosen(impl) == "reference":
+        if check_impl(impl) == "reference":
             return None
-        if why := self.missing(impl) or self.kernels[impl].cannot_run(*args):
+        why = self.missing(impl) or self.kernels[impl].cannot_run(*args)
+        if why or kind.startswith("torch."):
+            why = why or f"the kernels take strided tensors, got {kind}"
             raise RuntimeError(f"impl={impl!r} cannot run {self.name}: {why}")
         return self.kernels[impl]
 
@@ -203,11 +205,16 @@ class Operator:
         return self.overload.redispatch(torch_private.CPU, *args)
 
     def _run_fake(self, *args: Any, impl: str = "auto") -> Any:
-        args = (*args, *self.defaults[len(args) :])
+        check_impl(impl)
+        args = self._complete(args)
         _check(self, args)
         return self.fake(*args)
 
     # --- their parts -------------------------------------------------------------------------------------------------
+
+    def _complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The dispatcher leaves out the last arguments where they have their default value."""
+        return args if len(args) == len(self.defaults) else (*args, *self.defaults[len(args) :])
 
     def _cast(self, device: str, args: Sequence[Any]) -> Sequence[Any]:
         """Autocast's own rule: every floating-point tensor but float64."""
@@ -254,7 +261,7 @@ class Composition:
         compose(self.name, run)
 
     def __call__(self, impl: str, *args: Any) -> tuple[Any, ...]:
-        impl = chosen(impl)
+        impl = resolve(impl)
         _check(self, args)
         return self.reference(*args) if impl == "reference" else self.function(impl, *args)
 
@@ -265,10 +272,12 @@ class Composition:
         return "composite"
 
 
-def _check(operator: Operator | Composition, args: Sequence[Any]) -> None:
-    operator.signature.check(args)
+def _check(operator: Operator | Composition, args: Sequence[Any]) -> str:
+    """Raise what is wrong with the arguments, or return what kind of tensors they are."""
+    kind = operator.signature.check(args)
     if operator.rules:
         operator.rules(*args)
+    return kind
 
 
 def _define(schema: str, table: Mapping[str, str]) -> tuple[Any, tuple[Any, ...], Signature]:
@@ -297,9 +306,9 @@ class _Function(torch.autograd.Function):
         ctx.operator, ctx.impl = operator, impl
         with torch_private.without_autograd():
             output = operator._below_autograd(keys, args, impl)
-        args = (*args, *operator.defaults[len(args) :])
+        args = operator._complete(args)
         # not by a kernel, which may want of the forward what the reference does not leave
-        if operator._choose(impl, args[0].device.type, args) is None:
+        if operator._kernel_for(impl, _check(operator, args), args) is None:
             ctx.impl = "reference"
         operator.gradient.save(ctx, args, output)
         return output
@@ -329,7 +338,7 @@ def differentiable_once(public: str) -> Gradient:
 _open: dict[tuple[int, int], str] = {}
 
 
-@torch.compiler.assume_constant_result
+@torch_private.constant_when_compiled
 def _thread() -> int:
     return threading.get_ident()
 
@@ -344,7 +353,9 @@ def _contexts() -> list[int]:
 def implementation(impl: str) -> Iterator[None]:
     """Let ``impl="auto"`` mean ``impl`` inside, for all operations that this thread calls, composite ones too.
 
-    What is compiled inside, or outside and called inside, is compiled for it. ``torch.ops.dtme`` is not concerned.
+    A gradient is taken by the implementation that its forward ran by. What is compiled inside, or outside and called
+    inside, is compiled for it; where threads have chosen differently, for the last choice. Operators that are called by
+    way of ``torch.ops.dtme`` have an ``impl`` of their own.
 
     Args:
         impl: ``"auto"``, ``"reference"``, which is plain torch and so can be differentiated and transformed as often,
@@ -353,8 +364,7 @@ def implementation(impl: str) -> Iterator[None]:
     Raises:
         ValueError: ``impl`` is unknown.
     """
-    if impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
+    check_impl(impl)
     key = _thread(), 1 + max(_contexts(), default=0)
     _open[key] = impl
     try:
@@ -363,12 +373,19 @@ def implementation(impl: str) -> Iterator[None]:
         del _open[key]
 
 
-def chosen(impl: str) -> str:
-    """``impl``, or what it stands for here. Raises ValueError where it is unknown."""
-    if impl == "auto":
-        contexts = _contexts() if _open else []
-        return _open[_thread(), contexts[-1]] if contexts else "auto"
-    if impl not in IMPLEMENTATIONS:
+def resolve(impl: str) -> str:
+    """``impl``, or what "auto" stands for here. Raises ValueError where it is unknown."""
+    if check_impl(impl) != "auto" or not _open:
+        return impl
+    if torch.compiler.is_compiling():  # for whichever thread: the same contexts are open when it is looked at again
+        return list(_open.values())[-1]
+    contexts = _contexts()
+    return _open[_thread(), contexts[-1]] if contexts else "auto"
+
+
+def check_impl(impl: str) -> str:
+    """The same. Raises ValueError where it is unknown."""
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
     return impl
 

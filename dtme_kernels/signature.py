@@ -30,7 +30,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_ELEMENTS = 2**48
 
 # of a tensor: all that the table speaks of
-Facts = tuple[torch.Size, torch.dtype, torch.device]
+Facts = tuple[torch.Size, torch.dtype, torch.device, torch.layout]
 Sizes = dict[str, Any]
 
 
@@ -135,9 +135,12 @@ class Signature:
         self._remembered = lru_cache(maxsize=1024)(self._check)
 
     def check(self, args: Sequence[Any]) -> str:
-        """Raise what is wrong with the tensors among ``args``, an operator's, in full; the type of their device.
+        """Raise what is wrong with the tensors among ``args``, an operator's, in full.
 
         What was right once is not looked at again.
+
+        Returns:
+            The type of their device, or the layout of one that is not strided, ``"torch.sparse_coo"``.
 
         Raises:
             TypeError: a tensor has another dtype.
@@ -147,7 +150,9 @@ class Signature:
             return self._check(self._facts(args))
         try:
             plain = self.plain
-            facts = tuple([(x.shape, x.dtype, x.device) for x in args[:plain]]) if plain else self._facts(args)
+            facts = (
+                tuple([(x.shape, x.dtype, x.device, x.layout) for x in args[:plain]]) if plain else self._facts(args)
+            )
             return self._remembered(facts)
         except AttributeError:  # None, which torch lets pass for a tensor
             return self._check(self._facts(args))
@@ -171,19 +176,20 @@ class Signature:
                 _check_tensor(row, row.name, fact, sizes, seen)
             elif row.name not in self.optional:
                 raise TypeError(f"{row.name} must be a tensor, got None")
-        _, _, device = next(iter(seen.values()))
-        return device.type
+        _, _, device, _ = next(iter(seen.values()))
+        others = [str(layout) for _, _, _, layout in seen.values() if layout != torch.strided]
+        return others[0] if others else device.type
 
 
 def _facts(x: Any) -> Any:
     if isinstance(x, Tensor):
-        return x.shape, x.dtype, x.device
-    return None if x is None else tuple([(y.shape, y.dtype, y.device) for y in x])
+        return x.shape, x.dtype, x.device, x.layout
+    return None if x is None else tuple([(y.shape, y.dtype, y.device, y.layout) for y in x])
 
 
 def _check_tensor(row: Row, name: str, fact: Facts, sizes: Sizes, seen: dict[str, Facts]) -> None:
-    shape, dtype, device = fact
-    first, (_, _, first_device) = next(iter(seen.items()), (name, fact))
+    shape, dtype, device, _ = fact
+    first, (_, _, first_device, _) = next(iter(seen.items()), (name, fact))
     if dtype not in row.dtypes:
         raise TypeError(f"{name} must be {_or(row.dtypes)}, got {dtype}")
     if row.like and dtype != seen[row.like][1]:

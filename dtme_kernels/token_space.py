@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import chosen
+from .registry import check_impl
 
 __all__ = ["TokenSpace", "split_token_space"]
 
@@ -68,7 +68,7 @@ def split_token_space(covariance: Tensor, ratio: float = 100.0, *, impl: str = "
             ``impl`` is unknown.
         RuntimeError: ``impl`` is ``"triton"`` or ``"cpp"``.
     """
-    if impl != "auto" and chosen(impl) != "reference":
+    if check_impl(impl) not in ("auto", "reference"):
         raise RuntimeError(f"impl={impl!r} cannot run split_token_space: it has no kernel of its own")
     _check(covariance, ratio)
     scaled = covariance.detach().double()

@@ -1,6 +1,10 @@
 """What this package uses of torch that torch does not promise to keep: each name once, and what it is for."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch._C import DispatchKey
 from torch.autograd import forward_ad
 
@@ -25,8 +29,16 @@ def is_next_to_run(keys: torch._C.DispatchKeySet) -> bool:
 
 
 def in_forward_mode() -> bool:
-    """Whether tensors may have tangents: inside ``torch.autograd.forward_ad.dual_level``."""
+    """Whether tensors may have tangents: some thread is inside ``torch.autograd.forward_ad.dual_level``."""
     return forward_ad._current_level >= 0
+
+
+def have_tangents(args: Sequence[Any]) -> bool:
+    """Whether one of these tensors has, or one of a list among them."""
+    if not in_forward_mode():
+        return False
+    every = [y for x in args for y in (x if isinstance(x, list | tuple) else (x,))]
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in every)
 
 
 def in_transform() -> bool:
@@ -37,3 +49,9 @@ def in_transform() -> bool:
 def has_kernel(name: str, key: str) -> bool:
     """Whether somebody has registered one with the dispatcher."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def constant_when_compiled(function: Callable[[], int]) -> Callable[[], int]:
+    """``torch.compiler.assume_constant_result``, which imports the compiler, two seconds, to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..checks import check_number, check_tensors
-from ..registry import chosen
+from ..registry import resolve
 from . import op
 
 __all__ = ["expanded_attention"]
@@ -55,7 +55,7 @@ def expanded_attention(
     if not dropout_p:
         output, _ = op.expanded_attention(impl, *args)
         return output
-    if (impl := chosen(impl)) not in ("auto", "reference"):
+    if (impl := resolve(impl)) not in ("auto", "reference"):
         raise RuntimeError(f"impl={impl!r} cannot run expanded_attention: dropout is the reference's")
     output, _ = op.expanded_attention.run_reference(*args, dropout_p=dropout_p)
     return output

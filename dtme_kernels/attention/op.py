@@ -86,18 +86,18 @@ def _check(*args: Any) -> None:
     heads, key_heads = a.query.shape[-3], a.key.shape[-3]
     if heads % key_heads:
         raise ValueError(f"key heads must divide the {heads} heads of query, got {key_heads}")
-    _check_scale(a.scale)
+    check_scale(a.scale)
     if a.attn_mask is None:
         return
     if a.is_causal:
         raise ValueError("is_causal must be False with an attn_mask")
     full = (*a.query.shape[:-1], a.key.shape[-2])
     sizes = zip(reversed(a.attn_mask.shape), reversed(full), strict=False)
-    if not 1 <= a.attn_mask.dim() <= len(full) or any(have not in (1, want) for have, want in sizes):
+    if not 1 <= a.attn_mask.dim() <= len(full) or any(have not in (want, 1) for have, want in sizes):
         raise ValueError(f"attn_mask must broadcast to {full}, got {tuple(a.attn_mask.shape)}")
 
 
-def _check_scale(scale: float | None) -> None:
+def check_scale(scale: float | None) -> None:
     if scale is not None and not abs(scale) <= 1e30:  # times a query, infinite in float32
         raise ValueError(f"scale must be a number in [-1e30, 1e30], got {scale}")
 
@@ -123,7 +123,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     args = (*ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.mask_grad)
-    *grads, d_mask = expanded_attention_backward(ctx.impl, grad, *args)
+    *grads, d_mask = expanded_attention_backward.backward_of(ctx, grad, *args)
     return *grads, d_mask if ctx.mask_grad else None, None, None
 
 
@@ -188,7 +188,8 @@ def _triton_packed(qkv: Tensor, task_kv: Tensor, scale: float | None) -> tuple[T
 def _triton_packed_backward(*args: Any) -> tuple[Tensor, Tensor]:
     from .kernel import packed_attention_backward
 
-    return packed_attention_backward(PackedBackward(*args))
+    b = PackedBackward(*args)
+    return packed_attention_backward(b._replace(statistics=b.statistics.contiguous()))
 
 
 def _triton_cannot_run_packed(qkv: Tensor, task_kv: Tensor, scale: float | None) -> str | None:
@@ -209,12 +210,12 @@ def _fake_packed_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_packed(qkv: Tensor, task_kv: Tensor, scale: float | None) -> None:
-    _check_scale(scale)
+    check_scale(scale)
 
 
 def _check_packed_backward(*args: Any) -> None:
     b = PackedBackward(*args)
-    _check_scale(b.scale)
+    check_scale(b.scale)
     _check_statistics(b.statistics, b.attention)
 
 
@@ -226,7 +227,7 @@ def _save_packed(ctx: Any, inputs: tuple[Tensor, Tensor, float | None], output: 
 
 
 def _backward_packed(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *packed_attention_backward(ctx.impl, grad, *ctx.saved_tensors, ctx.scale), None
+    return *packed_attention_backward.backward_of(ctx, grad, *ctx.saved_tensors, ctx.scale), None
 
 
 packed_attention_backward = Operator(

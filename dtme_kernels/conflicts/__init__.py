@@ -97,4 +97,6 @@ def _integer(name: str, rank: object) -> int:
         rank = index(rank)
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{name} must be an int, got {rank!r}")
+    if abs(rank) >= 2**63:  # no operator takes it
+        raise ValueError(f"{name} must be in [1, p-1], got {rank}")
     return rank

@@ -46,8 +46,8 @@ def _check_ranks(grads: Tensor, basis: Tensor, rank: Sequence[int], count_zero_g
     least = 1
     for m in rank:
         if not least <= m <= p - 1:
-            got = rank[0] if len(rank) == 1 else f"{list(rank)}, which have to increase"
-            raise ValueError(f"rank must be in [1, p-1] = [1, {p - 1}], got {got}")
+            wanted, got = ("be in", rank[0]) if len(rank) == 1 else ("increase within", list(rank))
+            raise ValueError(f"rank must {wanted} [1, p-1] = [1, {p - 1}], got {got}")
         least = m + 1
     if not rank:
         raise ValueError("rank must hold at least one rank, got none")
@@ -114,7 +114,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Te
 
 
 def _backward(ctx: Any, grad_range: Tensor, grad_null: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *projected_dots_backward(ctx.impl, grad_range, grad_null, *ctx.saved_tensors, ctx.rank), None
+    return *projected_dots_backward.backward_of(ctx, grad_range, grad_null, *ctx.saved_tensors, ctx.rank), None
 
 
 projected_dots_backward = Operator(

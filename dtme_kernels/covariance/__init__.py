@@ -52,8 +52,6 @@ def token_covariance_(accumulator: Tensor, tokens: Tensor | Sequence[Tensor], *,
         RuntimeError: the named ``impl`` cannot run here; the message says why.
     """
     check_tensors(accumulator=accumulator)
-    if accumulator.requires_grad:
-        raise ValueError("accumulator must not require grad: it is added to in place")
     if isinstance(tokens, Tensor) and accumulator.dim() != 3:
         op.token_covariance_(impl, accumulator, [tokens.detach()])
         return accumulator

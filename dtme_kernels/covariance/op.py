@@ -39,7 +39,7 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
-    return (token_covariance_backward(ctx.impl, grad, *ctx.saved_tensors),)
+    return (token_covariance_backward.backward_of(ctx, grad, *ctx.saved_tensors),)
 
 
 token_covariance_backward = Operator(
@@ -82,6 +82,8 @@ def _check_layers(accumulator: Tensor, tokens: list[Tensor]) -> None:
     layers = len(accumulator) if accumulator.dim() == 3 else 1
     if len(tokens) != layers:
         raise ValueError(f"tokens must be a sequence of D = {layers} tensors like accumulator, got {len(tokens)}")
+    if accumulator.requires_grad:
+        raise ValueError("accumulator must not require grad: it is added to in place")
     if accumulator.is_contiguous():
         return
     reach = 0  # of the axes with smaller strides: from the first to the last element

@@ -37,6 +37,7 @@ def _check(*args: Any) -> None:
     p = a.tokens.shape[-1]
     if a.num_heads < 1 or p % a.num_heads:
         raise ValueError(f"num_heads must divide p = {p}, got {a.num_heads}")
+    attention.check_scale(a.scale)
     if autocast_enabled(a.tokens.device.type):
         return
     for name, linear in (("qkv_weight", a.qkv_weight), ("qkv_bias", a.qkv_bias)):

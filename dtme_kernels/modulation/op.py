@@ -52,7 +52,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return tuple(modulate_backward(ctx.impl, grad, *ctx.saved_tensors))
+    return tuple(modulate_backward.backward_of(ctx, grad, *ctx.saved_tensors))
 
 
 modulate_backward = Operator(
@@ -111,7 +111,9 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 
 def _backward_norm(ctx: Any, grad_modulated: Tensor, grad_normalized: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *modulate_layer_norm_backward(ctx.impl, grad_modulated, grad_normalized, *ctx.saved_tensors, ctx.eps), None
+    return *modulate_layer_norm_backward.backward_of(
+        ctx, grad_modulated, grad_normalized, *ctx.saved_tensors, ctx.eps
+    ), None
 
 
 # statistics: mean and 1 / std of every row and stream, for a kernel's own backward; where the backward forms them again

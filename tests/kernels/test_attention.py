@@ -249,6 +249,22 @@ def test_statistics_have_the_promised_shape(impl, kind, dtype):
     assert statistics.dtype == promised.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["none", "additive"])
+def test_what_the_forward_left_may_lie_otherwise(impl, kind):
+    """As hooks on saved tensors, which move them elsewhere and back, may leave it."""
+
+    def apart(x):
+        return x.repeat_interleave(2, -1)[..., ::2] if x.dim() else x
+
+    args = problem(grad=True)
+    options = MASKS[kind]((3, 2), 2, 5, 5, torch.float32)
+    want = gradients(impl, args, options)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, apart):
+        got = gradients(impl, args, options)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @given(
     lead=st.lists(st.integers(1, 3), min_size=1, max_size=2),
     key_heads=st.integers(1, 3),

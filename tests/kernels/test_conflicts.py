@@ -326,7 +326,7 @@ def test_bad_input(function, grads, basis, rank, error, says):
 @pytest.mark.parametrize(
     ("ranks", "error", "says"),
     [
-        ([2, 5], ValueError, r"rank must be in \[1, p-1\] = \[1, 4\], got \[2, 5\]"),
+        ([2, 5], ValueError, r"rank must increase within \[1, p-1\] = \[1, 4\], got \[2, 5\]"),
         ([2.5], TypeError, r"rank\[0\] must be an int, got 2.5"),
         ([], ValueError, "rank must hold at least one rank"),
     ],

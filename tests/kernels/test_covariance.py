@@ -178,3 +178,13 @@ def test_autograd_sees_that_the_accumulator_has_changed(impl):
     token_covariance_(sums, make(3, 8), impl=impl)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+def test_sparse_tensors_are_the_reference_s():
+    tokens = make(5, 6, requires_grad=True)
+    picked = torch.gather(token_covariance(tokens), 0, torch.tensor([[0, 2]]), sparse_grad=True)
+    (got,) = torch.autograd.grad(picked.sum(), tokens)
+    (want,) = torch.autograd.grad(token_covariance(tokens)[[0, 2], [0, 1]].sum(), tokens)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(RuntimeError, match="impl='cpp' cannot run token_covariance: "):
+        token_covariance(tokens.detach().to_sparse(), impl="cpp")

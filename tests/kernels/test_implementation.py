@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import dtme_kernels as dk
+from dtme_kernels import registry
 from dtme_kernels.registry import OPERATORS
-from tests.kernels.samples import DIFFERENTIABLE, SHAPES, arguments, call
+from tests.kernels.samples import DIFFERENTIABLE, SHAPES, arguments, call, gradients
 
 
 class Seen(torch.utils._python_dispatch.TorchDispatchMode):
@@ -113,3 +114,47 @@ def test_a_context_inside_what_is_compiled():
     assert len(graphs) == 1
     assert len(graphs[0]) == 1
     assert torch.equal(plain, dk.modulate(*args, impl="reference"))
+
+
+def test_contexts_that_are_entered_again_compile_nothing_again():
+    torch._dynamo.reset()
+    args, graphs = arguments("modulate", grad=False), []
+
+    def record(graph, inputs):
+        graphs.append(any("dtme" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(partial(call, "modulate"), fullgraph=True, backend=record)
+    for _ in range(12):
+        compiled(*args)
+        with dk.implementation("reference"):
+            compiled(*args)
+    assert graphs == [True, False]
+    with dk.implementation("reference"):  # whoever calls first while it is open: it holds for who has opened it
+        torch._dynamo.reset()
+        thread = threading.Thread(target=compiled, args=args)
+        thread.start()
+        thread.join()
+        compiled(*args)
+    assert graphs == [True, False, False]
+
+
+def test_contexts_may_be_left_in_any_order():
+    one, other = dk.implementation("reference"), dk.implementation("cpp")
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert registry.resolve("auto") == "cpp"
+    other.__exit__(None, None, None)
+    assert registry.resolve("auto") == "auto"
+
+
+def test_a_gradient_is_taken_by_what_ran_forward():
+    """Whatever is chosen where backward is called: the statistics are those of the forward's implementation."""
+    args = arguments("modulate_layer_norm")
+    want = gradients(call("modulate_layer_norm", *args), args)
+    outputs = call("modulate_layer_norm", *args)
+    with dk.implementation("triton"), Seen() as seen:
+        got = gradients(outputs, args)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert ("modulate_layer_norm_backward", "auto") in seen.names

@@ -1,5 +1,7 @@
 """Derivatives in every way torch has: forward mode, torch.func, any order."""
 
+import threading
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -120,3 +122,22 @@ def test_autocast_means_the_same_inside_a_transform(name):
         got, _ = jvp(lambda *args: function(*args)[0], tuple(tensors), tuple(tensors))
     assert got.dtype == want.dtype == (torch.bfloat16 if name == "expanded_attention" else torch.float32)
     torch.testing.assert_close(got, want)
+
+
+def test_dual_numbers_of_another_thread_are_not_ours():
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        with forward_ad.dual_level():
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(60)
+    try:
+        tokens = make(3, 4, requires_grad=True)
+        assert "_Function" in str(dk.token_covariance(tokens).grad_fn)
+    finally:
+        done.set()
+        thread.join()
