@@ -64,7 +64,7 @@ class Operator:
         cpp: the file of ``csrc`` with the kernel for CPU tensors, which the extension brings along.
         rules: of all arguments: raises where what the table cannot say is wrong.
         prepare: of all arguments: what a kernel is given in their place.
-        gradient: without one it has none.
+        gradient: without one, its outputs are integers or it has none.
         public: the name of the public function, where the operator returns more than it does; else its own.
         low_precision: under autocast, cast the arguments as ``scaled_dot_product_attention`` has them cast. All other
             operators leave dtypes alone: sums of squares and signs of dot products do not survive bfloat16.
@@ -96,7 +96,8 @@ class Operator:
 
         library.impl(self.operator, self._run_any, "BackendSelect")  # the last one before a device's own
         torch.library.register_fake(f"dtme::{self.operator}", self._run_fake, lib=library)
-        library.impl(self.operator, self._differentiate, "Autograd", with_keyset=True)
+        if gradient:
+            library.impl(self.operator, self._differentiate, "Autograd", with_keyset=True)
         for device in ("cpu", "cuda"):
             library.impl(self.operator, self._leave_autocast(device), f"Autocast{device.upper()}")
         library.impl(self.operator, self._transform, "FuncTorchDynamicLayerFrontMode")
@@ -160,7 +161,7 @@ class Operator:
             return self._transform(*args, impl=impl)
         if not torch_private.any_requires_grad(*args):
             return self._below_autograd(keys, args, impl)
-        if self.gradient and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return _Function.apply(self, keys, impl, *args)
         with torch_private.without_autograd():
             return self._below_autograd(keys, args, impl)

@@ -132,6 +132,7 @@ class Signature:
         # where all tensors come first, their facts are taken without a look at what is a list or None
         plain = sorted(i for i, row in self.rows if not (row.is_list or row.name in optional))
         self.plain = len(plain) if plain == list(range(len(self.rows))) else 0
+        self.order = sorted(i for i, _ in self.rows)
         self._remembered = lru_cache(maxsize=1024)(self._check)
 
     def check(self, args: Sequence[Any]) -> str:
@@ -161,14 +162,13 @@ class Signature:
 
     def _facts(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Of every tensor, of every one of a list, or None, in the order of the arguments."""
-        return tuple([_facts(args[i]) for i in sorted([i for i, _ in self.rows])])
+        return tuple([_facts(args[i]) for i in self.order])
 
     def _check(self, facts: tuple[Any, ...]) -> str:
         sizes: Sizes = {}
         seen: dict[str, Facts] = {}
-        order = sorted([i for i, _ in self.rows])
         for i, row in self.rows:
-            fact = facts[order.index(i)]
+            fact = facts[self.order.index(i)]
             if row.is_list:
                 for d, each in enumerate(fact):
                     _check_tensor(row, f"{row.name}[{d}]" if len(fact) > 1 else row.name, each, sizes, seen)

@@ -42,7 +42,7 @@ def _fake_count(grads: Tensor, basis: Tensor, rank: list[int], count_zero_gradie
 
 
 def _check_ranks(grads: Tensor, basis: Tensor, rank: Sequence[int], count_zero_gradients: bool) -> None:
-    p = len(basis)
+    p = basis.shape[0]
     least = 1
     for m in rank:
         if not least <= m <= p - 1:
