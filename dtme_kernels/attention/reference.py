@@ -72,6 +72,8 @@ def _chunks(a: Attention, inputs: list[Tensor], mask: Tensor | None) -> Iterator
     """The inputs, and the mask behind them, of so many images that about ``CHUNK`` scores are held at a time."""
     if mask is not None:
         inputs = [*inputs, mask.expand(len(inputs[0]), -1, -1, -1)]
+    if torch.compiler.is_compiling():  # a graph is to hold for every number of images
+        return iter([tuple(inputs)])
     scores = prod(a.query.shape[-3:-1]) * (a.key.shape[-2] + a.task_key.shape[-2])
     return zip(*(x.split(max(1, CHUNK // max(1, scores))) for x in inputs), strict=True)
 

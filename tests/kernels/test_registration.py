@@ -33,12 +33,13 @@ def test_every_kernel_is_in_the_file_that_its_operator_names():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_graph_for_every_batch_size(name):
+def test_one_graph_for_every_batch_size(name, impl):
+    torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (8, 9, 13):
-        args = arguments(name, batch)
+        args = arguments(name, batch, dtype=torch.float64)
         with torch._dynamo.config.patch(error_on_recompile=batch != 8):
-            got = compiled(name, *args)
+            got = compiled(name, *args, impl=impl)
         want = call(name, *args)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(gradients(got, args), gradients(want, args))
