@@ -1,12 +1,13 @@
 """Operations of token-space gradient conflicts and their resolution, for tensors: no model is known here."""
 
 from .attention import expanded_attention
+from .choice import implementation
 from .conflicts import ConflictCounts, count_conflicts, projected_dots
 from .covariance import token_covariance, token_covariance_
 from .first_half import modulate_concat_attention
 from .flops import register_formulas
 from .modulation import modulate, modulate_layer_norm
-from .registry import implementation, load_extension
+from .registry import load_extension
 from .streaming_covariance import StreamingCovariance
 from .token_space import TokenSpace, split_token_space
 

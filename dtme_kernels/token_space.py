@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import check_impl
+from .choice import check_impl
 
 __all__ = ["TokenSpace", "split_token_space"]
 

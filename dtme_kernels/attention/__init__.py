@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..checks import check_number, check_tensors
-from ..registry import resolve
+from ..choice import resolve
 from . import op
 
 __all__ = ["expanded_attention"]
