@@ -32,7 +32,7 @@ def test_every_kernel_is_in_the_file_that_its_operator_names():
             assert f'm.impl("{operator.operator}"' in registered
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "impl"), [*((name, "auto") for name in SHAPES), ("expanded_attention", "reference")])
 def test_one_graph_for_every_batch_size(name, impl):
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
