@@ -20,10 +20,12 @@ def _thread() -> int:
     return threading.get_ident()
 
 
-def _contexts() -> list[int]:
-    """Of this thread, the outermost first."""
+def _innermost() -> int:
+    """How many contexts of this thread are around what runs; those that are left before inner ones are counted too."""
     thread = _thread()
-    return sorted([depth for other, depth in list(_open) if other == thread])  # a list at once: others change it
+    return max(
+        [depth for other, depth in list(_open) if other == thread], default=0
+    )  # a list at once: others change it
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def implementation(impl: str) -> Iterator[None]:
         ValueError: ``impl`` is unknown.
     """
     check_impl(impl)
-    key = _thread(), 1 + max(_contexts(), default=0)
+    key = _thread(), _innermost() + 1
     _open[key] = impl
     try:
         yield
@@ -56,12 +58,12 @@ def resolve(impl: str) -> str:
         return impl
     if torch.compiler.is_compiling():  # for whichever thread: the same contexts are open when it is looked at again
         return list(_open.values())[-1]
-    contexts = _contexts()
-    return _open[_thread(), contexts[-1]] if contexts else "auto"
+    depth = _innermost()
+    return _open[_thread(), depth] if depth else "auto"
 
 
 def check_impl(impl: str) -> str:
-    """The same. Raises ValueError where it is unknown."""
+    """``impl`` as it is. Raises ValueError where it is unknown."""
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto', 'reference', 'triton' or 'cpp', got {impl!r}")
     return impl

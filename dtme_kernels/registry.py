@@ -50,7 +50,31 @@ class Gradient(NamedTuple):
     """``backward(ctx, *grads)``: the gradients of all inputs; ``ctx.impl`` is what the forward was asked to run by."""
 
 
-class Operator:
+class _Declared:
+    """What every operator has: a schema, and a table and rules for its arguments."""
+
+    def __init__(self, schema: str, table: Mapping[str, str], rules: Callable[..., None] | None) -> None:
+        self.overload = _define(schema)
+        positional = [x for x in self.overload._schema.arguments if not x.kwarg_only]
+        # None for those without one
+        self.defaults = tuple(x.default_value if x.has_default_value() else None for x in positional)
+        optional = [x.name for x in positional if str(x.type) == "Optional[Tensor]"]
+        self.signature = Signature([x.name for x in positional], optional, table)
+        self.rules = rules
+
+    def check(self, args: Sequence[Any]) -> str:
+        """Raise what is wrong with the arguments, or return what kind of tensors they are, as ``Signature.check``."""
+        kind = self.signature.check(args)
+        if self.rules:
+            self.rules(*args)
+        return kind
+
+    def complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The dispatcher leaves out the last arguments where they have their default value."""
+        return args if len(args) == len(self.defaults) else (*args, *self.defaults[len(args) :])
+
+
+class Operator(_Declared):
     """One operator of torch.
 
     Args:
@@ -83,16 +107,16 @@ class Operator:
         public: str | None = None,
         low_precision: bool = False,
     ) -> None:
-        self.overload, self.defaults, self.signature = _define(schema, table)
+        super().__init__(schema, table, rules)
         self.operator = schema.partition("(")[0]
         self.name = public or self.operator
-        self.reference, self.fake, self.cpp, self.rules, self.prepare = reference, fake, cpp, rules, prepare
+        self.reference, self.fake, self.cpp, self.prepare = reference, fake, cpp, prepare
         self.gradient, self.low_precision = gradient, low_precision
         self.kernels: dict[str, Kernel] = {} if triton is None or find_spec("triton") is None else {"triton": triton}
         self.writes = self.overload._schema.is_mutable
         OPERATORS[self.name] = self
 
-        library.impl(self.operator, self._run_any, "BackendSelect")  # the last one before a device's own
+        library.impl(self.operator, self._run_called, "BackendSelect")  # the last one before a device's own
         torch.library.register_fake(f"dtme::{self.operator}", self._run_fake, lib=library)
         if gradient:
             library.impl(self.operator, self._differentiate, "Autograd", with_keyset=True)
@@ -113,7 +137,7 @@ class Operator:
         """Plain torch, outside of autocast, which would reach the matrix products inside."""
         device = args[0].device.type
         if not autocast_enabled(device):
-            _check(self, args)
+            self.check(args)
             return self.reference(*args, **options)
         with torch.autocast(device, enabled=False):
             return self.run_reference(*self._cast(device, args), **options)
@@ -145,7 +169,7 @@ class Operator:
                 f"impl={impl!r} cannot run {self.name} in forward mode or inside a transform of torch.func:"
                 " impl='reference' can, and 'auto' takes it there"
             )
-        return self.run_reference(*self._complete(args))
+        return self.run_reference(*self.complete(args))
 
     def _leave_autocast(self, device: str) -> Callable[..., Any]:
         def run(*args: Any, impl: str = "auto") -> Any:
@@ -169,12 +193,13 @@ class Operator:
             return self._run(args, impl)
         return self.overload.redispatch(keys & torch_private.BELOW_AUTOGRAD, *args, impl=impl)
 
-    def _run_any(self, *args: Any, impl: str = "auto") -> Any:
+    def _run_called(self, *args: Any, impl: str = "auto") -> Any:
+        """By the dispatcher: of a call that autograd has not seen, or that a mode has made."""
         return self._run(args, impl)
 
     def _run(self, args: tuple[Any, ...], impl: str) -> Any:
-        args = self._complete(args)
-        kind = _check(self, args)
+        args = self.complete(args)
+        kind = self.check(args)
         if kind == "meta" and impl == "auto":
             return self.fake(*args)
         kernel = self._kernel_for(impl, kind, args)
@@ -205,15 +230,11 @@ class Operator:
 
     def _run_fake(self, *args: Any, impl: str = "auto") -> Any:
         check_impl(impl)
-        args = self._complete(args)
-        _check(self, args)
+        args = self.complete(args)
+        self.check(args)
         return self.fake(*args)
 
     # --- their parts -------------------------------------------------------------------------------------------------
-
-    def _complete(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The dispatcher leaves out the last arguments where they have their default value."""
-        return args if len(args) == len(self.defaults) else (*args, *self.defaults[len(args) :])
 
     def _cast(self, device: str, args: Sequence[Any]) -> Sequence[Any]:
         """Autocast's own rule: every floating-point tensor but float64."""
@@ -229,7 +250,7 @@ class Operator:
             self.kernels["cpp"] = Kernel(self._run_cpp, off_cpu)
 
 
-class Composition:
+class Composition(_Declared):
     """An operator that is made of others, and of plain torch between them: autograd, autocast and all see its parts.
 
     Args:
@@ -249,19 +270,19 @@ class Composition:
         outputs: int,
         rules: Callable[..., None] | None = None,
     ) -> None:
-        self.overload, self.defaults, self.signature = _define(schema, table)
+        super().__init__(schema, table, rules)
         self.name = schema.partition("(")[0]
-        self.reference, self.function, self.rules = reference, function, rules
+        self.reference, self.function = reference, function
         OPERATORS[self.name] = self
 
         def run(*args: Any, impl: str = "auto") -> tuple[Any, ...]:
-            return self(impl, *args, *self.defaults[len(args) :])[:outputs]
+            return self(impl, *self.complete(args))[:outputs]
 
-        compose(self.name, run)
+        _compose(self.name, run)
 
     def __call__(self, impl: str, *args: Any) -> tuple[Any, ...]:
         impl = resolve(impl)
-        _check(self, args)
+        self.check(args)
         return self.reference(*args) if impl == "reference" else self.function(impl, *args)
 
     def missing(self, impl: str) -> None:
@@ -271,26 +292,25 @@ class Composition:
         return "composite"
 
 
-def _check(operator: Operator | Composition, args: Sequence[Any]) -> str:
-    """Raise what is wrong with the arguments, or return what kind of tensors they are."""
-    kind = operator.signature.check(args)
-    if operator.rules:
-        operator.rules(*args)
-    return kind
+def without_last_output(schema: str, operator: Operator) -> None:
+    """Define the public operator of one that has an output more, the last, which is for its backward alone."""
+    _define(schema)
+
+    def run(*args: Any, impl: str = "auto") -> Any:
+        *outputs, _ = operator.overload(*args, impl=impl)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    _compose(schema.partition("(")[0], run)
 
 
-def _define(schema: str, table: Mapping[str, str]) -> tuple[Any, tuple[Any, ...], Signature]:
-    """The operator; the default values of its arguments, None for those without one; its signature."""
+def _define(schema: str) -> Any:
+    """The operator of the schema, which is given the argument ``impl`` that all have."""
     arguments, _, returns = schema.rpartition(") -> ")
     library.define(f"{arguments}, *, str impl='auto') -> {returns}")
-    overload = getattr(torch.ops.dtme, schema.partition("(")[0]).default
-    positional = [x for x in overload._schema.arguments if not x.kwarg_only]
-    defaults = tuple(x.default_value if x.has_default_value() else None for x in positional)
-    optional = [x.name for x in positional if str(x.type) == "Optional[Tensor]"]
-    return overload, defaults, Signature([x.name for x in positional], optional, table)
+    return getattr(torch.ops.dtme, schema.partition("(")[0]).default
 
 
-def compose(operator: str, function: Callable[..., Any]) -> None:
+def _compose(operator: str, function: Callable[..., Any]) -> None:
     """Let an operator be nothing but what ``function`` calls, to all of torch."""
     for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
         library.impl(operator, function, key)
@@ -305,9 +325,9 @@ class _Function(torch.autograd.Function):
         ctx.operator, ctx.impl = operator, impl
         with torch_private.without_autograd():
             output = operator._below_autograd(keys, args, impl)
-        args = operator._complete(args)
+        args = operator.complete(args)
         # not by a kernel, which may want of the forward what the reference does not leave
-        if operator._kernel_for(impl, _check(operator, args), args) is None:
+        if operator._kernel_for(impl, operator.signature.check(args), args) is None:
             ctx.impl = "reference"
         operator.gradient.save(ctx, args, output)
         return output

@@ -75,13 +75,12 @@ class Row:
         if self.optional and f"[{self.optional}]" in sizes:
             forms = [forms[sizes[f"[{self.optional}]"]]]
         text = " or ".join(_tuple([dim.shown for dim in form]) for form in forms)
-        values = [dim.value(sizes) for dim in forms[0]]
+        values = filled = [dim.value(sizes) for dim in forms[0]]
         if len(shape) == len(values) and self.several is None:  # what is not bound yet may be as it is
-            values = [n if known is None else known for n, known in zip(shape, values, strict=True)]
-        fits = all(n is not None and n >= dim.least for n, dim in zip(values, forms[0], strict=True))
+            filled = [n if known is None else known for n, known in zip(shape, values, strict=True)]
+        fits = all(n is not None and n >= dim.least for n, dim in zip(filled, forms[0], strict=True))
         if len(forms) == 1 and fits:
-            return f"{text} = {_tuple([str(n) for n in values])}"
-        values = [dim.value(sizes) for dim in forms[0]]
+            return f"{text} = {_tuple([str(n) for n in filled])}"
         known = [f"{dim.text} = {n}" for dim, n in zip(forms[0], values, strict=True) if isinstance(n, int)]
         least = [f"{d.text} >= {d.least}" for d, n in zip(forms[0], values, strict=True) if d.least and n is None]
         return text + (f" with {' and '.join(dict.fromkeys(known + least))}" if known + least else "")
@@ -128,11 +127,12 @@ class Signature:
     def __init__(self, names: Sequence[str], optional: Sequence[str], table: Mapping[str, str]) -> None:
         self.optional = optional
         rows = [Row(name, row) for name, row in table.items()]
-        self.rows = [(names.index(row.name), row) for row in rows]
-        # where all tensors come first, their facts are taken without a look at what is a list or None
-        plain = sorted(i for i, row in self.rows if not (row.is_list or row.name in optional))
-        self.plain = len(plain) if plain == list(range(len(self.rows))) else 0
-        self.order = sorted(i for i, _ in self.rows)
+        # which arguments are tensors or lists of them, and where among these every row's is
+        self.tensors = sorted(names.index(row.name) for row in rows)
+        self.rows = [(self.tensors.index(names.index(row.name)), row) for row in rows]
+        # where they come first, their facts are taken without a look at what is a list or None
+        all_plain = not any(row.is_list or row.name in optional for row in rows)
+        self.plain = len(rows) if all_plain and self.tensors == list(range(len(rows))) else 0
         self._remembered = lru_cache(maxsize=1024)(self._check)
 
     def check(self, args: Sequence[Any]) -> str:
@@ -162,20 +162,18 @@ class Signature:
 
     def _facts(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Of every tensor, of every one of a list, or None, in the order of the arguments."""
-        return tuple([_facts(args[i]) for i in self.order])
+        return tuple([_facts(args[i]) for i in self.tensors])
 
     def _check(self, facts: tuple[Any, ...]) -> str:
         sizes: Sizes = {}
         seen: dict[str, Facts] = {}
         for i, row in self.rows:
-            fact = facts[self.order.index(i)]
+            fact = facts[i]
             if row.is_list:
                 for d, each in enumerate(fact):
                     _check_tensor(row, f"{row.name}[{d}]" if len(fact) > 1 else row.name, each, sizes, seen)
-            elif fact is not None:
+            elif fact is not None or row.name not in self.optional:
                 _check_tensor(row, row.name, fact, sizes, seen)
-            elif row.name not in self.optional:
-                raise TypeError(f"{row.name} must be a tensor, got None")
         _, _, device, _ = next(iter(seen.values()))
         others = [str(layout) for _, _, _, layout in seen.values() if layout != torch.strided]
         return others[0] if others else device.type
@@ -184,10 +182,12 @@ class Signature:
 def _facts(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.shape, x.dtype, x.device, x.layout
-    return None if x is None else tuple([(y.shape, y.dtype, y.device, y.layout) for y in x])
+    return None if x is None else tuple([_facts(y) for y in x])
 
 
-def _check_tensor(row: Row, name: str, fact: Facts, sizes: Sizes, seen: dict[str, Facts]) -> None:
+def _check_tensor(row: Row, name: str, fact: Facts | None, sizes: Sizes, seen: dict[str, Facts]) -> None:
+    if fact is None:
+        raise TypeError(f"{name} must be a tensor, got None")
     shape, dtype, device, _ = fact
     first, (_, _, first_device, _) = next(iter(seen.items()), (name, fact))
     if dtype not in row.dtypes:

@@ -56,7 +56,7 @@ class AttentionBackward(NamedTuple):
     def of(cls, grad: Tensor, output: Tensor, statistics: Tensor, *args: Any) -> "AttentionBackward":
         *attention, mask_grad = args
         inputs = Attention(*attention)
-        return cls(grad, output, statistics.contiguous(), inputs, mask_grad and inputs.has_additive_mask)
+        return cls(grad, output, statistics, inputs, mask_grad and inputs.has_additive_mask)
 
 
 class PackedBackward(NamedTuple):

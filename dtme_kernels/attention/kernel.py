@@ -126,11 +126,11 @@ def expanded_attention_backward(b: AttentionBackward) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, task key and task value, contiguous, and of an additive mask."""
     a, p = b.attention, _Problem(b.attention)
     shared = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a.query, a.key, a.value)]
-    grad = p.fold(b.grad)
-    delta, parts = _gradients(p, grad, b.output, b.statistics, shared)
+    grad, statistics = p.fold(b.grad), b.statistics.contiguous()
+    delta, parts = _gradients(p, grad, b.output, statistics, shared)
     d_mask = a.query.new_empty(0)
     if b.wants_mask_grad and a.attn_mask is not None:
-        d_mask = _mask_gradient(p, grad, b.statistics, delta, a.attn_mask)
+        d_mask = _mask_gradient(p, grad, statistics, delta, a.attn_mask)
     return *shared, *(x.view(a.task_key.shape).to(a.query.dtype) for x in parts), d_mask
 
 
@@ -140,7 +140,7 @@ def packed_attention_backward(b: PackedBackward) -> tuple[Tensor, Tensor]:
     d_qkv = torch.empty(b.qkv.shape, dtype=b.qkv.dtype, device=b.qkv.device)
     d_task_kv = torch.empty(b.task_kv.shape, dtype=b.task_kv.dtype, device=b.task_kv.device)
     d_query, d_key, d_value, d_task_key, d_task_value, *_ = unpack(d_qkv, d_task_kv)
-    _, parts = _gradients(p, p.fold(b.grad), b.output, b.statistics, [d_query, d_key, d_value])
+    _, parts = _gradients(p, p.fold(b.grad), b.output, b.statistics.contiguous(), [d_query, d_key, d_value])
     d_task_key.copy_(parts[0])
     d_task_value.copy_(parts[1])
     return d_qkv, d_task_kv
@@ -151,7 +151,7 @@ def _gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Fill ``shared``: gradients of query, key and value. Delta, and float32 (T, H, t, d) of task key and value.
 
-    ``grad``: folded.
+    ``grad``: folded. ``statistics``: contiguous.
     """
     wide = partial(torch.empty, dtype=torch.float32, device=grad.device)
     delta = wide(p.rows, p.heads, p.queries)

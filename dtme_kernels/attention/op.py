@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..launch import cannot_run, highest
-from ..registry import Gradient, Kernel, Operator, compose, differentiable_once, library
+from ..registry import Gradient, Kernel, Operator, differentiable_once, without_last_output
 from . import reference
 from .arguments import Attention, AttentionBackward, PackedBackward, unpack
 from .tiles import MOST_CHANNELS, MOST_CHANNELS_IN_THREE_PARTS
@@ -159,15 +159,7 @@ expanded_attention = Operator(
     public="expanded_attention",
     low_precision=True,
 )
-
-
-def _without_statistics(*args: Any, impl: str = "auto") -> Tensor:
-    output, _ = expanded_attention.overload(*args, impl=impl)
-    return output
-
-
-library.define(f"expanded_attention({ARGUMENTS}, *, str impl='auto') -> Tensor")
-compose("expanded_attention", _without_statistics)
+without_last_output(f"expanded_attention({ARGUMENTS}) -> Tensor", expanded_attention)
 
 # --- packed as one projection leaves them ----------------------------------------------------------------------------
 
@@ -188,8 +180,7 @@ def _triton_packed(qkv: Tensor, task_kv: Tensor, scale: float | None) -> tuple[T
 def _triton_packed_backward(*args: Any) -> tuple[Tensor, Tensor]:
     from .kernel import packed_attention_backward
 
-    b = PackedBackward(*args)
-    return packed_attention_backward(b._replace(statistics=b.statistics.contiguous()))
+    return packed_attention_backward(PackedBackward(*args))
 
 
 def _triton_cannot_run_packed(qkv: Tensor, task_kv: Tensor, scale: float | None) -> str | None:

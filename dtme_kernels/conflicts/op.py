@@ -41,7 +41,7 @@ def _fake_count(grads: Tensor, basis: Tensor, rank: list[int], count_zero_gradie
     return spaces[0], spaces[1], valid, grads.new_empty((), dtype=torch.int64)
 
 
-def _check_ranks(grads: Tensor, basis: Tensor, rank: Sequence[int], count_zero_gradients: bool) -> None:
+def _check_ranks(grads: Tensor, basis: Tensor, rank: Sequence[int], *others: Any) -> None:
     p = basis.shape[0]
     least = 1
     for m in rank:
@@ -82,8 +82,8 @@ def _triton_dots_backward(
     return projected_dots_backward(grad_range, grad_null, grads, basis, rank)
 
 
-def _triton_cannot_run_backward(grad_range: Tensor, grad_null: Tensor, grads: Tensor, *others: Any) -> str | None:
-    return _triton_cannot_run(grads)
+def _triton_cannot_run_backward(grad_range: Tensor, grad_null: Tensor, *inputs: Any) -> str | None:
+    return _triton_cannot_run(*inputs)
 
 
 def _fake_dots(grads: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -100,12 +100,11 @@ def _fake_dots_backward(
 
 
 def _check_rank(grads: Tensor, basis: Tensor, rank: int) -> None:
-    if not 1 <= rank <= len(basis) - 1:
-        raise ValueError(f"rank must be in [1, p-1] = [1, {len(basis) - 1}], got {rank}")
+    _check_ranks(grads, basis, [rank])
 
 
-def _check_rank_backward(grad_range: Tensor, grad_null: Tensor, grads: Tensor, basis: Tensor, rank: int) -> None:
-    _check_rank(grads, basis, rank)
+def _check_rank_backward(grad_range: Tensor, grad_null: Tensor, *inputs: Any) -> None:
+    _check_rank(*inputs)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:

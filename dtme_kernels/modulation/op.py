@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..launch import cannot_run
-from ..registry import Gradient, Kernel, Operator, compose, differentiable_once, library
+from ..registry import Gradient, Kernel, Operator, differentiable_once, without_last_output
 from . import reference
 
 MOST_CHANNELS = 4096  # a row of tokens, and the sums of one stream's gradients, in the registers of one program
@@ -145,12 +145,4 @@ modulate_layer_norm = Operator(
     gradient=Gradient(_save_norm, _backward_norm),
     public="modulate_layer_norm",
 )
-
-
-def _without_statistics(*args: Any, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    modulated, normalized, _ = modulate_layer_norm.overload(*args, impl=impl)
-    return modulated, normalized
-
-
-library.define(f"modulate_layer_norm({ARGUMENTS}, *, str impl='auto') -> (Tensor modulated, Tensor normalized)")
-compose("modulate_layer_norm", _without_statistics)
+without_last_output(f"modulate_layer_norm({ARGUMENTS}) -> (Tensor modulated, Tensor normalized)", modulate_layer_norm)
