@@ -36,6 +36,17 @@ class TokenSpace:
         """U_N, (p, p - m). Raises ValueError for more than one block: their ranks differ."""
         return self.basis[:, self._single_rank() :]
 
+    def at(self, ratio: float) -> "TokenSpace":
+        """The same eigenvectors, split at another ratio as ``split_token_space`` would.
+
+        Raises:
+            TypeError, ValueError: ``ratio`` is not a positive number.
+        """
+        _check_ratio(ratio)
+        _, exponent = self.eigenvalues.amax(-1, keepdim=True).frexp()
+        rank = _rank(self.eigenvalues.double().ldexp(-exponent), ratio)
+        return TokenSpace(self.basis, self.eigenvalues, int(rank) if rank.dim() == 0 else rank)
+
     def to(self, device: torch.device | str) -> "TokenSpace":
         """The same split on another device."""
         rank = self.rank.to(device) if isinstance(self.rank, Tensor) else self.rank
@@ -81,12 +92,24 @@ def split_token_space(covariance: Tensor, ratio: float = 100.0, *, impl: str = "
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
 
+    rank = _rank(values, ratio)
+    values = values.ldexp(exponent.squeeze(-1))
+    return TokenSpace(vectors.to(covariance.dtype), values.to(covariance.dtype), int(rank) if rank.dim() == 0 else rank)
+
+
+def _rank(values: Tensor, ratio: float) -> Tensor:
+    """(..., p) eigenvalues, descending, whose sum does not overflow -> (...), Eq. 3."""
     head = values.cumsum(-1)
     # summed from the small end: "total minus head" would be rounding error just where the split falls
     tail = F.pad(values[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-    rank = (head / tail < ratio).sum(-1).clamp(1, values.shape[-1] - 1)
-    values = values.ldexp(exponent.squeeze(-1))
-    return TokenSpace(vectors.to(covariance.dtype), values.to(covariance.dtype), int(rank) if rank.dim() == 0 else rank)
+    return (head / tail < ratio).sum(-1).clamp(1, values.shape[-1] - 1)
+
+
+def _check_ratio(ratio: float) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(f"ratio must be a number, got {ratio!r}")
+    if not ratio > 0:
+        raise ValueError(f"ratio must be > 0, got {ratio}")
 
 
 def _check(covariance: Tensor, ratio: float) -> None:
@@ -97,10 +120,7 @@ def _check(covariance: Tensor, ratio: float) -> None:
     shape = tuple(covariance.shape)
     if len(shape) not in (2, 3) or shape[-1] != shape[-2] or shape[-1] < 2:
         raise ValueError(f"covariance must be (p, p) or (D, p, p) with p >= 2, got {shape}")
-    if isinstance(ratio, bool) or not isinstance(ratio, Real):
-        raise TypeError(f"ratio must be a number, got {ratio!r}")
-    if not ratio > 0:
-        raise ValueError(f"ratio must be > 0, got {ratio}")
+    _check_ratio(ratio)
 
     def refuse(layers: Tensor, problem: str) -> None:
         if layers.any():

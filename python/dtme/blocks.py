@@ -195,6 +195,17 @@ def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], block: str) ->
     raise BlockError(f"block {block!r} was called without tokens: none of its arguments is a floating (B, ..., p)")
 
 
+def holds_channels_first(block: nn.Module, tokens: Tensor, num_features: int | None = None) -> bool:
+    """Whether ``tokens`` are maps (B, p, H, W) rather than (B, ..., p), by the widths that the block's layers have."""
+    if tokens.ndim != 4:
+        return False
+    widths, width, channels = [num_features] if num_features else block_widths(block), tokens.shape[-1], tokens.shape[1]
+    convolved = [module.in_channels for module in block.modules() if isinstance(module, nn.Conv2d)]
+    if channels in widths:
+        return width not in widths or (bool(convolved) and width == channels)
+    return channels in convolved and width not in widths
+
+
 def check_channels(block: nn.Module, name: str, tokens: Tensor, num_features: int | None) -> None:
     """Tokens are (B, ..., p): refuse maps (B, p, H, W), and tokens of another width than the block was expanded for.
 
@@ -204,17 +215,12 @@ def check_channels(block: nn.Module, name: str, tokens: Tensor, num_features: in
     Raises:
         ValueError: names the block.
     """
-    widths, width = [num_features] if num_features else block_widths(block), tokens.shape[-1]
-    if tokens.ndim == 4:
-        convolved = [module.in_channels for module in block.modules() if isinstance(module, nn.Conv2d)]
-        channels = tokens.shape[1]
-        if (channels in widths and (width not in widths or (convolved and width == channels))) or (
-            channels in convolved and width not in widths
-        ):
-            raise BlockError(
-                f"block {name!r} ({type(block).__name__}) takes maps {tuple(tokens.shape)}, whose channels are on the "
-                "second axis; dtme needs them on the last"
-            )
+    width = tokens.shape[-1]
+    if holds_channels_first(block, tokens, num_features):
+        raise BlockError(
+            f"block {name!r} ({type(block).__name__}) takes maps {tuple(tokens.shape)}, whose channels are on the "
+            "second axis; dtme needs them on the last"
+        )
     if num_features and width != num_features:
         raise ValueError(
             f"block {name!r} ({type(block).__name__}) got tokens {tuple(tokens.shape)}, whose last axis is not the "

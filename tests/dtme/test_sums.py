@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dtme
-from dtme.sums import SumFinder
+from dtme.analysis.sums import SumFinder
 from tests.dtme.clients import SDPA, OwnBlock, OwnTransformer
 
 

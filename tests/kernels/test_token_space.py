@@ -165,3 +165,20 @@ def test_impl_and_ratio_are_checked():
         split_token_space(torch.eye(3), impl="fast")
     with pytest.raises(TypeError, match="ratio must be a number"):
         split_token_space(torch.eye(3), "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_eigenvectors_are_split_at_another_ratio(dtype):
+    tokens = torch.randn(3, 40, 12, dtype=dtype) * torch.logspace(0, -2, 12, dtype=dtype)
+    covariance = tokens.mT @ tokens
+    space = split_token_space(covariance, 100.0)
+    for ratio in (1e-3, 1.0, 10.0, 100, 1e9):
+        for found, want in ((space, covariance), (split_token_space(covariance[1]), covariance[1])):
+            again = found.at(ratio)
+            direct = split_token_space(want, ratio)
+            assert torch.equal(torch.as_tensor(again.rank), torch.as_tensor(direct.rank))
+            assert torch.equal(again.basis, direct.basis)
+    with pytest.raises(ValueError, match="ratio must be > 0"):
+        space.at(0)
+    with pytest.raises(TypeError, match="ratio must be a number"):
+        space.at("1")

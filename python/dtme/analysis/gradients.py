@@ -1,50 +1,47 @@
 """Every task's gradient at the input of every block, and which tasks reach which block."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dtme_kernels import ConflictCounts
-
+from ..streams import Layout
 from .capture import Entered
-from .streams import Layout, unfold
 
 
 def token_gradients(
     tasks: Sequence[str],
     entered: Sequence[list[Entered]],
     outputs: Sequence[Tensor],
-    seeds: Sequence[list[Tensor | None] | None],
+    seeds: Sequence[Sequence[Tensor | None]],
     sharing: Sequence[Layout] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Differentiate ``outputs`` for each of K tasks.
 
     Args:
         entered: what entered each of D blocks.
-        seeds: per task its gradients at ``outputs``; None for a task that has none in this batch.
+        seeds: per task its gradients at ``outputs``.
         sharing: the streams that an expanded backbone has before each block, also where it ran once for every task:
             what a decoder reads of other tasks depends on the tokens that they share. None where nothing is expanded.
 
     Returns:
-        Per block (K, B, ..., p), of each task in its own stream if it has one; and (D, K) bool, whether the task
+        Per block (K, B, N, p), of each task in its own stream if it has one; and (D, K) bool, whether the task
         reaches the block at all, be its gradient zero. One that uses the tokens beside the block only, as the decoders
         of other tasks do, does not reach it.
 
     Raises:
-        ValueError: a task with seeds reaches no block.
+        ValueError: a task reaches no block.
     """
     tokens = [tensor for runs in entered for run in runs for tensor in (run.tokens, run.inside)]
-    found = [runs[0].tokens.new_zeros((len(tasks), *runs[0].image_shape)) for runs in entered]
+    shapes = [runs[0].in_streams(runs[0].tokens).shape[1:] for runs in entered]
+    found = [runs[0].tokens.new_empty((len(tasks), *shape)) for runs, shape in zip(entered, shapes, strict=True)]
     reached = torch.zeros(len(entered), len(tasks), dtype=torch.bool)
-    present = [(i, task, seed) for i, (task, seed) in enumerate(zip(tasks, seeds, strict=True)) if seed is not None]
-    for i, task, seed in present:
+    for i, (task, seed) in enumerate(zip(tasks, seeds, strict=True)):
         pairs = [(output, gradient) for output, gradient in zip(outputs, seed, strict=True) if gradient is not None]
         gradients: Sequence[Tensor | None] = [None] * len(tokens)
         if pairs:
             heads, starts = zip(*pairs, strict=True)
-            last = i == present[-1][0]
+            last = i == len(tasks) - 1
             gradients = torch.autograd.grad(heads, tokens, starts, retain_graph=not last, allow_unused=True)
         rest = iter(gradients)
         for d, runs in enumerate(entered):
@@ -53,13 +50,29 @@ def token_gradients(
                 if gradient is None or inside is None:
                     continue
                 together = sharing[d].stream_of(task) if sharing is not None and run.layout.tasks else ()
-                for stream, part in zip(run.layout.streams, unfold(gradient, run.layout.num_streams), strict=True):
-                    if not run.layout.tasks or not set(together).isdisjoint(stream):
+                for stream, part in zip(run.layout.streams, run.in_streams(gradient), strict=True):
+                    if run.layout.tasks and set(together).isdisjoint(stream):
+                        continue
+                    if reached[d, i]:
                         found[d][i] += part
-                        reached[d, i] = True
+                    else:
+                        found[d][i] = part
+                    reached[d, i] = True
+            if not reached[d, i]:
+                found[d][i] = 0
         if not reached[:, i].any():
             raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
     return found, reached
+
+
+def tokens_of_tasks(tasks: Sequence[str], runs: Sequence[Entered]) -> list[Tensor]:
+    """Of each task the tokens of its stream at one block, (B, N, p)."""
+    of_task: dict[str, Tensor] = {}
+    for run in runs:
+        streams = run.in_streams(run.tokens)
+        for stream, part in zip(run.layout.streams, streams, strict=True):
+            of_task |= dict.fromkeys(stream or tasks, part)
+    return [of_task[task] for task in tasks]
 
 
 def any_gradient(gradients: Sequence[Tensor], reached: Tensor) -> Tensor:
@@ -70,12 +83,6 @@ def any_gradient(gradients: Sequence[Tensor], reached: Tensor) -> Tensor:
     """
     nearest = [max(row.nonzero().flatten().tolist(), default=0) for row in reached.T]
     return torch.stack([gradients[d][i].any() for i, d in enumerate(nearest)])
-
-
-def only_of(reached: Tensor, counts: ConflictCounts) -> ConflictCounts:
-    """Without the pairs of a task that is not in ``reached`` (K,): that it is zero there is no conflict."""
-    both = (reached[:, None] & reached).to(counts.valid.device)
-    return replace(counts, range=counts.range * both, null=counts.null * both, valid=counts.valid * both)
 
 
 def nothing_shared(blocks: Sequence[str], tasks: Sequence[str], reached: Tensor) -> str:

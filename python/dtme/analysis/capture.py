@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from . import nested_tensors
-from .blocks import BlockError, check_channels, find_tokens, replace_argument
-from .randomness import Saved, random_state, was_drawn, wind_back
-from .streams import Layout, innermost, unfold
-from .torch_private import recomputing
+from .. import nested_tensors
+from ..blocks import BlockError, find_tokens, holds_channels_first, replace_argument
+from ..interrupts import Deferred
+from ..randomness import Saved, random_state, was_drawn, wind_back
+from ..streams import Layout, innermost, unfold
+from ..torch_private import recomputing
 
 SHARED = Layout((), ((),))
 """The one stream of a backbone that is not expanded."""
@@ -24,7 +25,7 @@ class Entered(NamedTuple):
     """The tokens that entered a block."""
 
     tokens: Tensor
-    """(T * B, ..., p)."""
+    """(T * B, ..., p), or maps (T * B, p, H, W)."""
     inside: Tensor
     """What the block was given: the tokens, or a view of them, which only what goes through the block depends on."""
     layout: Layout
@@ -34,18 +35,25 @@ class Entered(NamedTuple):
     """Of the forward: an earlier one was given up."""
     precision: torch.dtype
     """In which the block computes: that of autocast, or its tokens'."""
+    is_map: bool
+    """Whether the channels are on the second axis."""
 
-    @property
-    def image_shape(self) -> torch.Size:
-        """(B, ..., p): the shape of one stream."""
-        return torch.Size([self.tokens.shape[0] // self.layout.num_streams, *self.tokens.shape[1:]])
+    def in_streams(self, tensor: Tensor) -> Tensor:
+        """The tokens, or their gradient, as (T, B, N, p)."""
+        last = tensor.movedim(1, -1) if self.is_map else tensor
+        return unfold(last.flatten(1, -2), self.layout.num_streams)
 
-    def by_image(self, num_tasks: int) -> Tensor:
+    def by_image(self, num_tasks: int, mask: Tensor | None = None) -> Tensor:
         """(B, n, p): all tokens that each image has here, so weighted that each of ``num_tasks`` tasks counts the same.
 
         A second moment of them is the mean of the tasks' own, however many of them share a stream.
+
+        Args:
+            mask: (B, N) bool; the others become zero, which adds nothing to a second moment.
         """
-        streams = unfold(self.tokens.flatten(1, -2), self.layout.num_streams)
+        streams = self.in_streams(self.tokens)
+        if mask is not None:
+            streams = streams.masked_fill(~mask[..., None], 0)
         sizes = torch.tensor([len(stream) or num_tasks for stream in self.layout.streams])
         if (sizes != num_tasks).any():
             streams = streams * (sizes / num_tasks).sqrt().to(streams)[:, None, None, None]
@@ -78,7 +86,6 @@ class BlockInputs:
                     return None
                 layout, attempt = (SHARED, 0) if forward is None else (forward.layout, forward.attempt)
                 where, tokens = find_tokens(args, kwargs, name)
-                check_channels(block, name, tokens, None)
                 if tokens.is_inference():  # made under inference_mode: takes part in no graph
                     tokens = tokens.clone()
                 if gradients and not tokens.requires_grad:
@@ -92,7 +99,9 @@ class BlockInputs:
                             f"block {name!r} runs more than once in a forward, so that its tokens are ambiguous: let "
                             "a step call the model once"
                         )
-                    seen[name] = [*before, Entered(tokens, inside, layout, tokens._version, attempt, precision(tokens))]
+                    is_map = holds_channels_first(block, tokens)
+                    entered = Entered(tokens, inside, layout, tokens._version, attempt, precision(tokens), is_map)
+                    seen[name] = [*before, entered]
                 return args, kwargs
 
             return enter
@@ -141,6 +150,7 @@ class Unchanged:
         self._saved: WeakKeyDictionary[nn.Module, Saved] = WeakKeyDictionary()
         self._trained: list[nn.Parameter] = []
         self._nested: list[tuple[nn.Module, str, bool]] = []
+        self._hooks: WeakKeyDictionary[nn.Module, dict[str, dict[int, Any]]] = WeakKeyDictionary()
         self._others: dict[str, None] = {}
         """Classes of the modules with weights that are no part of the model, in the order they were met."""
 
@@ -148,12 +158,17 @@ class Unchanged:
         self._random = random_state()
         try:
             self.hold(self.model)
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(error)
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: object = None, *others: object) -> None:
+        for module, hooks in self._hooks.items() if error is not None else ():
+            for name, before in hooks.items():  # a forward may have been interrupted between a hook and its handle
+                if list(now := vars(module)[name]) != list(before):
+                    now.clear()
+                    now.update(before)
         for module, saved in reversed(list(self._saved.items())):  # buffers that modules share: the first saved counts
             saved.put_back(module)
         nested_tensors.switch_back(self._nested)
@@ -163,15 +178,17 @@ class Unchanged:
 
     def hold(self, module: nn.Module) -> None:
         """Save ``module`` and all in it that is not held yet, freeze it and set its mode."""
-        for part in module.modules():
-            if part not in self._saved:
-                self._saved[part] = Saved(part)
-        self._nested += nested_tensors.switch_off(module)
-        module.train(self.train_mode)
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                self._trained.append(parameter)
-                parameter.requires_grad_(False)
+        with Deferred():  # it may be met in the middle of a forward
+            for part in module.modules():
+                if part not in self._saved:
+                    self._saved[part] = Saved(part)
+                    self._hooks[part] = {n: dict(v) for n, v in vars(part).items() if n.endswith("_hooks")}
+            self._nested += nested_tensors.switch_off(module)
+            module.train(self.train_mode)
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    self._trained.append(parameter)
+                    parameter.requires_grad_(False)
 
     @contextmanager
     def watch(self) -> Iterator[None]:

@@ -1,0 +1,266 @@
+"""Where do the tasks fight? Two passes over the data: the token space of every block, then the conflicts in it."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import BlockError, find_blocks
+from ..interrupts import Deferred
+from ..model import MultiTaskModel
+from ..report import ConflictReport, agreement
+from .arguments import check_counts, check_loader, check_method, check_model, check_settle, ratios_of
+from .capture import Unchanged
+from .folder import Folder, checksum
+from .loop import Pass
+from .losses import Step
+from .masks import TokenMask
+from .passes import Analysis, Options
+from .ranks import Ranks
+
+__all__ = ["analyze"]
+
+LEAST_BATCHES = 8
+"""With fewer, nothing is known of how sure a rate is."""
+
+
+def analyze(
+    model: nn.Module,
+    loader: Iterable[Any],
+    losses: Mapping[str, Callable[[Any, Any], Tensor]] | Step,
+    *,
+    ratio: float | Sequence[float] = 100.0,
+    blocks: str | Sequence[str | nn.Module] | None = None,
+    max_batches: int | None = None,
+    covariance_batches: int | None = None,
+    settle: float | None = None,
+    plan_options: Mapping[str, Any] | None = None,
+    token_mask: TokenMask | None = None,
+    max_tasks: int = 64,
+    count_zero_gradients: bool = False,
+    train_mode: bool = False,
+    autocast: torch.dtype | None = None,
+    method: str = "joint",
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    process_group: Any = None,
+) -> ConflictReport:
+    """Count the tasks' token-gradient conflicts in the range and null space of every block (Eq. 1-4, Algorithm 1).
+
+    The first pass streams the second moment of every block's input tokens; the second takes each task's gradient at
+    them, rotates it into their eigenbasis and counts the pairs of tasks that pull apart, per token and space.
+
+    Train the heads first: untrained heads send gradients that agree by chance, half of the time.
+
+    Args:
+        model: a ``MultiTaskModel``; with a ``step`` function, any transformer.
+        loader: yields ``(x, {task: target})`` (with ``step``: whatever it takes), and can be iterated twice. A batch
+            may lack targets of some tasks, or hold only labels of theirs that are ignored: these tasks are then left
+            out of it, which the report counts in ``skipped``.
+        losses: ``{task: loss(prediction, target)}`` for at least two tasks, or ``step``, which may run more than
+            ``model``: whatever it calls is in the same mode meanwhile. It returns the tasks' losses and no sum of them.
+        ratio: r, range energy over null energy (Eq. 3). Of several, the first is that of the report, and
+            ``report.at(r)`` is the report at another; one rotation serves all.
+        blocks: None finds them; else the attribute path of their container, names, or modules. Blocks may take
+            (B, N, p), (B, H, W, p) or maps (B, p, H, W).
+        max_batches: stop each pass after so many; None for all.
+        covariance_batches: the same for the first pass alone; by default ``max_batches``.
+        settle: a confidence in (0.5, 1): end each pass as soon as the plan would, at that confidence, not change. It is
+            looked at when 2, 4, 8, ... batches have been read, by resampling them, the error being spent over the
+            looks. The first pass ends when the rank changed by less than 1 % of the channels at the last doubling and
+            the range basis keeps within 1 % as much of the new tokens. Give a shuffled loader: batches are taken as
+            they come. ``report.settled`` says whether it was.
+        plan_options: of ``report.plan``, the plan that is to settle.
+        token_mask: ``token_mask(batch) -> (B, N)`` bool, the tokens that count, those that pad a sentence not among
+            them; of what the loader yields, on the device. None takes a mapping input's 2-D ``attention_mask``.
+        max_tasks: of more tasks than these, each batch counts so many, drawn at random: a backward pass each.
+        count_zero_gradients: Algorithm 1's letter: a zero gradient conflicts with everything, in the blocks that its
+            task reaches.
+        train_mode: run in training mode (dropout, batch statistics) instead of evaluation mode.
+        autocast: ``torch.bfloat16`` or ``torch.float16``: run the model in it; counting stays in float32.
+        method: ``"joint"``, or ``"streamed"``: keep the graph of one block at a time, for memory, at the price of one
+            more forward of every block per task.
+        folder: write the sums there every minute. The same call, after it was killed, goes on from them and ends in
+            the same numbers; the loader then has to yield the same batches in the same order, given the same random
+            state.
+        progress: show two progress bars.
+        device: where batches are moved; by default the model's.
+        process_group: under ``torch.distributed``, whose sums and counts are reduced; every rank brings its own shard
+            (``dataset[rank::world]``) and returns the same report. What stops one rank stops all.
+
+    Returns:
+        The report. The model and whatever else ran, buffers, modes, hooks and the random state are as before, also
+        after an error, Ctrl-C or another signal, at whatever moment.
+
+    Raises:
+        TypeError, ValueError: bad arguments; a loss that is not a finite scalar or not connected to the blocks, naming
+            the task; tokens or gradients that are not finite, naming the block; a task without a gradient anywhere; no
+            block that two tasks reach; a loss that is the sum of others; a folder of another analysis.
+        RuntimeError: another rank failed; the message has its number and the cause.
+    """
+    with Deferred() as signals:
+        ranks = Ranks(process_group, signals)
+        try:
+            with ranks.together():
+                ratios = ratios_of(ratio)
+                check_model(model, losses)
+                check_loader(loader)
+                check_counts(max_batches=max_batches, covariance_batches=covariance_batches, max_tasks=max_tasks)
+                check_settle(settle, plan_options)
+                check_method(method, autocast, folder)
+                backbone = model.backbone if isinstance(model, MultiTaskModel) else model
+                found = find_blocks(backbone, blocks)
+            ranks.same("the names of the blocks", list(found))
+            options = Options(
+                ratios,
+                count_zero_gradients,
+                train_mode,
+                token_mask,
+                autocast,
+                method == "streamed",
+                max_tasks,
+                settle,
+                plan_options or {},
+            )
+            at = torch.device(device or next((t.device for t in model.parameters()), torch.device("cpu")))
+            first = max_batches if covariance_batches is None else covariance_batches
+            with (
+                Unchanged(model, train_mode) as held,
+                _without_compiler(),
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):
+                with ranks.together():
+                    analysis = Analysis(model, losses, found, held, options, at, ranks)
+                return _run(analysis, loader, (first, max_batches), folder, progress)
+        except BlockError as error:
+            error.named = blocks is not None
+            raise
+
+
+def _run(
+    analysis: Analysis,
+    loader: Iterable[Any],
+    limits: tuple[int | None, int | None],
+    path: str | os.PathLike[str] | None,
+    progress: bool,
+) -> ConflictReport:
+    ranks, options = analysis.ranks, analysis.options
+    with ranks.together():
+        folder = Folder(path, _fingerprint(analysis, loader, limits) if path is not None else {}, ranks)
+    with ranks.together():
+        saved = folder.read()
+        if saved is not None:
+            analysis.load(saved["state"])
+    may_settle = options.settle is not None
+    at_first = saved if saved is not None and saved["pass"] == 0 else None
+    spaces = Pass(
+        0, analysis, folder, analysis.add_tokens, _look_at_spaces(analysis) if may_settle else None, limits[0], progress
+    )
+    if saved is None or saved["pass"] == 0:
+        spaces.run(loader, at_first)
+        with ranks.together():
+            analysis.end_first_pass()
+            spaces.write()
+    with ranks.together():
+        analysis.split_spaces()
+    _say_what_pairs_cost(analysis)
+    look = _look_at_plan(analysis) if may_settle else None
+    conflicts = Pass(1, analysis, folder, analysis.add_gradients, look, limits[1], progress)
+    conflicts.run(loader, saved if saved is not None and saved["pass"] == 1 else None)
+    with ranks.together():
+        report = analysis.report()
+        conflicts.write()
+    if options.settle is not None and not conflicts.settled:
+        share = _agreement(analysis, report)
+        conflicts.settled = share >= 1 - (1 - options.settle) / 2 ** _number_of_looks(conflicts.rounds * ranks.world)
+    return report if options.settle is None else _with_settled(report, conflicts.settled)
+
+
+def _with_settled(report: ConflictReport, settled: bool) -> ConflictReport:
+    from dataclasses import replace
+
+    return replace(report, settled=settled)
+
+
+def _look_at_spaces(analysis: Analysis) -> Callable[[int], tuple[bool, str]]:
+    def look(rounds: int) -> tuple[bool, str]:
+        with analysis.ranks.together():
+            settled = analysis.spaces.look()
+        unsettled = analysis.spaces.unsettled
+        return settled, f"the space of {len(unsettled)} of {len(analysis.spaces.names)} blocks still moves"
+
+    return look
+
+
+def _look_at_plan(analysis: Analysis) -> Callable[[int], tuple[bool, str]]:
+    def look(rounds: int) -> tuple[bool, str]:
+        batches = rounds * analysis.ranks.world
+        if batches < LEAST_BATCHES:
+            return False, ""
+        with analysis.ranks.together():
+            share = _agreement(analysis, analysis.report(is_last=False))
+        assert analysis.options.settle is not None
+        wanted = 1 - (1 - analysis.options.settle) / 2 ** _number_of_looks(batches)
+        return share >= wanted, f"the plan holds in {share:.1%} of resamples, {wanted:.1%} are needed"
+
+    return look
+
+
+def _agreement(analysis: Analysis, report: ConflictReport) -> float:
+    """The share of resamples that keep the plan: the first rank's, so that all decide the same."""
+    with analysis.ranks.together(), analysis.signals.allowed():
+        share = agreement(report, **analysis.options.plan_options) if report.shared_blocks else math.nan
+    return analysis.ranks.gather(share)[0]
+
+
+def _number_of_looks(batches: int) -> int:
+    """At 8, 16, 32, ... batches: an error of half, a quarter, an eighth ... of what is allowed is spent on each."""
+    return max(1, int(math.log2(max(batches, LEAST_BATCHES) / LEAST_BATCHES)) + 1)
+
+
+def _say_what_pairs_cost(analysis: Analysis) -> None:
+    count, most = len(analysis.tasks), analysis.options.max_tasks
+    if count > most:
+        warnings.warn(
+            f"{count} tasks have {count * (count - 1) // 2:,} pairs: each batch counts the {most * (most - 1) // 2:,} "
+            f"of {most} tasks drawn at random, by {most} backward passes. max_tasks={count} counts all, by {count}",
+            stacklevel=3,
+        )
+
+
+def _fingerprint(analysis: Analysis, loader: Iterable[Any], limits: Sequence[int | None]) -> dict[str, Any]:
+    """What a folder's sums must be of to be gone on from."""
+    options = analysis.options
+    return {
+        "model": f"{type(analysis.model).__name__} {checksum(analysis.model):08x}",
+        "blocks": list(analysis.inputs.blocks),
+        "tasks": list(analysis.tasks),
+        "ratio": list(options.ratios),
+        "max_batches": list(limits),
+        "batches in the loader": len(loader) if isinstance(loader, Sized) else None,
+        "count_zero_gradients": options.count_zero_gradients,
+        "train_mode": options.train_mode,
+        "token_mask": options.token_mask is not None,
+        "autocast": str(options.autocast),
+        "method": "streamed" if options.streamed else "joint",
+        "max_tasks": options.max_tasks,
+        "settle": options.settle,
+        "plan_options": repr(sorted(options.plan_options.items())),
+    }
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Run eagerly what is compiled, in all threads: compiled code may not run the hooks that are added here."""
+    with warnings.catch_warnings():
+        # what torch.compile(module) says of hooks on all modules is about compiled code
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+        with torch.compiler.set_stance("force_eager"):
+            yield

@@ -1,0 +1,264 @@
+"""The two passes over the data, and what they add up."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dtme_kernels import count_conflicts
+
+from ..report import ConflictReport
+from ..streams import Layout, together
+from ..trees import to_device
+from .capture import BlockInputs, Entered, Unchanged
+from .gains import map_gradients
+from .gradients import any_gradient, token_gradients, tokens_of_tasks
+from .losses import ByStep, ByTask, Started
+from .masks import TokenMask, TokenMasks
+from .outcome import Sums, report_of
+from .ranks import Ranks
+from .recompute import recomputed
+from .spaces import Space, TokenSpaces
+from .sums import SumFinder
+
+
+class Options(NamedTuple):
+    """What an analysis was asked for, and its sums depend on."""
+
+    ratios: tuple[float, ...]
+    count_zero_gradients: bool
+    train_mode: bool
+    token_mask: TokenMask | None
+    autocast: torch.dtype | None
+    streamed: bool
+    max_tasks: int
+    settle: float | None
+    plan_options: Mapping[str, Any]
+
+
+class Analysis:
+    """The running sums of one analysis."""
+
+    def __init__(
+        self,
+        model: Any,
+        losses: Any,
+        blocks: dict[str, nn.Module],
+        held: Unchanged,
+        options: Options,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        self.model, self.held, self.options, self.device, self.ranks = model, held, options, device, ranks
+        self.signals = ranks.signals
+        functions = [*(losses.values() if isinstance(losses, Mapping) else [losses])]
+        functions += [getattr(model, name, None) for name in ("features", "decoder")]
+        for owner in [getattr(function, "__self__", None) for function in functions]:
+            if isinstance(owner, nn.Module):  # whose method is called, but not it itself
+                held.hold(owner)
+        by = ByTask if isinstance(losses, Mapping) else ByStep
+        self.losses: ByTask | ByStep = by(model, losses, self.signals)
+        self.inputs = BlockInputs(blocks)
+        self.masks = TokenMasks(options.token_mask)
+        self.spaces = TokenSpaces(options.ratios, ranks)
+        self.split: dict[str, Space] = {}
+        self.num_samples = 0
+        self.sums: Sums | None = None
+        self.totals: SumFinder | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.losses.tasks
+
+    # --- first pass -------------------------------------------------------------------------------------------------
+
+    def add_tokens(self, batch: Any) -> None:
+        batch = to_device(batch, self.device)
+        mask = self.masks.of(batch)
+        with self.inputs.record(gradients=False) as entered, self.held.watch(), self._precision():
+            self.losses.forward(batch)
+        self.inputs.check(entered)
+        with self.signals.allowed():
+            tokens = {name: self._tokens(name, runs, mask) for name, runs in entered.items()}
+        self.spaces.add(tokens)
+        self.masks.note(mask)
+
+    def _tokens(self, name: str, runs: list[Entered], mask: Tensor | None) -> Tensor:
+        """(B, n, p) of all streams."""
+        num_tasks = sum(len(run.layout.tasks) for run in runs) or 1
+        return torch.cat([run.by_image(num_tasks, self._mask_at(name, run, mask)) for run in runs], 1)
+
+    def _mask_at(self, name: str, run: Entered, mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else self.masks.at(mask, name, run.in_streams(run.tokens).shape[1:])
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        dtype = self.options.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def end_first_pass(self) -> None:
+        if not self.spaces.num_samples:
+            raise ValueError("loader yielded no batch")
+        self.masks.check()
+
+    def split_spaces(self) -> None:
+        self.split, self.num_samples = self.spaces.split()
+
+    # --- second pass ------------------------------------------------------------------------------------------------
+
+    def add_gradients(self, batch: Any) -> None:
+        batch = to_device(batch, self.device)
+        mask = self.masks.of(batch)
+        blocks = self.inputs.blocks
+        again: AbstractContextManager[Any] = recomputed(blocks) if self.options.streamed else nullcontext()
+        with torch.enable_grad(), again, self.inputs.record(gradients=True) as inputs:
+            with self.held.watch(), self._precision():
+                started = self.losses.start(batch, self._drawn())
+            self.inputs.check(inputs)
+            entered = [inputs[name] for name in self.spaces.names]
+            with self.signals.allowed():
+                gradients, reached = token_gradients(
+                    started.tasks, entered, started.outputs, started.seeds, self._sharing(entered)
+                )
+        with self.signals.allowed():
+            range_, null, valid = self._count(gradients, reached, started, entered, mask)
+            maps = [
+                map_gradients(gradient, tokens_of_tasks(started.tasks, runs)) if started.tasks else gradient
+                for gradient, runs in zip(gradients, entered, strict=True)
+            ]
+            alive = any_gradient(gradients, reached).cpu() if started.tasks else torch.zeros(0, dtype=torch.bool)
+            if isinstance(self.losses, ByStep):
+                self._refuse_totals(gradients, reached, started, entered)
+        self._add(started, range_, null, valid, maps, reached, alive)
+
+    def _add(
+        self, started: Started, range_: Tensor, null: Tensor, valid: Tensor, maps: Any, reached: Tensor, alive: Tensor
+    ) -> None:
+        """All of a batch or nothing: no signal comes through here."""
+        sums = self._sums()
+        index = [self.tasks.index(task) for task in started.tasks]
+        sums.tally.add(range_, null, valid)
+        sums.gains.add(maps, index, started.losses)
+        sums.reached[:, index] |= reached
+        sums.alive[index] |= alive
+        for task in self._drawn() or self.tasks:
+            if task not in started.tasks:
+                sums.skipped[task] += 1
+        sums.num_batches += 1
+
+    def _sums(self) -> Sums:
+        if self.sums is None:
+            self.sums = Sums(self.tasks, self.spaces.widths, len(self.options.ratios))
+        return self.sums
+
+    def _drawn(self) -> tuple[str, ...]:
+        """The tasks that are looked at in the next batch: all, or as many as may be, drawn at random."""
+        count = self.options.max_tasks
+        if len(self.tasks) <= count:
+            return self.tasks
+        number = 0 if self.sums is None else self.sums.num_batches
+        generator = torch.Generator().manual_seed(number * self.ranks.world + self.ranks.rank)
+        drawn = torch.randperm(len(self.tasks), generator=generator)[:count].sort().values.tolist()
+        return tuple(self.tasks[i] for i in drawn)
+
+    def _count(
+        self, gradients: list[Tensor], reached: Tensor, started: Started, entered: list[list[Entered]], mask: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Range and null counts (D, R, K, K) and valid ones (D, K, K) of one batch, of the tasks that reach a block."""
+        num_blocks, num_ratios, num_tasks = len(entered), len(self.options.ratios), len(self.tasks)
+        index = torch.tensor([self.tasks.index(task) for task in started.tasks], dtype=torch.int64)
+        counts = torch.zeros(
+            num_blocks, 2 * num_ratios + 1, num_tasks, num_tasks, dtype=torch.int64, device=self.device
+        )
+        nonfinite = torch.zeros(num_blocks, dtype=torch.int64, device=self.device)
+        for d, (name, runs) in enumerate(zip(self.spaces.names, entered, strict=True)):
+            some = reached[d].nonzero().flatten()
+            if len(some) < 2:
+                continue
+            grads = gradients[d] if len(some) == len(started.tasks) else gradients[d][some.to(gradients[d].device)]
+            at = self._mask_at(name, runs[0], mask)
+            if at is not None and not at.all():
+                grads = grads[:, at.to(grads.device)]
+            space = self.split[name]
+            found = count_conflicts(
+                grads, space.basis, space.ranks, count_zero_gradients=self.options.count_zero_gradients
+            )
+            rows = index[some].to(counts.device)
+            counts[d][:, rows[:, None], rows] = torch.cat([found.range, found.null, found.valid[:1]])
+            nonfinite[d] = found.nonfinite_pairs
+        self._check_finite(nonfinite, gradients, started)
+        range_, null, valid = counts.cpu().split([num_ratios, num_ratios, 1], 1)
+        return range_, null, valid[:, 0]
+
+    def _check_finite(self, nonfinite: Tensor, gradients: list[Tensor], started: Started) -> None:
+        bad_blocks = nonfinite.nonzero().flatten().tolist()  # the one wait for the device
+        if bad_blocks:
+            d = bad_blocks[-1]  # nearest to the loss, where it began
+            finite = gradients[d].isfinite().flatten(1).all(1).tolist()
+            bad = [task for task, fine in zip(started.tasks, finite, strict=True) if not fine]
+            raise ValueError(
+                f"the token gradients of task {', '.join(map(repr, bad))} at block {self.spaces.names[d]!r} hold NaN "
+                "or Inf"
+            )
+
+    def _sharing(self, entered: list[list[Entered]]) -> list[Layout] | None:
+        """Which tasks share the tokens that enter each block of an expanded backbone, in the order the blocks ran."""
+        tasks = [task for run in entered[0] for task in run.layout.tasks]
+        if not tasks:
+            return None
+        layouts = [together(tasks)]
+        for name in self.spaces.names:
+            adapter = self.inputs.blocks[name]._modules.get("dtme")
+            layouts.append(layouts[-1].part(getattr(adapter, "own_tasks", ())))
+        return layouts[:-1]
+
+    def _refuse_totals(
+        self, gradients: list[Tensor], reached: Tensor, started: Started, entered: list[list[Entered]]
+    ) -> None:
+        if len(started.tasks) < 2:
+            return
+        num_tasks = reached.sum(1).tolist()
+        d = max(range(len(num_tasks)), key=lambda d: (num_tasks[d], d))  # near to the losses there is little rounding
+        found = gradients[d]
+        if len(started.tasks) < len(self.tasks):
+            found = found.new_zeros(len(self.tasks), *found.shape[1:])
+            found[[self.tasks.index(task) for task in started.tasks]] = gradients[d]
+        precisions = {run.precision for runs in entered for run in runs}
+        self.totals = self.totals or SumFinder(self.tasks)
+        if total := self.totals.add(found, max(precisions, key=lambda dtype: torch.finfo(dtype).eps)):
+            name, parts = total
+            raise ValueError(
+                f"the loss of task {name!r} is a sum of those of {', '.join(map(repr, parts))}: leave it out of what "
+                "step returns, which is a loss for every task and no total"
+            )
+
+    # --- result -----------------------------------------------------------------------------------------------------
+
+    def report(self, *, settled: bool | None = None, is_last: bool = True) -> ConflictReport:
+        """Of all that the ranks have read so far."""
+        parts = self.ranks.gather(self.sums)
+        return report_of(
+            parts, self.split, self.options.ratios, self.num_samples, settled, self.losses.last_problem, is_last
+        )
+
+    # --- kept in a file ---------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "spaces": self.spaces.state(),
+            "masked": [self.masks.num_counted, self.masks.num_masked],
+            "sums": None if self.sums is None else self.sums.state(),
+            "tasks": list(self.tasks),
+            "totals": None if self.totals is None else self.totals.state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.spaces.load(state["spaces"], self.device)
+        self.masks.num_counted, self.masks.num_masked = state["masked"]
+        self.losses.tasks = tuple(state["tasks"])
+        if state["sums"] is not None:
+            self._sums().load(state["sums"])
+        if state["totals"] is not None:
+            self.totals = SumFinder(self.tasks)
+            self.totals.load(state["totals"])

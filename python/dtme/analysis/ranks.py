@@ -1,0 +1,88 @@
+"""The processes of a distributed analysis, kept in step: what stops one of them stops all."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..interrupts import Deferred
+
+
+class Ranks:
+    """All processes of ``group``; a single one where ``torch.distributed`` is not in use.
+
+    Args:
+        signals: Ctrl-C comes through while one process waits for the others.
+    """
+
+    def __init__(self, group: Any, signals: Deferred) -> None:
+        self.group, self.signals = group, signals
+        self.is_distributed = dist.is_available() and dist.is_initialized()
+        self.world = dist.get_world_size(group) if self.is_distributed else 1
+        self.rank = dist.get_rank(group) if self.is_distributed else 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process gives, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        with self.signals.allowed():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def same(self, what: str, value: Any) -> None:
+        """ValueError, in all processes, unless every one gives the same ``value``."""
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(f"{what} must be the same on all ranks: rank 0 has {values[0]}, rank {rank} {other}")
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors if self.world > 1 else ():
+            with self.signals.allowed():
+                dist.all_reduce(tensor, group=self.group)
+
+    def take_first_(self, tensors: Sequence[Tensor]) -> None:
+        """Let all have the tensors of the first rank."""
+        if self.world > 1:
+            source = dist.get_global_rank(self.group, 0) if self.group else 0
+            for tensor in tensors:
+                with self.signals.allowed():
+                    dist.broadcast(tensor, source, self.group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What every process does by itself; if it fails in one, it fails in all, which name the rank and the cause."""
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+        self.exchange(error)
+
+    def exchange(self, error: BaseException | None, *flags: bool) -> list[bool]:
+        """Whether any process has each of the ``flags``.
+
+        Raises:
+            BaseException: ``error``, where it is this process's own.
+            RuntimeError: another process's, by its rank.
+        """
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return list(flags)
+        kind = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
+        state = torch.tensor([error is not None, *flags], dtype=torch.int32, device=kind)
+        with self.signals.allowed():
+            dist.all_reduce(state, group=self.group)
+        failed, *found = (state > 0).tolist()
+        if failed:
+            said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+            if error is not None:
+                raise error
+            rank, cause = next((rank, cause) for rank, cause in enumerate(said) if cause is not None)
+            raise RuntimeError(f"the analysis ended on all ranks because of rank {rank}: {cause}")
+        return found

@@ -1,0 +1,114 @@
+"""An analysis that was killed goes on from its folder, and ends in the same numbers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import dtme
+from dtme.analysis import folder as folders
+from dtme.analysis.loop import Pass
+from tests.dtme.clients import WIDTH, OwnTransformer
+
+LOSSES = {"a": F.mse_loss, "b": F.l1_loss}
+OPTIONS = {"train_mode": True, "ratio": (100.0, 3.0), "progress": False}
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop, self.out = nn.Dropout(0.3), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        return self.out(self.drop(x))
+
+
+def make_model():
+    torch.manual_seed(0)
+    return dtme.MultiTaskModel(OwnTransformer(), {task: Dropping() for task in LOSSES})
+
+
+def make_loader():
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    rows = [(draw(5, WIDTH), {task: draw(5, 2) for task in LOSSES}) for _ in range(24)]
+    return DataLoader(rows, batch_size=2, shuffle=True)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Loss:
+    """Counts the batches that the second pass computes, and is killed in one of them."""
+
+    def __init__(self, kill_at=None):
+        self.calls, self.kill_at = 0, kill_at
+
+    def __call__(self, prediction, target):
+        self.calls += 1
+        if self.calls == self.kill_at:
+            raise Killed
+        return F.mse_loss(prediction, target)
+
+
+def run(path, loss=F.mse_loss, model=None, **options):
+    torch.manual_seed(3)
+    return dtme.analyze(model or make_model(), make_loader(), LOSSES | {"a": loss}, folder=path, **OPTIONS | options)
+
+
+@pytest.mark.parametrize("writes", ["every batch", "when it ends"])
+def test_the_same_call_goes_on_and_ends_in_the_same_numbers(tmp_path, monkeypatch, writes):
+    want = run(None)
+    if writes == "every batch":  # and nothing when it is killed
+        monkeypatch.setattr(folders, "EVERY", 0.0)
+        monkeypatch.setattr(Pass, "_write_after", lambda *_: None)
+    with pytest.raises(Killed):
+        run(tmp_path, Loss(kill_at=8))
+    counting = Loss()
+    report = run(tmp_path, counting)
+    assert counting.calls == 12 - 7  # the batches before the kill are read, and not computed again
+    for name in ("ranks", "range_counts", "null_counts", "valid_counts", "eigenvalues", "gains"):
+        assert torch.equal(getattr(report, name), getattr(want, name)), name
+    for a, b in zip(report.units, want.units, strict=True):
+        assert torch.equal(a, b)
+    other, same = report.at(3.0), want.at(3.0)
+    assert torch.equal(other.range_counts, same.range_counts)
+    again = Loss()
+    assert torch.equal(run(tmp_path, again).null_counts, want.null_counts) and again.calls == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ratio": 5.0}, "its ratio is"),
+        ({"max_batches": 3}, "its max_batches is"),
+        ({"model": "other"}, "its model is"),
+        ({"train_mode": False}, "its train_mode is"),
+    ],
+)
+def test_a_folder_of_another_analysis_is_refused(tmp_path, change, says):
+    run(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    if "model" in change:
+        change = {"model": make_model().double().float()}
+        with torch.no_grad():
+            next(change["model"].parameters()).add_(1)
+    with pytest.raises(ValueError, match=rf"holds the sums of another analysis: {says}"):
+        run(tmp_path, **change)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_damaged_files_and_no_folder(tmp_path):
+    run(tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"sums-0-of-1-.*pt is damaged"):
+        run(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="folder must be a folder"):
+        run(tmp_path / "file")
+    with pytest.raises(TypeError, match="folder must be None or a path"):
+        run(3)

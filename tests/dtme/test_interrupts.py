@@ -1,0 +1,113 @@
+"""Signals wait while a model is half changed; whenever they come, it is as before, or done."""
+
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch.nn.functional as F
+
+import dtme
+from dtme.interrupts import Deferred
+from tests.dtme.snapshots import same, snapshot
+
+
+@pytest.fixture
+def interrupt():
+    """interrupt(seconds, function): run it, and press Ctrl-C after so long, in it or in the wait behind it."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGALRM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def run(seconds, function):
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            function()
+            time.sleep(5)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_signals_wait_until_they_are_allowed(interrupt):
+    steps = []
+
+    def work():
+        with Deferred() as signals:
+            time.sleep(0.05)
+            steps.append("put off")
+            try:
+                with signals.allowed():
+                    steps.append("never")
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                steps.append("cleaned up")
+
+    interrupt(0.01, work)
+    assert steps == ["put off", "cleaned up"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_inner_one_waits_with_the_outer_one(interrupt):
+    steps = []
+
+    def work():
+        with Deferred(), Deferred() as inner:
+            with inner.allowed():
+                time.sleep(0.05)
+            steps.append("inner")
+
+    interrupt(0.01, work)
+    assert steps == ["inner"]
+    with Deferred() as outer, outer.allowed():  # inside of what lets them through
+        steps.clear()
+
+        def half():
+            with Deferred():
+                time.sleep(0.05)
+                steps.append("whole")
+
+        interrupt(0.01, half)
+    assert steps == ["whole"]
+
+
+def test_other_handlers_and_threads_are_left_alone():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("term"))
+    try:
+        with Deferred() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            assert not heard
+            with signals.allowed():
+                assert heard == ["term"]
+                signal.raise_signal(signal.SIGTERM)
+                assert heard == ["term"] * 2
+            signal.signal(signal.SIGINT, kept := lambda *_: None)
+        assert signal.getsignal(signal.SIGINT) is kept
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    handler = []
+    thread = threading.Thread(target=lambda: Deferred().__enter__() and handler.append(signal.getsignal(signal.SIGINT)))
+    thread.start()
+    thread.join()
+    assert handler == [signal.default_int_handler]
+
+
+def test_an_analysis_leaves_the_model_whenever_it_is_interrupted(problem, interrupt):
+    model, loader = problem()
+    losses = dict.fromkeys(model.tasks, F.mse_loss)
+
+    def work():
+        dtme.analyze(model, loader, losses, train_mode=True, progress=False)
+
+    start = time.perf_counter()
+    work()
+    duration = time.perf_counter() - start
+    before, dice = snapshot(model), random.Random(0)
+    for _ in range(60):
+        interrupt(dice.uniform(1e-4, 1.1 * duration), work)
+        same(before, snapshot(model))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
