@@ -210,7 +210,7 @@ class Analysis:
         layouts = [together(tasks)]
         for name in self.spaces.names:
             adapter = self.inputs.blocks[name]._modules.get("dtme")
-            layouts.append(layouts[-1].part(getattr(adapter, "own_tasks", ())))
+            layouts.append(layouts[-1].part(getattr(adapter, "own_tasks", {})))
         return layouts[:-1]
 
     def _refuse_totals(
