@@ -17,6 +17,8 @@ STACKED_PAIRS = 12
 MOST_PAIRS = 150
 """Beyond, a row per pair would be too low to read: a matrix of the tasks is shown instead."""
 MOST_LABELS = 40
+TOP_HEIGHT = 4.5
+"""Inches of what is above the heat maps."""
 
 
 def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
@@ -34,14 +36,14 @@ def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
     width = min(max(8.0, 0.5 * num_blocks + 2.5), 15.0)
     if num_pairs <= STACKED_PAIRS:
         height = 0.3 * num_pairs + 0.3
-        figure = Figure(figsize=(width, 4.4 + 2 * height), layout="constrained")
+        figure = Figure(figsize=(width, TOP_HEIGHT + 2 * height), layout="constrained")
         axes = figure.subplots(4, 1, sharex=True, height_ratios=[3.2, 0.55, height, height])
         top, choice, maps = axes[0], axes[1], [axes[2], axes[3]]
         labelled = [axes[3]]
     else:
         width = max(width, 9.0)
         height = 0.145 * num_pairs if num_pairs <= MOST_PAIRS else width / 2 - 0.8
-        figure = Figure(figsize=(width, 4.6 + height), layout="constrained")
+        figure = Figure(figsize=(width, TOP_HEIGHT + height), layout="constrained")
         grid = figure.add_gridspec(3, 2, height_ratios=[3.2, 0.55, height])
         top = figure.add_subplot(grid[0, :])
         choice = figure.add_subplot(grid[1, :], sharex=top)
@@ -71,7 +73,7 @@ def _rates(axes: Any, report: "ConflictReport") -> None:
         around = torch.stack([values - low, high - values]).clamp(min=0)
         axes.errorbar(positions + shift, values, around.numpy(), elinewidth=1, capsize=min(3, size - 2), **style)
     shared = set(report.shared_blocks)
-    notes = ["bars: 95 % intervals"] if has_units(report) else []
+    notes = ["bars: 95% intervals"] if has_units(report) else []
     for d, block in enumerate(report.blocks):
         if block not in shared:
             axes.axvspan(d - 0.5, d + 0.5, color=EMPTY, linewidth=0, zorder=0)
@@ -132,7 +134,7 @@ def _heat_maps(figure: Any, maps: list[Any], report: "ConflictReport", plan: Exp
         else:
             counts = report.counts_of(space)[chosen].sum(0).double()
             values.append(counts / report.valid_counts[chosen].sum(0).double())
-    scale = _colours(torch.cat([rates.flatten() for rates in values]))
+    scale = _colours(torch.stack(values))
     names = [f"{report.tasks[i]} · {report.tasks[j]}" for i, j in zip(first.tolist(), second.tolist(), strict=True)]
     if num_pairs > MOST_PAIRS:
         names = list(report.tasks)
@@ -149,21 +151,29 @@ def _heat_maps(figure: Any, maps: list[Any], report: "ConflictReport", plan: Exp
             what = f"over the {len(chosen)} blocks of the plan"
             axes.set_xticks(rows, [names[row] for row in rows], fontsize=6.5, rotation=90)
         axes.set_title(f"{space} space, {what}", fontsize=9, loc="left", color=TEXT)
-    bar = figure.colorbar(image, ax=maps, format=lambda value, _: f"{100 * value:.3g}%", pad=0.01, aspect=30)
+    inches = figure.get_figheight() - TOP_HEIGHT
+    bar = figure.colorbar(
+        image, ax=maps, format=lambda value, _: f"{100 * value:.3g}%", pad=0.01, aspect=max(15, 5 * inches)
+    )
+    bar.ax.set_ylim(*_ends(torch.stack(values)))  # colours of rates that are not there are not shown
     bar.ax.tick_params(labelsize=8)
     bar.set_label("rate: blue below chance, red above", fontsize=8, color=TEXT)
 
 
 def _colours(rates: Tensor) -> dict[str, Any]:
     """Blue to red around chance where rates lie on both sides of it, else the one colour over the rates there are."""
-    known = rates[~rates.isnan()]
-    low, high = (known.min().item(), known.max().item()) if len(known) else (0.0, 1.0)
+    low, high = _ends(rates)
     if low < 0.5 < high:
         most = max(0.5 - low, high - 0.5)
         return {"cmap": "RdBu_r", "vmin": 0.5 - most, "vmax": 0.5 + most}
-    if high <= low:  # one rate everywhere
-        low, high = low - 0.01, high + 0.01
     return {"cmap": "Blues_r" if low < 0.5 else "Reds", "vmin": low, "vmax": high}
+
+
+def _ends(rates: Tensor) -> tuple[float, float]:
+    """The lowest and the highest rate, a little apart where there is but one."""
+    known = rates[~rates.isnan()]
+    low, high = (known.min().item(), known.max().item()) if len(known) else (0.0, 1.0)
+    return (low, high) if low < high else (low - 0.01, high + 0.01)
 
 
 def _name_blocks(axes: Any, blocks: tuple[str, ...], inches: float) -> None:
