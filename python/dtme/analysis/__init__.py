@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..blocks import BlockError, find_blocks
 from ..interrupts import Deferred
 from ..model import MultiTaskModel
-from ..report import ConflictReport, agreement
+from ..report import ConflictReport
+from ..stability import agreement
 from .arguments import check_counts, check_loader, check_method, check_model, check_settle, ratios_of
 from .capture import Unchanged
 from .folder import Folder, checksum

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..report import ConflictReport, Split, stack_if_equal
+from ..report import ConflictReport, stack_if_equal
+from ..units import Split
 from .gains import Gains, estimate
 from .gradients import nothing_shared
 from .spaces import Space
