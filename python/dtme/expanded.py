@@ -35,16 +35,17 @@ class Expansion:
         if taken := [group for group, some in plan.groups.items() if group in self.tasks and group not in some]:
             raise ValueError(f"the plan's group {taken[0]!r} has the name of another task of the model: choose another")
         self._plan = plan
-        changed = {task for blocks in (plan.modulation, plan.expansion) for tasks in blocks.values() for task in tasks}
-        self.owner_of = {task: plan.owner(task) if task in changed else "" for task in self.tasks}
-        """Of every task, whose modules it has wherever it has some; "" where it has none in any block."""
-        self.owners = tuple(dict.fromkeys(self.owner_of.values()))
+        self.owner_of = {task: plan.owner(task) for task in self.tasks}
+        """Of every task, whose modules it has where it has some."""
+        self.owners = plan.owners(self.tasks)
+        self.changed = {x for blocks in (plan.modulation, plan.expansion) for tasks in blocks.values() for x in tasks}
+        """Tasks that have modules in some block."""
 
 
 def alike(tasks: Iterable[str], expansions: Sequence[Expansion]) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """``tasks`` in sets of those that no block tells apart, by the owner of their modules in every expansion."""
+    """``tasks`` in sets of those that no block tells apart, by the owner of their modules in every expansion, or ""."""
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
     for task in tasks:
-        key = tuple([expansion.owner_of.get(task, "") for expansion in expansions])
+        key = tuple([one.owner_of[task] if task in one.changed else "" for one in expansions])
         found[key] = (*found.get(key, ()), task)
     return found

@@ -40,7 +40,7 @@ def expand(
         shared_prefix: ``"auto"``: the blocks before the first difference run once for all tasks where the first call of
             its kind showed that all tasks then predict what each does alone; elsewhere the backbone runs once for every
             task, and a warning says why. ``True``: where that is not so, the call raises. ``False``: once for every
-            task, always.
+            task, always. Tasks that no block tells apart, those of a group say, run together in any case.
 
     Returns:
         The same object.

@@ -55,9 +55,10 @@ class Opening:
     def _task_index(self) -> Tensor | None:
         """The one task that was asked for, as a tensor, if all tasks may share a graph."""
         (task, *others), (expansion, *_) = self.asked, self.ways.expansions
-        owner_of = expansion.owner_of
-        affine = all(one.modulator == "affine" and one.owner_of == owner_of for one in self.ways.expansions)
-        if others or not affine or len(expansion.tasks) == 1:
+        known, owner_of = expansion.tasks, expansion.owner_of
+        affine = all(one.modulator == "affine" for one in self.ways.expansions)
+        same = all(one.tasks == known and one.owner_of == owner_of for one in self.ways.expansions)
+        if others or not affine or not same or len(known) == 1:
             return None
         device = next((p.device for p in self.ways.owner.parameters()), torch.device("cpu"))
         return torch.tensor([expansion.owners.index(owner_of[task])], device=device)

@@ -128,7 +128,7 @@ class Ways:
             return ONE_BY_ONE
         _refuse_caches(call)
         if len(alike(tasks, self.expansions)) == 1:  # one run, which is right for every backbone
-            self.last = Way(True)
+            self.last = self.last or Way(True)
             return ONE_BY_ONE
         if self._never_shares():
             self.last = Way(False, "shared_prefix=False")

@@ -251,6 +251,46 @@ def test_a_plan_from_a_file_expands_to_the_same_names(grouped, build, tmp_path):
     assert list(again.state_dict()) == list(model.state_dict())
 
 
+def test_parts_expanded_by_themselves_may_have_other_groups():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = OwnTransformer(2), OwnTransformer(2)
+
+        def forward(self, x):
+            return self.right(self.left(x))
+
+    torch.manual_seed(0)
+    model = dtme.MultiTaskModel(Two(), {task: nn.Identity() for task in TASKS}, features=lambda net, x: net(x))
+    for part, groups in ((model.backbone.left, {"g": ("a", "b")}), (model.backbone.right, {"g": ("d", "b", "c")})):
+        dtme.expand(part, dtme.ExpansionPlan(TASKS, 2, {"layers.0": ["g"]}, {"layers.1": ["g"]}, groups=groups))
+    model.double().eval()
+    with torch.no_grad():
+        for parameter in added_of(model).values():
+            parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(3, 5, WIDTH).double()
+    assert dtme.verify(model, x) < 1e-9 and dtme.sharing_of(model) == "shared prefix"
+    rows = []
+    model.backbone.right.layers[1].register_forward_hook(lambda block, args, output: rows.append(len(output)))
+    at_once = model(x)
+    assert rows == [3 * 3]  # a; b; c and d
+    assert torch.equal(at_once["c"], at_once["d"]) and not torch.allclose(at_once["b"], at_once["c"])
+
+
+def test_an_analysis_of_grouped_tasks_is_the_same_in_streams_and_in_runs_of_every_owner(grouped):
+    reports = []
+    for shared_prefix in (True, False):
+        _, model, x = grouped("own, generic seam", shared_prefix=shared_prefix)
+        generator = torch.Generator().manual_seed(0)
+        targets = {task: torch.randn(p.shape, generator=generator).double() for task, p in model(x).items()}
+        losses = dict.fromkeys(MANY, nn.functional.mse_loss)
+        reports.append(dtme.analyze(model, [(x, targets)], losses, progress=False))
+    ours, want = reports
+    assert torch.equal(ours.valid_counts, want.valid_counts) and (ours.valid_counts.sum((1, 2)) > 0).all()
+    torch.testing.assert_close(ours.eigenvalues, want.eigenvalues)
+    assert torch.equal(ours.range_counts, want.range_counts) and torch.equal(ours.null_counts, want.null_counts)
+
+
 def test_a_backbone_of_its_own_loop(grouped):
     _, model, x = grouped()
     names = ["t3", "t5", "t0", "t1"]
