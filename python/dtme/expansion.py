@@ -9,6 +9,7 @@ from .block.site import Site, find_attention
 from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
 from .entry import Root
 from .expanded import Expansion
+from .interrupts import all_or_nothing
 from .plan import ExpansionPlan
 from .randomness import random_state, wind_back
 from .sharing import SHARED_PREFIX
@@ -18,6 +19,7 @@ from .torch_private import is_compiled
 MODULATORS = ("affine", "batch_norm")
 
 
+@all_or_nothing
 def expand(
     model_or_backbone: nn.Module,
     plan: ExpansionPlan,
@@ -86,6 +88,7 @@ def expand(
     return model_or_backbone
 
 
+@all_or_nothing
 def collapse(model_or_backbone: nn.Module) -> Any:
     """Remove everything ``expand`` added: modules, hooks, frozen weights. The rest keeps what training gave it.
 

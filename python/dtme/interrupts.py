@@ -1,10 +1,14 @@
 """Ctrl-C and other signals, put off while a model is half changed."""
 
+import functools
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Deferred:
@@ -86,3 +90,14 @@ class Deferred:
         for number, handler in reversed(self._handlers.items()):
             if signal.getsignal(number) == self._handle:  # else somebody has set another one meanwhile
                 signal.signal(number, handler)
+
+
+def all_or_nothing(function: Callable[P, T]) -> Callable[P, T]:
+    """A function in which signals wait until it is done, or has put back what it changed."""
+
+    @functools.wraps(function)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> T:
+        with Deferred():
+            return function(*args, **kwargs)
+
+    return whole

@@ -15,6 +15,7 @@ from .expanded import Expansion
 from .expansion import collapse, expand
 from .files import load_json, save_json, write_beside
 from .independence import Decoder, name_of
+from .interrupts import all_or_nothing
 from .plan import ExpansionPlan
 from .streams import adapters, expansions
 
@@ -85,6 +86,20 @@ def load(
     if set(heads) != set(config.get("heads", config["tasks"])):
         kind = "heads for" if "heads" in config else "the tasks"
         raise ValueError(f"{path} holds {kind} {config.get('heads', config['tasks'])}, but heads are for {list(heads)}")
+    return _build(cls, path, config, tensors, backbone, heads, features, decoder)
+
+
+@all_or_nothing
+def _build(
+    cls: "type[MultiTaskModel]",
+    path: str | os.PathLike[str],
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    backbone: nn.Module,
+    heads: "Heads",
+    features: Any,
+    decoder: Decoder | None,
+) -> "MultiTaskModel":
     given = [module for module in (backbone, *heads.values(), decoder) if isinstance(module, nn.Module)]
     if any(tensor.is_meta for module in given for tensor in module.parameters()):
         raise ValueError(

@@ -21,6 +21,11 @@ def first_image_only(prediction, target):
     return F.mse_loss(prediction[:1], target[:1])
 
 
+def tokens_that_count(x, tokens):
+    """(B, N) bool: all but those that pad a sentence."""
+    return (x["attention_mask"] if isinstance(x, dict) else torch.ones(tokens.shape[:2])).bool().numpy()
+
+
 def naive_analysis(model, loader, losses, ratio):
     """Eq. 1-4 as printed, one task, one block and one token at a time; NumPy in float64."""
     blocks = find_blocks(model.backbone)
@@ -31,8 +36,8 @@ def naive_analysis(model, loader, losses, ratio):
         model(x)
         samples += len(next(iter(seen.values())))
         for name in blocks:
-            for image in seen[name].detach().numpy():
-                moments[name] = moments[name] + image.T @ image
+            for image, counts in zip(seen[name].detach().numpy(), tokens_that_count(x, seen[name]), strict=True):
+                moments[name] = moments[name] + image[counts].T @ image[counts]
     spaces = {}
     for name in blocks:
         values, vectors = np.linalg.eigh(moments[name] / samples)
@@ -49,7 +54,7 @@ def naive_analysis(model, loader, losses, ratio):
             out = model(x)
             grad = torch.autograd.grad(loss(out[task], targets[task]), [seen[n] for n in blocks], allow_unused=True)
             for name, g in zip(blocks, grad, strict=True):
-                grads[name].append(g.detach().numpy().reshape(-1, g.shape[-1]))
+                grads[name].append(g.detach().numpy()[tokens_that_count(x, g)])
         for name in blocks:
             _, p_range, p_null, _ = spaces[name]
             for i, j in itertools.combinations(range(k), 2):
@@ -85,8 +90,9 @@ def test_ranks_counts_and_rates_equal_the_naive_analysis(problem, client, ratio)
         upper = np.triu_indices(len(TASKS), 1)
         for got, row in ((report.range_rates, 0), (report.null_rates, 1)):
             assert got[d].item() == counts[row][upper].sum() / counts[2][upper].sum()
-    # three batches, of each of which depth saw one image
-    assert (report.valid_counts[:, 0, 2] == 2 * report.valid_counts[:, 0, 1]).all() and report.valid_counts.sum() > 0
+    if "BERT" not in client:  # three batches, of each of which depth saw one image
+        assert (report.valid_counts[:, 0, 2] == 2 * report.valid_counts[:, 0, 1]).all()
+    assert report.valid_counts.sum() > 0
 
 
 def test_counting_zero_gradients_is_algorithm_1s_letter(problem):

@@ -31,8 +31,11 @@ def make_model():
 
 def make_loader():
     generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
-    rows = [(draw(5, WIDTH), {task: draw(5, 2) for task in LOSSES}) for _ in range(24)]
+
+    def draw(channels):
+        return torch.randn(5, channels, generator=generator)
+
+    rows = [(draw(WIDTH), {task: draw(2) for task in LOSSES}) for _ in range(24)]
     return DataLoader(rows, batch_size=2, shuffle=True)
 
 

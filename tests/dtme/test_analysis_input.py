@@ -166,19 +166,10 @@ def overwrite(block, x):
     return x + block.mlp(x)
 
 
-def make_maps(block):
-    block.mlp = nn.Conv2d(24, 24, 1)
-    return Around(
-        Changed(block, lambda block, maps: block.mlp(maps)),
-        lambda block, x: x + block(x.mT[..., None]).squeeze(-1).mT,
-    )
-
-
 UNREADABLE = {
     "did not run": (lambda block: Around(block, lambda block, x: x), "did not run in a forward"),
     "ran twice": (lambda block: Around(block, lambda block, x: block(block(x))), "runs more than once in a forward"),
     "in place": (lambda block: Changed(block, overwrite), "or one before it changes its tokens in place"),
-    "maps": (make_maps, r"takes maps \(3, 24, 5, 1\)"),
     "no tokens": (
         lambda block: Around(Changed(block, lambda block, x: block.attn(x[0])), lambda block, x: block([x])),
         "was called without tokens",

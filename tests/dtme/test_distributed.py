@@ -1,6 +1,8 @@
 """Two processes with a shard each report what one process does with all of the data; DDP trains what is expanded."""
 
 import os
+import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,63 @@ def test_all_ranks_report_what_one_process_does_and_ddp_averages_gradients(tmp_p
     grads = torch.load(tmp_path / "grads0.pt")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+# --- what stops one rank stops all ------------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+def broken(prediction, target):
+    raise Broken("of this rank")
+
+
+def scenarios(rank):
+    """name -> (loader, losses, options, what the error of this rank says; None where there is none)."""
+    data = make_data()
+    mine, other = data[rank::WORLD], {"b": F.l1_loss, "a": F.mse_loss}
+    third = {"a": F.mse_loss, "c": F.l1_loss}
+    first = rank == 0
+    return {
+        "another order": (mine, LOSSES if first else other, {}, None),
+        "other tasks": (mine, LOSSES if first else third, {}, "unknown task 'c'" if rank else "rank 1: .*'c'"),
+        "an empty rank": (mine if first else [], LOSSES, {}, "rank 1: .*no batch" if first else "no batch"),
+        "raises": (mine, LOSSES | ({} if first else {"b": broken}), {}, "rank 1: Broken" if first else "of this rank"),
+        "bad argument": (mine, LOSSES, {"ratio": 1.0 if first else -1.0}, "rank 1: .*ratio" if first else "ratio must"),
+        "settles": (mine, LOSSES, {"settle": 0.6}, None),
+        "other blocks": (mine, LOSSES, {"blocks": ["layers.0"] if first else None}, "must be the same on all ranks"),
+    }
+
+
+def failing_worker(rank, folder):
+    os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20)
+    )
+    found = {}
+    try:
+        for name, (loader, losses, options, says) in scenarios(rank).items():
+            options |= {"folder": f"{folder}/{name}"} if name == "settles" else {}
+            try:
+                report = dtme.analyze(make_model(), loader, losses, progress=False, **options)
+                found[name] = [report.tasks, report.range_counts.tolist(), report.settled, report.num_batches]
+                assert says is None, name
+            except (RuntimeError, ValueError, Broken) as error:
+                assert says is not None and re.search(says, str(error)), (name, error)
+                found[name] = "error"
+        torch.save(found, f"{folder}/found{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_stops_one_rank_stops_all_and_tasks_may_come_in_any_order(tmp_path):
+    torch.multiprocessing.spawn(failing_worker, (str(tmp_path),), WORLD)
+    first, second = (torch.load(tmp_path / f"found{rank}.pt") for rank in range(WORLD))
+    assert first == second and len(first) == len(scenarios(0))
+    want = dtme.analyze(make_model(), make_data(), LOSSES, progress=False)
+    assert first["another order"] == [want.tasks, want.range_counts.tolist(), None, 13]
+    assert [name for name, value in first.items() if value != "error"] == ["another order", "settles"]
+    assert len(list((tmp_path / "settles").iterdir())) == 2 * WORLD

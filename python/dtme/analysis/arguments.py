@@ -56,7 +56,7 @@ def ratios_of(ratio: float | Sequence[float]) -> tuple[float, ...]:
             raise ValueError(f"ratio must be a positive number, or several, got {ratio!r}")
     if not ratios or len(set(ratios)) != len(ratios):
         raise ValueError(f"ratio must be one or more different numbers, got {ratio!r}")
-    return ratios  # type: ignore[return-value]
+    return ratios
 
 
 def check_settle(settle: float | None, plan_options: Mapping[str, Any] | None) -> None:

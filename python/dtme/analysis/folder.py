@@ -89,9 +89,9 @@ def checksum(model: nn.Module) -> int:
     total = 0
     for name, value in model.state_dict().items():
         total = zlib.crc32(name.encode(), total)
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8) if value.numel() else value
-            total = zlib.crc32(flat.numpy() if value.numel() else b"", total)
+        if isinstance(value, torch.Tensor) and value.numel():
+            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            total = zlib.crc32(flat.numpy().tobytes(), total)
     return total
 
 

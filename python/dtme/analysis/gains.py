@@ -1,8 +1,8 @@
 """What each task would gain, to first order, from an affine map of its own instead of one for all, block by block.
 
-Let all tasks share one affine map (W, b) of the tokens that enter a block, or have one each; at the identity, task i has
-the gradient g_i = (Σ dL_i/dx ⊙ x, Σ dL_i/dx). A step of length ε then lowers the sum of the losses by ε ‖Σ g_i‖ where the
-map is shared and by ε Σ ‖g_i‖ where it is not. The gain is the difference, over the sum of the losses.
+Let all tasks share one affine map (W, b) of the tokens that enter a block, or have one each; at the identity, task i
+has the gradient g_i = (Σ dL_i/dx ⊙ x, Σ dL_i/dx). A step of length ε then lowers the sum of the losses by ε ‖Σ g_i‖
+where the map is shared and by ε Σ ‖g_i‖ where it is not. The gain is the difference, over the sum of the losses.
 
 Norms of averages over few batches are mostly noise, and noise is always positive: so they are taken from products of
 different bundles of batches only, whose noise is independent.

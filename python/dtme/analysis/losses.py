@@ -77,7 +77,7 @@ class ByTask:
             for task in labelled:
                 if task not in present:
                     self._check_labels(task, predictions[task], targets[task], numbers[task])
-            seeds = [
+            seeds: list[list[Tensor | None]] = [
                 list(
                     torch.autograd.grad(
                         values[task],
@@ -91,7 +91,7 @@ class ByTask:
         return Started(tuple(present), leaves, seeds, _stack(numbers, present))
 
     def _check_labels(self, task: str, prediction: Any, target: Any, value: float) -> None:
-        """A loss that is not finite is the labels' fault, all of them being ignored, unless another prediction mends it.
+        """That a loss is not finite is the labels' doing, all being ignored, unless another prediction mends it.
 
         Raises:
             ValueError: it is the prediction's.

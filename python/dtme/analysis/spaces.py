@@ -134,13 +134,13 @@ class TokenSpaces:
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         self.names, self.widths = state["names"], state["widths"]
         self.moments, self._before = (
-            {p: _moment(*sums, device=device) for p, sums in state[name].items()} for name in ("sums", "before")
+            {p: _moment(device, *sums) for p, sums in state[name].items()} for name in ("sums", "before")
         )
         if self._before:
             self._spaces, _ = self._split(self._before)
 
 
-def _moment(accumulator: Tensor, samples: int, tokens: int, device: torch.device) -> StreamingCovariance:
+def _moment(device: torch.device, accumulator: Tensor, samples: int, tokens: int) -> StreamingCovariance:
     moment = StreamingCovariance(accumulator.shape[-1], len(accumulator), device=device)
     moment.accumulator += accumulator.to(device)
     moment.num_samples, moment.num_tokens = samples, tokens

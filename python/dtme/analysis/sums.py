@@ -1,6 +1,7 @@
 """Notice a loss that only adds up others, such as the total that a training step returns beside its tasks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,12 @@ class SumFinder:
         self.tasks = tuple(tasks)
         self.gram = np.zeros((len(self.tasks), len(self.tasks)))
         self.freedom = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"gram": self.gram.tolist(), "freedom": self.freedom}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.gram, self.freedom = np.array(state["gram"]), state["freedom"]
 
     def add(self, gradients: Tensor, dtype: torch.dtype) -> tuple[str, tuple[str, ...]] | None:
         """Add a batch.
