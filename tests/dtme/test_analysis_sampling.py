@@ -324,7 +324,7 @@ def test_gains_of_noise_are_zero_in_the_mean():
     assert abs(found.mean()) < 3 * found.std() / 200**0.5 < 0.1
     rows[:, :, :4] += torch.eye(4)[:3].double() * 5  # a direction of its own for each task
     gain, resamples = estimate(list(rows), [6])
-    assert gain.item() > 1.5 and resamples.shape == (1000, 1) and 0 < resamples.std() < 1
+    assert gain.item() > 1.5 and resamples.shape == (200, 1) and 0 < resamples.std() < 1
 
 
 def test_tasks_that_are_seldom_together_count_in_the_gains_as_often_as_they_are():

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..resampling import resample_weights
 from .tally import Bundles
 
 MOST_BUNDLES, LEAST_BUNDLES = 32, 8
 MOST_KEPT = 2**24
 """Numbers in all bundles: with many tasks and channels, there are fewer and larger ones."""
-RESAMPLES = 1000
+RESAMPLES = 200
 MOST_NUMBERS = 2**27
 """In the resampled gradients of one block: with many tasks, there are fewer resamples."""
 
@@ -58,10 +59,7 @@ def estimate(sums: Sequence[Tensor], widths: Sequence[int]) -> tuple[Tensor, Ten
     stacked = torch.stack(list(sums))  # (n, K, ...)
     n, num_tasks, _ = stacked.shape
     count = min(RESAMPLES, max(50, MOST_NUMBERS // (num_tasks * (2 * max(widths) + num_tasks))))
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(n, (count, n), generator=generator)
-    weights = torch.zeros(count, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(count, n).double())
-    weights = torch.cat([torch.ones(1, n, dtype=torch.float64), weights])
+    weights = torch.cat([torch.ones(1, n, dtype=torch.float64), resample_weights(n, count)])
     *parts, losses, present = stacked.split([*(2 * p for p in widths), 1, 1], 2)
     losses, present = losses[..., 0], present[..., 0]
     mean_loss = ((weights @ losses) / (weights @ present)).nan_to_num(0.0).abs().sum(1)
