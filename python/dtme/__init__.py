@@ -5,6 +5,7 @@ from .expansion import collapse, expand
 from .model import MultiTaskModel, verify
 from .output import split
 from .plan import ExpansionPlan
+from .replan import replan
 from .report import ConflictReport
 from .sharing import sharing_of
 from .streams import is_expanded, tasks
@@ -19,6 +20,7 @@ __all__ = [
     "collapse",
     "expand",
     "is_expanded",
+    "replan",
     "sharing_of",
     "split",
     "tasks",

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dtme_kernels
@@ -29,12 +28,13 @@ from ..torch_private import recomputing
 from ..trees import map_tensors
 from . import feeds, recomputation
 from .arguments import follow
-from .attention import attend, attend_concatenated
+from .attention import JoinedStreams, attend, attend_concatenated
 from .first_half import FirstHalf, PlainNorm
 from .probe import probe
 from .site import Site
 from .statistics import check_statistics
-from .task_buffers import TaskBuffers
+from .task_buffers import TaskBuffers, batch_norm
+from .watch import Watched, check_watched, watch
 
 ADDED = ".dtme."
 """What the name of every added parameter holds, and no other name."""
@@ -48,10 +48,11 @@ def is_added(name: str) -> bool:
 class BlockAdapter(nn.Module):
     """Modulation and task tokens of one block; a block without either keeps the streams of earlier ones apart.
 
-    Parameters are named ``weight.<task>`` (p,), ``bias.<task>`` (p,) and ``tokens.<task>`` (t, p): one for each task,
-    so that an optimizer never moves those of a task that did not run. Everything hangs on bound methods, which deepcopy
-    and pickle carry along; a block or an attention is held in something that is no module, or it would become a child.
-    A forward leaves nothing here: its state is the ``Forward`` of the thread that runs it.
+    Parameters are named ``weight.<task>`` (p,), ``bias.<task>`` (p,), ``tokens.<task>`` (t, p) and, where not all that
+    tokens change takes effect, ``gate.<task>`` (), the share that does: one for each task, so that an optimizer never
+    moves those of a task that did not run. Everything hangs on bound methods, which deepcopy and pickle carry along; a
+    block or an attention is held in no module, or it would become a child. A forward leaves nothing here: its state is
+    the ``Forward`` of the thread that runs it.
 
     Args:
         name: the block's name, for messages.
@@ -65,19 +66,21 @@ class BlockAdapter(nn.Module):
         self.name, self.expansion, self.num_features = name, expansion, num_features
         self.own_tasks: frozenset[str] = frozenset()
         """Tasks that this block treats in a way of their own."""
-        self.weight, self.bias, self.tokens = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.weight, self.bias = nn.ParameterDict(), nn.ParameterDict()
+        self.tokens, self.gate = nn.ParameterDict(), nn.ParameterDict()
         self.running_mean: TaskBuffers | None = None  # of the batch-norm modulator
         self.running_var: TaskBuffers | None = None
         self.task_key: Tensor | None  # constants of an exported task
         self.task_value: Tensor | None
-        self.register_buffer("task_key", None)
-        self.register_buffer("task_value", None)
+        self.task_gate: Tensor | None
+        for constant in ("task_key", "task_value", "task_gate"):
+            self.register_buffer(constant, None)
         self.folded: Layout | None = None
         """The only layout there is once one task was exported."""
         self.site: Site | None = None
         self.plain_norm: PlainNorm | None = None
         self._block = (block,)
-        self._watched: list[tuple[str, nn.Module, str, nn.Module]] = []
+        self._watched: list[Watched] = []
         self._handles = [
             block.register_forward_pre_hook(self.enter, with_kwargs=True),
             block.register_forward_hook(self.leave, always_call=True),
@@ -111,13 +114,7 @@ class BlockAdapter(nn.Module):
         if self.plain_norm is not None:
             self.plain_norm.norm.forward = self.norm_forward
         self.own_tasks |= frozenset(tasks)
-        for name, module in {"attention": site.seam.attention, "norm of the attention": site.norm}.items():
-            self._watched += [
-                (name, parent, child, module)
-                for parent in self._block[0].modules()
-                for child, one in parent.named_children()
-                if one is module
-            ]
+        self._watched = watch(self._block[0], {"attention": site.seam.attention, "norm of the attention": site.norm})
         site.seam.check_hooks()  # refused now, not in the first forward
 
     def remove(self) -> None:
@@ -136,8 +133,10 @@ class BlockAdapter(nn.Module):
         if task in self.tokens:
             with torch.no_grad():
                 self.task_key, self.task_value = (x.clone() for x in self._project(torch.stack([self.tokens[task]])))
+        if task in self.gate:
+            self.task_gate = self.gate[task].detach().clone()
         self.folded = together((task,))
-        self.tokens = nn.ParameterDict()
+        self.tokens, self.gate = nn.ParameterDict(), nn.ParameterDict()
         modulated = task in self.weight
         for name in ("weight", "bias"):
             setattr(self, name, nn.ParameterDict({task: getattr(self, name)[task]} if modulated else {}))
@@ -218,17 +217,12 @@ class BlockAdapter(nn.Module):
     def _check_whole(self, block: nn.Module) -> None:
         """Copies that a library made (peft's ``modules_to_save``, DataParallel's replicas) would not be what runs."""
         mine = block is self._block[0] and block._modules.get("dtme") is self
-        if not mine or not all(type(x) is nn.ParameterDict for x in (self.weight, self.bias, self.tokens)):
+        if not mine or not all(type(x) is nn.ParameterDict for x in (self.weight, self.bias, self.tokens, self.gate)):
             raise RuntimeError(
                 f"the modules that dtme added to block {self.name!r} were replaced by copies or wrapped, which would "
                 "be trained without ever running: leave them out (peft: modules_to_save) and let them train as they are"
             )
-        for name, parent, child, module in self._watched:
-            if parent._modules.get(child) is not module:
-                raise RuntimeError(
-                    f"the {name} of block {self.name!r} was replaced after it was expanded, so that its task tokens "
-                    "would be lost: replace it first, then expand"
-                )
+        check_watched(self.name, self._watched)
 
     # --- the block's input: streams and modulation ----------------------------------------------------------------
 
@@ -287,10 +281,7 @@ class BlockAdapter(nn.Module):
         for i, (task, *_) in enumerate(layout.streams):
             if task in self.weight:
                 running = self.running_mean[task], self.running_var[task]
-                # statistics, and so everything, in the running ones' float32 or better
-                rows, weight, bias = (x.to(running[0].dtype) for x in (streams[i], self.weight[task], self.bias[task]))
-                rows = F.batch_norm(rows.flatten(0, -2), *running, weight, bias, self.training)
-                streams[i] = rows.view(streams[i].shape).to(tokens.dtype)
+                streams[i] = batch_norm(streams[i], self.weight[task], self.bias[task], *running, self.training)
         return torch.cat(streams)
 
     # --- the first half of a plain block, at once -----------------------------------------------------------------
@@ -299,7 +290,7 @@ class BlockAdapter(nn.Module):
         """The first half of a plain pre-norm block where it can be run at once: every stream has task tokens."""
         if self.plain_norm is None or self.running_mean is not None or self.folded is not None:
             return None
-        if self._joined(run) != list(range(run.after.num_streams)):
+        if self._joined(run) != list(range(run.after.num_streams)) or self._gates(run):
             return None
         if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.tasks):
             return None
@@ -343,10 +334,18 @@ class BlockAdapter(nn.Module):
         tasks, index = self.expansion.tasks, run.forward.task_index
         if index is not None and len(self.tokens) < len(tasks) and task_kv is not None:
             has = torch.tensor([task in self.tokens for task in tasks], device=index.device)
-            return partial(attend_concatenated, has.index_select(0, index), task_kv)
+            return partial(attend_concatenated, has.index_select(0, index), task_kv, self._gates(run).get(0))
         rows = None if run.forward.num_rows is None else run.forward.num_rows * run.after.num_streams
-        seam = self.site.seam
-        return partial(attend, self.name, run.after.num_streams, joined, task_kv, rows, seam.is_square)
+        streams = JoinedStreams(self.name, run.after.num_streams, joined, task_kv, self._gates(run))
+        return partial(attend, streams, rows, self.site.seam.is_square)
+
+    def _gates(self, run: Run) -> dict[int, Tensor]:
+        """() each, of streams whose task tokens have one."""
+        if self.task_gate is not None or not self.gate:
+            return {} if self.task_gate is None else {0: self.task_gate}
+        gates = self._of_streams(run, self.gate, torch.ones_like(next(iter(self.gate.values()))))
+        any_task = run.forward.task_index is not None
+        return {i: gates[i] for i, (task, *_) in enumerate(run.after.streams) if any_task or task in self.gate}
 
     def _joined(self, run: Run) -> list[int]:
         """Streams that have task tokens in this block."""

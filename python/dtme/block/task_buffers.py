@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,3 +16,9 @@ class TaskBuffers(nn.Module):
 
     def __getitem__(self, task: str) -> Tensor:
         return self.get_buffer(task)
+
+
+def batch_norm(rows: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
+    """Of (..., p), with running statistics; in their dtype, float32 or better."""
+    wide, weight, bias = (x.to(mean.dtype) for x in (rows, weight, bias))
+    return F.batch_norm(wide.flatten(0, -2), mean, var, weight, bias, training).view(rows.shape).to(rows.dtype)
