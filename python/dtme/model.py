@@ -17,10 +17,10 @@ from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
 from .output import split
-from .plan import check_tasks
+from .plan import check_tasks, choose
 from .randomness import left_as_it_was
 from .sharing import Call, Way, Ways
-from .streams import Expansion, Forward, choose, expansions, expansions_of, running, survey
+from .streams import Expansion, Forward, expansions, expansions_of, running, survey
 from .streams import tasks as streams_of
 from .torch_private import calls_compiler, eagerly, stay_eager
 from .trees import tensors

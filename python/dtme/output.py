@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .streams import choose
+from .plan import choose
 from .trees import map_tensors, tensors
 
 _returned: ContextVar[tuple[tuple[str, ...], tuple["weakref.ref[Tensor]", ...]]] = ContextVar(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .plan import ExpansionPlan
+from .plan import ExpansionPlan, choose
 from .torch_private import is_compiled
 
 if TYPE_CHECKING:
@@ -271,20 +271,6 @@ def chosen_for_part(expansion: Expansion, part: str) -> tuple[str, ...]:
             "MultiTaskModel with a function for features, one part in every `with dtme.tasks(...)`, or one task"
         )
     choice.part = part
-    return names
-
-
-def choose(tasks: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
-    """``tasks`` as a tuple of names out of ``known``, in the order asked for."""
-    if tasks is None:
-        return tuple(known)
-    if not isinstance(tasks, (str, Sequence)):
-        raise TypeError(f"tasks must be a name or a sequence of names, got {type(tasks).__name__}")
-    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    unknown = [task for task in names if task not in known]
-    if unknown or not names or len(set(names)) != len(names):
-        problem = f"unknown task {unknown[0]!r}" if unknown else f"got {list(names)}"
-        raise ValueError(f"tasks must be one or more different names out of {list(known)}: {problem}")
     return names
 
 
