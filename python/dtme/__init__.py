@@ -3,6 +3,7 @@
 from .analysis import analyze
 from .expansion import collapse, expand
 from .model import MultiTaskModel, verify
+from .monitor import ConflictMonitor
 from .output import split
 from .plan import ExpansionPlan
 from .replan import replan
@@ -12,6 +13,7 @@ from .streams import is_expanded, tasks
 from .written_out import attention
 
 __all__ = [
+    "ConflictMonitor",
     "ConflictReport",
     "ExpansionPlan",
     "MultiTaskModel",

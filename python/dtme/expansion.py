@@ -143,20 +143,20 @@ def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """RuntimeError where a wrapper holds on to the parameters as they are."""
-    for name, module in model.named_modules():
-        kinds = {base.__name__ for base in type(module).__mro__}
-        wrapper = kinds & {
-            "DistributedDataParallel",
-            "FullyShardedDataParallel",
-            "FSDPModule",
-            "OptimizedModule",
-            "DataParallel",
-        }
-        if wrapper or is_compiled(module):
-            what = wrapper.pop() if wrapper else "torch.compile"
-            raise RuntimeError(
-                f"{name or type(model).__name__} is wrapped by {what} already: expand, or replan, the model before that"
-            )
+    compiled = ((name, "torch.compile") for name, module in model.named_modules() if is_compiled(module))
+    found = parallel_wrapper(model) or next(compiled, None)
+    if found is not None:
+        raise RuntimeError(
+            f"{found[0] or type(model).__name__} is wrapped by {found[1]} already: expand, or replan, the model before "
+            "that"
+        )
+
+
+def parallel_wrapper(model: nn.Module) -> tuple[str, str] | None:
+    """Name and class of what shares ``model``, or a part of it, among devices or processes."""
+    known = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}
+    kinds = ((name, base.__name__) for name, module in model.named_modules() for base in type(module).__mro__)
+    return next(((name, kind) for name, kind in kinds if kind in known), None)
 
 
 def _blocks_of(backbone: nn.Module, plan: ExpansionPlan) -> dict[str, nn.Module]:
