@@ -2,59 +2,98 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from .plan import ExpansionPlan
+from .tables import has_units
 
 if TYPE_CHECKING:
     from .report import ConflictReport
 
-RANGE, NULL, TEXT, EMPTY = "#2f6fb0", "#d9772b", "#444444", "#eeeeee"
+RANGE, NULL, TEXT, EMPTY, CHANCE = "#2f6fb0", "#d9772b", "#444444", "#eeeeee", "#8a8a8a"
+STACKED_PAIRS = 12
+"""Up to so many pairs of tasks the two heat maps are under each other, each column under its block."""
+MOST_PAIRS = 150
+"""Beyond, a row per pair would be too low to read: a matrix of the tasks is shown instead."""
+MOST_LABELS = 40
+TOP_HEIGHT = 4.5
+"""Inches of what is above the heat maps."""
 
 
 def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
-    """A matplotlib figure: rates per block, the plan's choices underneath, and the rates of every pair of tasks."""
+    """A matplotlib figure: rates per block, the plan's choices underneath, and the rates of every pair of tasks.
+
+    Many pairs are shown side by side for the two spaces; too many for a row each as matrices of the tasks, over the
+    blocks that the plan touches.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot() needs matplotlib: pip install 'dtme-kernels[plot]'") from error
-    num_blocks = len(report.blocks)
-    pairs = [(i, j) for i in range(len(report.tasks)) for j in range(i + 1, len(report.tasks))]
-    figure = Figure(figsize=(max(7.0, 0.55 * num_blocks + 2.5), 4.2 + 0.26 * len(pairs) * 2), layout="constrained")
-    ratios = [3.2, 0.55, 0.3 * len(pairs) + 0.3, 0.3 * len(pairs) + 0.3]
-    rates, choice, in_range, in_null = figure.subplots(4, 1, sharex=True, height_ratios=ratios)
-    _rates(rates, report)
+    num_blocks, num_tasks = len(report.blocks), len(report.tasks)
+    num_pairs = num_tasks * (num_tasks - 1) // 2
+    width = min(max(8.0, 0.5 * num_blocks + 2.5), 15.0)
+    if num_pairs <= STACKED_PAIRS:
+        height = 0.3 * num_pairs + 0.3
+        figure = Figure(figsize=(width, TOP_HEIGHT + 2 * height), layout="constrained")
+        axes = figure.subplots(4, 1, sharex=True, height_ratios=[3.2, 0.55, height, height])
+        top, choice, maps = axes[0], axes[1], [axes[2], axes[3]]
+        labelled = [axes[3]]
+    else:
+        width = max(width, 9.0)
+        height = 0.145 * num_pairs if num_pairs <= MOST_PAIRS else width / 2 - 0.8
+        figure = Figure(figsize=(width, TOP_HEIGHT + height), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=[3.2, 0.55, height])
+        top = figure.add_subplot(grid[0, :])
+        choice = figure.add_subplot(grid[1, :], sharex=top)
+        top.tick_params(labelbottom=False)
+        maps = [figure.add_subplot(grid[2, k]) for k in (0, 1)]
+        labelled = [choice, *maps] if num_pairs <= MOST_PAIRS else [choice]
+    _rates(top, report)
     _choice(choice, report, plan)
-    for axes, counts, name, colors in (
-        (in_range, report.range_counts, "range", "Blues"),
-        (in_null, report.null_counts, "null", "Oranges"),
-    ):
-        values = [[float(counts[d, i, j] / report.valid_counts[d, i, j]) for d in range(num_blocks)] for i, j in pairs]
-        image = axes.imshow(values, cmap=colors, aspect="auto", vmin=0, vmax=1)
-        axes.set_facecolor(EMPTY)  # where a pair has no rate
-        axes.set_yticks(range(len(pairs)), [f"{report.tasks[i]} · {report.tasks[j]}" for i, j in pairs], fontsize=8)
-        axes.set_title(f"{name} space, by pair of tasks", fontsize=9, loc="left", color=TEXT)
-        figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", ticks=[0, 0.5, 1], pad=0.01)
-    names = _short(report.blocks)
-    fits = sum(map(len, names)) + 2 * num_blocks <= 13 * figure.get_figwidth()
-    in_null.set_xticks(range(num_blocks), names, fontsize=8, rotation=0 if fits else 90)
-    in_null.set_xlabel("block")
+    _heat_maps(figure, maps, report, plan, num_pairs)
+    for axes in labelled:
+        _name_blocks(axes, report.blocks, width - 1.5 if len(labelled) < 3 or axes is choice else width / 2 - 1.5)
     return figure
 
 
 def _rates(axes: Any, report: "ConflictReport") -> None:
-    x = range(len(report.blocks))
-    for values, color, marker, name in (
-        (report.range_rates, RANGE, "o", "range"),
-        (report.null_rates, NULL, "s", "null"),
+    positions = torch.arange(len(report.blocks), dtype=torch.float64)
+    size = 5 if len(report.blocks) <= 24 else 3.5
+    for values, space, color, marker, shift in (
+        (report.range_rates, "range", RANGE, "o", -0.07),
+        (report.null_rates, "null", NULL, "s", 0.07),
     ):
-        axes.plot(x, values.tolist(), color=color, marker=marker, markersize=5, linewidth=1.8, label=f"{name} space")
+        style = {"color": color, "marker": marker, "markersize": size, "linewidth": 1.6, "label": f"{space} space"}
+        if not has_units(report):
+            axes.plot(positions, values.tolist(), **style)
+            continue
+        low, high = report.intervals(space).unbind(1)
+        around = torch.stack([values - low, high - values]).clamp(min=0)
+        axes.errorbar(positions + shift, values, around.numpy(), elinewidth=1, capsize=min(3, size - 2), **style)
     shared = set(report.shared_blocks)
+    notes = ["bars: 95% intervals"] if has_units(report) else []
     for d, block in enumerate(report.blocks):
         if block not in shared:
             axes.axvspan(d - 0.5, d + 0.5, color=EMPTY, linewidth=0, zorder=0)
-            axes.set_title("grey: blocks that fewer than two tasks reach", loc="right", fontsize=9, color="#888888")
+    if len(shared) < len(report.blocks):
+        notes.append("grey: blocks that fewer than two tasks reach")
+    axes.set_title(" · ".join(notes), loc="right", fontsize=9, color=CHANCE)
     axes.set_xlim(-0.5, len(report.blocks) - 0.5)
-    axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.axhline(0.5, color=CHANCE, linewidth=0.9, linestyle="--", zorder=0)
+    # outside, where no curve runs
+    axes.annotate(
+        "chance\n50%",
+        (1, 0.5),
+        (4, 0),
+        ("axes fraction", "data"),
+        "offset points",
+        va="center",
+        fontsize=8,
+        color=CHANCE,
+    )
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     axes.set_ylabel("conflicting (token, pair)s")
     axes.set_title("Token-space gradient conflicts by block", loc="left", fontsize=11, color=TEXT)
     axes.legend(frameon=False, ncols=2, loc="best", fontsize=9)
@@ -62,7 +101,7 @@ def _rates(axes: Any, report: "ConflictReport") -> None:
 
 
 def _choice(axes: Any, report: "ConflictReport", plan: ExpansionPlan) -> None:
-    shared = report.shared_blocks
+    shared = set(report.shared_blocks)
     for row, (blocks, color) in enumerate(((plan.modulation, RANGE), (plan.expansion, NULL))):
         for d, block in enumerate(report.blocks):
             if block not in shared:
@@ -80,6 +119,76 @@ def _choice(axes: Any, report: "ConflictReport", plan: ExpansionPlan) -> None:
     axes.set_ylim(1.5, -0.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def _heat_maps(figure: Any, maps: list[Any], report: "ConflictReport", plan: ExpansionPlan, num_pairs: int) -> None:
+    """The rates of pairs in both spaces in one scale of colours, which spans the rates there are."""
+    chosen = [d for d, block in enumerate(report.blocks) if block in plan.blocks]
+    if num_pairs > MOST_PAIRS and not chosen:
+        chosen = list(range(len(report.blocks)))
+    first, second = torch.triu_indices(len(report.tasks), len(report.tasks), 1)
+    values: list[Tensor] = []
+    for space in ("range", "null"):
+        if num_pairs <= MOST_PAIRS:
+            values.append(report.pair_rates(space)[:, first, second].T)
+        else:
+            counts = report.counts_of(space)[chosen].sum(0).double()
+            values.append(counts / report.valid_counts[chosen].sum(0).double())
+    scale = _colours(torch.stack(values))
+    names = [f"{report.tasks[i]} · {report.tasks[j]}" for i, j in zip(first.tolist(), second.tolist(), strict=True)]
+    if num_pairs > MOST_PAIRS:
+        names = list(report.tasks)
+    for place, (axes, rates, space) in enumerate(zip(maps, values, ("range", "null"), strict=True)):
+        image = axes.imshow(rates.numpy(), aspect="auto", interpolation="nearest", **scale)
+        axes.set_facecolor(EMPTY)  # where a pair has no rate
+        step = 1 if num_pairs <= MOST_PAIRS else -(-len(names) // MOST_LABELS)
+        side_by_side = num_pairs > STACKED_PAIRS
+        rows = range(0, len(names), step)
+        shown = [names[row] for row in rows] if place == 0 or not side_by_side else []
+        axes.set_yticks(rows if shown else [], shown, fontsize=8 if num_pairs <= STACKED_PAIRS else 6.5)
+        what = "by pair of tasks"
+        if num_pairs > MOST_PAIRS:
+            what = f"over the {len(chosen)} blocks of the plan"
+            axes.set_xticks(rows, [names[row] for row in rows], fontsize=6.5, rotation=90)
+        axes.set_title(f"{space} space, {what}", fontsize=9, loc="left", color=TEXT)
+    inches = figure.get_figheight() - TOP_HEIGHT
+    bar = figure.colorbar(
+        image, ax=maps, format=lambda value, _: f"{100 * value:.3g}%", pad=0.01, aspect=max(15, 5 * inches)
+    )
+    bar.ax.set_ylim(*_ends(torch.stack(values)))  # colours of rates that are not there are not shown
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("rate: blue below chance, red above", fontsize=8, color=TEXT)
+
+
+def _colours(rates: Tensor) -> dict[str, Any]:
+    """Blue to red around chance where rates lie on both sides of it, else the one colour over the rates there are."""
+    low, high = _ends(rates)
+    if low < 0.5 < high:
+        most = max(0.5 - low, high - 0.5)
+        return {"cmap": "RdBu_r", "vmin": 0.5 - most, "vmax": 0.5 + most}
+    return {"cmap": "Blues_r" if low < 0.5 else "Reds", "vmin": low, "vmax": high}
+
+
+def _ends(rates: Tensor) -> tuple[float, float]:
+    """The lowest and the highest rate, a little apart where there is but one."""
+    known = rates[~rates.isnan()]
+    low, high = (known.min().item(), known.max().item()) if len(known) else (0.0, 1.0)
+    return (low, high) if low < high else (low - 0.01, high + 0.01)
+
+
+def _name_blocks(axes: Any, blocks: tuple[str, ...], inches: float) -> None:
+    names = _short(blocks)
+    characters = 13 * inches  # that fit side by side
+    level = sum(map(len, names)) + 2 * len(names) <= characters
+    step = 1
+    if not level:  # on end, every name is as wide as two characters
+        step = -(-2 * len(names) // int(characters))
+        if max(map(len, names)) <= 3:
+            step, level = -(-(sum(map(len, names)) + 2 * len(names)) // int(characters)), True
+    shown = range(0, len(names), step)
+    axes.set_xticks(shown, [names[d] for d in shown], fontsize=8, rotation=0 if level else 90)
+    axes.tick_params(axis="x", labelbottom=True)
+    axes.set_xlabel("block", fontsize=9)
 
 
 def _short(blocks: tuple[str, ...]) -> list[str]:

@@ -1,9 +1,10 @@
-"""What the analysis found: conflict counts per block, shown as a table and a picture, turned into a plan."""
+"""What the analysis found: conflict counts per block, how sure they are, and the plan that comes of them."""
 
+import math
 import os
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import load_json, save_json, write_beside
-from .plan import NUM_TOKENS, ExpansionPlan, check_tasks
+from .files import write_beside
+from .grouping import groups_of
+from .plan import ExpansionPlan
+from .report_files import check_units, load_report, save_report
+from .report_files import stack_if_equal as stack_if_equal  # of what a report holds
+from .resampling import LEVEL, MIN_UNITS, rate_intervals
+from .selection import Candidates, Rules
+from .stability import stability
+from .tables import block_table, summary
+from .units import Split, Units
 
-KIND = "dtme.ConflictReport"
-NOT_SHARED = "fewer than two tasks reach it"
-# strategy: (space that ranks modulation, space that ranks expansion, highest rate first), Tables 2 and 13
-STRATEGIES = {
-    "conflict": ("range", "null", True),
-    "reverse": ("range", "null", False),
-    "swap": ("null", "range", True),
-    "random": ("range", "null", True),
-}
+SPACES = ("range", "null")
 
 
 @dataclass(frozen=True, eq=False)
 class ConflictReport:
-    """Gradient conflicts of every block, in the range and in the null space of its tokens (method.md, section 2).
+    """Gradient conflicts of every block, in the range and in the null space of its tokens.
 
     Attributes:
         tasks: K names.
@@ -39,6 +40,16 @@ class ConflictReport:
         eigenvalues: (D, p) float64, descending, of the uncentred second moment; a list of (p_d,) where widths differ.
         num_samples: images of the covariance pass.
         ratio: the r that split range from null.
+        units: the counts batch by batch, which intervals and stability come from; None: these are NaN.
+        num_batches: batches of the second pass; 0 where that is not known.
+        skipped: ``{task: batches}`` in which the task had no target, or none but ignored labels.
+        settled: whether the analysis ended because its plan was settled; None where it was not asked to.
+        reached: (D, K) bool: which task reaches which block; None: all of them all blocks.
+        gains: (D,) float64: by how much more the losses fall, to first order, if every task has an affine map of its
+            own in the block instead of all tasks sharing one; NaN where that is not known.
+        gain_resamples: (R, D) float64: the gains of the resamples of ``resampling.resample_weights``.
+        bases: for each block its (p, p) eigenvectors as columns; None after loading a file that was saved without.
+        alternatives: ``{ratio: Split}``, the same analysis at other ratios; ``at`` gives their reports.
     """
 
     tasks: tuple[str, ...]
@@ -50,16 +61,31 @@ class ConflictReport:
     eigenvalues: Tensor | list[Tensor]
     num_samples: int
     ratio: float = field(default=100.0)
+    units: Units | None = None
+    num_batches: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    settled: bool | None = None
+    reached: Tensor | None = None
+    gains: Tensor = None  # type: ignore[assignment]  # NaNs are filled in below
+    gain_resamples: Tensor | None = None
+    bases: tuple[Tensor, ...] | None = None
+    alternatives: Mapping[float, Split] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.gains is None:
+            object.__setattr__(self, "gains", torch.full((len(self.blocks),), math.nan, dtype=torch.float64))
+        check_units(self)
 
     @property
     def range_rates(self) -> Tensor:
         """(D,) float64: Σ_{i<j} range counts / Σ_{i<j} valid; NaN where nothing is valid."""
-        return _rates(self.range_counts, self.valid_counts)
+        return self._rates("range")
 
     @property
     def null_rates(self) -> Tensor:
         """(D,) float64, as ``range_rates``."""
-        return _rates(self.null_counts, self.valid_counts)
+        return self._rates("null")
 
     @property
     def num_features(self) -> dict[str, int]:
@@ -71,8 +97,90 @@ class ConflictReport:
         """The blocks that at least two tasks reach, in forward order: those that a plan is about."""
         return tuple(self.blocks[d] for d in self._shared())
 
-    def _shared(self) -> list[int]:
-        return self.valid_counts.flatten(1).any(1).nonzero().flatten().tolist()
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Every ratio at which tokens were split, ``ratio`` first."""
+        return (self.ratio, *(ratio for ratio in self.alternatives if ratio != self.ratio))
+
+    def at(self, ratio: float) -> "ConflictReport":
+        """The report at another of ``ratios``: the same gradients in the same basis, split at other ranks."""
+        if ratio == self.ratio:
+            return self
+        if ratio not in self.alternatives:
+            raise ValueError(f"this report has the ratios {[*map(float, self.ratios)]}, got {ratio!r}")
+        units, split = self.units, self.alternatives[ratio]
+        own = Split(self.ranks, self.range_counts, self.null_counts)
+        if units is not None:
+            own = own._replace(range_units=units.range, null_units=units.null)
+            if split.range_units is None or split.null_units is None:
+                units = None
+            else:
+                units = units._replace(range=split.range_units, null=split.null_units)
+        return replace(
+            self,
+            ratio=ratio,
+            ranks=split.ranks,
+            range_counts=split.range_counts,
+            null_counts=split.null_counts,
+            units=units,
+            alternatives={self.ratio: own} | {r: other for r, other in self.alternatives.items() if r != ratio},
+        )
+
+    def pair_rates(self, space: str) -> Tensor:
+        """(D, K, K) float64: the rate of every pair of tasks, NaN where nothing is valid and on the diagonal.
+
+        Args:
+            space: ``"range"`` or ``"null"``.
+        """
+        return self.counts_of(space).double() / self.valid_counts.double()  # 0 / 0 is NaN
+
+    def intervals(self, space: str, level: float = LEVEL) -> Tensor:
+        """(D, 2) float64: where the rate of all data lies at confidence ``level``, by resampling batches.
+
+        NaN for blocks where fewer than 8 batches (or bundles of them) had anything to count.
+
+        Args:
+            space: ``"range"`` or ``"null"``.
+            level: in (0, 1).
+        """
+        if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
+            raise ValueError(f"level must be a number between 0 and 1, got {level!r}")
+        self.counts_of(space)
+        if self.units is None or len(self.units.batches) < MIN_UNITS:
+            self._say_once(
+                "intervals",
+                f"there are intervals from {MIN_UNITS} batches on, and this report has "
+                f"{'no batches kept' if self.units is None else len(self.units.batches)}: they are NaN",
+            )
+            return torch.full((len(self.blocks), 2), math.nan, dtype=torch.float64)
+        counts, valid = self.units_of(space)
+        return rate_intervals(counts.sum(2), valid.sum(2), float(level))
+
+    def stability(self, **plan_options: Any) -> dict[str, Tensor]:
+        """In which share of the resamples ``plan(**plan_options)`` chooses each block.
+
+        Returns:
+            ``{"modulation": (D,), "expansion": (D,)}`` float64; NaN below 8 batches, or where a block that the plan is
+            about has fewer with anything to count; with ``strategy="gain"`` also where the gains have no resamples.
+        """
+        return stability(self, plan_options)
+
+    def groups(self, space: str = "range", max_groups: int | None = None) -> dict[str, tuple[str, ...]]:
+        """Put tasks that hardly conflict into groups, which can share a stream and modules.
+
+        Average-linkage clustering by the pairs' rates over the blocks that ``plan()`` touches, the closest first. Two
+        clusters merge only if the whole 95 % interval of every pair across them lies below 0.5, which is chance; pairs
+        that never met have none, nor has any below 8 batches, which a warning says.
+
+        Args:
+            space: ``"range"`` or ``"null"``.
+            max_groups: then merge on, by lowest average rate, until there are at most so many.
+
+        Returns:
+            ``{group name: tasks}``, every task in one of them. A task alone keeps its name; others are called such as
+            ``"depth+normals"`` or, where that is long, ``"depth+7more"``.
+        """
+        return groups_of(self, space, max_groups)
 
     def plan(
         self,
@@ -83,6 +191,9 @@ class ConflictReport:
         num_tokens: int | str = 6,
         pair_threshold: float | None = None,
         seed: int = 0,
+        groups: Mapping[str, Sequence[str]] | bool | None = None,
+        max_parameters: float | None = None,
+        max_compute: float | None = None,
     ) -> ExpansionPlan:
         """Choose blocks by their conflict rates (Algorithm 1, Appendix B.3), of those that at least two tasks reach.
 
@@ -90,78 +201,33 @@ class ConflictReport:
             modulation: share of the blocks that get modulations, those with the highest range rate; 0 for none.
             expansion: share of the blocks that get task tokens, those with the highest null rate; 0 for none.
             strategy: ``"conflict"``, or its controls ``"reverse"`` (lowest rates), ``"random"`` and ``"swap"``
-                (modulation by null, expansion by range).
+                (modulation by null, expansion by range), or ``"gain"`` (modulation by ``gains``).
             num_tokens: task tokens per task and block, or ``"text"`` (6) or ``"params"`` (1), the paper's two figures.
             pair_threshold: give a module only to tasks in some pair whose rate in that block and space reaches this;
-                None gives one to every task.
+                None gives one to every task that reaches the block.
             seed: of ``"random"``.
+            groups: ``{group name: tasks}`` that share modules and a stream, or True for those of ``groups()``. A group
+                gets a module if any of its tasks does.
+            max_parameters: of all plans with at most as many blocks as the shares say, that add at most so many
+                parameters, the one with the highest sum of chosen rates (or gains). Under ``"reverse"`` the sum is of
+                1 - rate; under ``"random"`` blocks count by when they were drawn.
+            max_compute: likewise with ``ExpansionPlan.compute()`` at most so much. Of blocks with equal rates the later
+                one is chosen, without ``max_compute`` the earlier.
+
+        Raises:
+            ValueError: an argument is out of range; gains are not known; a budget is below every plan.
         """
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
-        if isinstance(num_tokens, str):
-            if num_tokens not in NUM_TOKENS:
-                raise ValueError(f"num_tokens must be an integer or one of {list(NUM_TOKENS)}, got {num_tokens!r}")
-            num_tokens = NUM_TOKENS[num_tokens]
-        if pair_threshold is not None and (not isinstance(pair_threshold, Real) or pair_threshold != pair_threshold):
-            raise ValueError(f"pair_threshold must be None or a rate, got {pair_threshold!r}")
-        spaces = STRATEGIES[strategy]
-        generator = random.Random(seed)
-        chosen = []
-        for name, share, space in (("modulation", modulation, spaces[0]), ("expansion", expansion, spaces[1])):
-            order = self._order(space, descending=spaces[2])
-            if strategy == "random":
-                generator.shuffle(order)
-            picked = sorted(order[: _quota(name, share, len(order))])
-            members = {self.blocks[d]: self._members(d, space, pair_threshold) for d in picked}
-            chosen.append({block: tasks for block, tasks in members.items() if tasks})
-        widths = self.num_features
-        return ExpansionPlan(self.tasks, num_tokens, chosen[0], chosen[1], {b: widths[b] for b in self.shared_blocks})
-
-    def _order(self, space: str, descending: bool) -> list[int]:
-        """Blocks that at least two tasks reach by rate, ties to the earlier one."""
-        rates = (self.range_rates if space == "range" else self.null_rates).tolist()
-        return sorted(self._shared(), key=lambda d: (-rates[d] if descending else rates[d], d))
-
-    def _members(self, d: int, space: str, threshold: float | None) -> tuple[str, ...]:
-        if threshold is None:
-            return self.tasks
-        counts = self.range_counts if space == "range" else self.null_counts
-        # 0 / 0 on the diagonal and for pairs that never met is NaN, and NaN reaches no threshold
-        reached = (counts[d].double() / self.valid_counts[d].double() >= threshold).any(1).tolist()
-        return tuple(task for task, hit in zip(self.tasks, reached, strict=True) if hit)
+        rules = Rules(
+            modulation, expansion, strategy, num_tokens, pair_threshold, seed, groups, max_parameters, max_compute
+        )
+        return Candidates(self, rules).plan()
 
     def table(self, plan: ExpansionPlan | None = None) -> str:
-        """One row per block: width, rank, both rates and, given a plan, what it puts there."""
-        rows = [["block", "p", "rank", "range rate", "null rate", "plan" if plan else ""]]
-        rates = list(zip(self.range_rates.tolist(), self.null_rates.tolist(), strict=True))
-        shared = set(self._shared())
-        for d, (block, width) in enumerate(self.num_features.items()):
-            row = [block, str(width), str(self.ranks[d].item())]
-            if d not in shared:
-                rows.append([*row, "-", "-", NOT_SHARED])
-                continue
-            marks = [] if plan is None else [_mark("modulate", plan.modulation.get(block, ()), plan.tasks)]
-            marks += [] if plan is None else [_mark("expand", plan.expansion.get(block, ()), plan.tasks)]
-            rows.append([*row, *(f"{rate:.1%}" for rate in rates[d]), " + ".join(filter(None, marks))])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        align = ["<", ">", ">", ">", ">", "<"]
-        lines = [
-            "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+        """One row per block: width, rank, both rates with their intervals and, given a plan, what it puts there."""
+        return block_table(self, plan)
 
     def __str__(self) -> str:
-        plan, num_shared = self.plan(), len(self._shared())
-        tasks = ", ".join(self.tasks)
-        head = f"Token-space gradient conflicts of {tasks} over {self.num_samples:,} samples (ratio {self.ratio:g})"
-        blocks = f"{num_shared} blocks"
-        if num_shared < len(self.blocks):
-            blocks = f"the {num_shared} blocks (of {len(self.blocks)}) that two or more tasks reach"
-        foot = (
-            f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {blocks}: "
-            f"{plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"
-        )
-        return "\n".join([head, "", self.table(plan), "", foot])
+        return summary(self)
 
     def plot(self, path: str | os.PathLike[str], plan: ExpansionPlan | None = None) -> None:
         """Draw both rates per block, and mark where ``plan`` (by default ``self.plan()``) modulates and expands."""
@@ -170,83 +236,40 @@ class ConflictReport:
         figure = plot_report(self, plan or self.plan())
         write_beside(Path(path), lambda beside: figure.savefig(beside, dpi=150))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON; floats survive exactly."""
-        content: dict[str, Any] = {
-            "tasks": list(self.tasks),
-            "blocks": list(self.blocks),
-            "num_samples": self.num_samples,
-        }
-        content |= {"ratio": self.ratio, "ranks": self.ranks.tolist()}
-        content |= {name: getattr(self, name).tolist() for name in ("range_counts", "null_counts", "valid_counts")}
-        content["eigenvalues"] = [values.tolist() for values in self.eigenvalues]
-        save_json(path, KIND, content)
+    def save(self, path: str | os.PathLike[str], *, bases: bool = False) -> None:
+        """Write JSON; floats survive exactly.
+
+        Args:
+            bases: also write the eigenvectors, in float32: they are most of the bytes, and ``conflict_map`` needs them.
+        """
+        save_report(self, path, bases)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ConflictReport":
-        """Read what ``save`` wrote; ValueError names the file and what is wrong with it."""
-        names = set(cls.__dataclass_fields__)
-        content = load_json(path, KIND, names)
-        try:
-            for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
-                content[name] = torch.tensor(content[name])
-                if content[name].dtype != torch.int64:
-                    raise ValueError(f"{name} must hold integers")
-            values = [torch.tensor(row, dtype=torch.float64) for row in content["eigenvalues"]]
-            content |= {"tasks": check_tasks(content["tasks"]), "blocks": tuple(content["blocks"])}
-            if not isinstance(content["num_samples"], int):
-                raise ValueError(f"num_samples must be an integer, got {content['num_samples']!r}")
-            content["eigenvalues"] = stack_if_equal(values)
-            report = cls(**content)
-            report._check()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        return report
+        """Read what ``save`` wrote, also by earlier releases; ValueError names the file and what is wrong with it."""
+        return load_report(cls, path)
 
-    def _check(self) -> None:
-        """ValueError where a file's figures cannot be those of an analysis."""
-        num_blocks, num_tasks = len(self.blocks), len(self.tasks)
-        if len(set(self.blocks)) != num_blocks or not all(isinstance(block, str) for block in self.blocks):
-            raise ValueError(f"blocks must be different names, got {list(self.blocks)}")
-        for name in ("range_counts", "null_counts", "valid_counts"):
-            counts = getattr(self, name)
-            if counts.shape != (num_blocks, num_tasks, num_tasks):
-                raise ValueError(f"{name} must be ({num_blocks}, {num_tasks}, {num_tasks}), got {tuple(counts.shape)}")
-            symmetric = torch.equal(counts, counts.mT) and not counts.diagonal(dim1=1, dim2=2).any()
-            if not symmetric or (counts < 0).any() or (counts > self.valid_counts).any():
-                raise ValueError(f"{name} must be symmetric counts with a zero diagonal, none above valid_counts")
-        widths = list(self.num_features.values())
-        if any(values.ndim != 1 or len(values) < 2 for values in self.eigenvalues):
-            raise ValueError("eigenvalues must be a list of numbers a block")
-        if self.ranks.shape != (num_blocks,) or not all(
-            1 <= m < p for m, p in zip(self.ranks.tolist(), widths, strict=True)
-        ):
-            raise ValueError(
-                f"ranks must be one in [1, p-1] for each of {num_blocks} blocks, got {self.ranks.tolist()}"
-            )
-        for name in ("num_samples", "ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+    # --- for the modules beside this one ------------------------------------------------------------------------------
 
+    def counts_of(self, space: str) -> Tensor:
+        """(D, K, K) int64 of ``"range"`` or ``"null"``."""
+        if space not in SPACES:
+            raise ValueError(f"space must be one of {list(SPACES)}, got {space!r}")
+        return self.range_counts if space == "range" else self.null_counts
 
-def stack_if_equal(values: Sequence[Tensor]) -> Tensor | list[Tensor]:
-    """(D, p) where all blocks are p wide, else the list."""
-    return torch.stack(list(values)) if len({len(v) for v in values}) == 1 else list(values)
+    def units_of(self, space: str) -> tuple[Tensor, Tensor]:
+        """(n, D, P) int64 each: what conflicted in ``space``, and what could."""
+        assert self.units is not None
+        return self.units.range if space == "range" else self.units.null, self.units.valid
 
+    def _rates(self, space: str) -> Tensor:
+        # both sums count every pair twice
+        return self.counts_of(space).sum((1, 2)).double() / self.valid_counts.sum((1, 2)).double()
 
-def _rates(counts: Tensor, valid: Tensor) -> Tensor:
-    # both sums count every pair twice
-    return counts.sum((1, 2)).double() / valid.sum((1, 2)).double()
+    def _shared(self) -> list[int]:
+        return self.valid_counts.flatten(1).any(1).nonzero().flatten().tolist()
 
-
-def _quota(name: str, share: float, num_blocks: int) -> int:
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
-        raise ValueError(f"{name} must be a share of the blocks in [0, 1], got {share!r}")
-    return max(1, round(share * num_blocks)) if share else 0
-
-
-def _mark(word: str, tasks: Sequence[str], all_tasks: Sequence[str]) -> str:
-    if not tasks:
-        return ""
-    return word if len(tasks) == len(all_tasks) else f"{word} ({', '.join(tasks)})"
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(text, stacklevel=3)

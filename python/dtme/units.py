@@ -20,3 +20,18 @@ class Units(NamedTuple):
     """(n, D, P) int64."""
     batches: Tensor
     """(n,) int64: how many batches each unit holds."""
+
+
+class Split(NamedTuple):
+    """What depends on the ratio: the counts of the same gradients in the same basis, split at other ranks."""
+
+    ranks: Tensor
+    """(D,) int64."""
+    range_counts: Tensor
+    """(D, K, K) int64."""
+    null_counts: Tensor
+    """(D, K, K) int64."""
+    range_units: Tensor | None = None
+    """(n, D, P) int64; None where the analysis kept no units."""
+    null_units: Tensor | None = None
+    """(n, D, P) int64; None where the analysis kept no units."""

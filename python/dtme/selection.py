@@ -1,0 +1,241 @@
+"""Which blocks a plan chooses, from the rates of the report or from those of each of its resamples."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .budgets import Budget, Item, best_within, check_budget
+from .plan import NUM_TOKENS, ExpansionPlan
+from .resampling import LEVEL, deviations, stretch
+
+if TYPE_CHECKING:
+    from .report import ConflictReport
+
+# strategy: (what ranks modulation, what ranks expansion, highest first), Tables 2 and 13; gains are not in the paper
+STRATEGIES = {
+    "conflict": ("range", "null", True),
+    "reverse": ("range", "null", False),
+    "swap": ("null", "range", True),
+    "random": ("range", "null", True),
+    "gain": ("gain", "null", True),
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The arguments of ``ConflictReport.plan``, checked."""
+
+    modulation: float
+    expansion: float
+    strategy: str
+    num_tokens: int | str
+    pair_threshold: float | None
+    seed: int
+    groups: Mapping[str, Sequence[str]] | bool | None
+    max_parameters: float | None
+    max_compute: float | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.strategy, str) or self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {self.strategy!r}")
+        if isinstance(self.num_tokens, str):
+            if self.num_tokens not in NUM_TOKENS:
+                raise ValueError(f"num_tokens must be an integer or one of {list(NUM_TOKENS)}, got {self.num_tokens!r}")
+            object.__setattr__(self, "num_tokens", NUM_TOKENS[self.num_tokens])
+        for name, wanted in (("pair_threshold", "rate"), ("max_parameters", "number"), ("max_compute", "number")):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or value != value):
+                raise ValueError(f"{name} must be None or a {wanted}, got {value!r}")
+        for name, share in (("modulation", self.modulation), ("expansion", self.expansion)):
+            if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
+                raise ValueError(f"{name} must be a share of the blocks in [0, 1], got {share!r}")
+
+    @property
+    def sources(self) -> tuple[str, str]:
+        """What ranks blocks for modulation and for expansion: ``"range"``, ``"null"`` or ``"gain"``."""
+        return STRATEGIES[self.strategy][:2]
+
+    @property
+    def limited(self) -> bool:
+        return self.max_parameters is not None or self.max_compute is not None
+
+    def quotas(self, num_blocks: int) -> tuple[int, int]:
+        """How many of the blocks may get a modulation, and how many task tokens."""
+        first, second = (
+            max(1, round(share * num_blocks)) if share else 0 for share in (self.modulation, self.expansion)
+        )
+        return first, second
+
+
+class Choice(NamedTuple):
+    """Who gets what, of S blocks that a plan is about and G owners (groups, or tasks that are in none)."""
+
+    modulation: Tensor
+    """(R, S, G) bool, for each of R resamples; R = 1 for the report itself."""
+    expansion: Tensor
+    """(R, S, G) bool."""
+
+
+class Candidates:
+    """The blocks that ``report.plan`` chooses from by ``rules``, and what choosing each of them would add."""
+
+    def __init__(self, report: "ConflictReport", rules: Rules) -> None:
+        self.report, self.rules, self.shared = report, rules, report._shared()
+        widths = report.num_features
+        groups = report.groups() if rules.groups is True else {} if rules.groups is None else rules.groups
+        assert isinstance(rules.num_tokens, int)
+        self.nothing = ExpansionPlan(
+            report.tasks,
+            rules.num_tokens,
+            num_features={block: widths[block] for block in report.shared_blocks},
+            groups=groups,  # type: ignore[arg-type]  # anything but a mapping is refused there
+        )
+        self.owners = self.nothing.owners(report.tasks)
+        column = [self.owners.index(self.nothing.owner(task)) for task in report.tasks]
+        self.belongs = torch.nn.functional.one_hot(torch.tensor(column), len(self.owners)).float()
+        if "gain" in rules.sources and report.gains[self.shared].isnan().any():
+            unknown = next(report.blocks[d] for d in self.shared if report.gains[d].isnan())
+            raise ValueError(
+                f"strategy='gain' needs the gains of all blocks; this report has none of block {unknown!r}"
+            )
+
+    def choose(self, weights: Tensor | None = None, scale: float = 1.0) -> Choice:
+        """The choice of the report itself, or with ``weights`` (R, n) of every resample.
+
+        ``scale`` multiplies the deviations of the resamples: 0.5 stands for four times as many units.
+        """
+        num_blocks, quotas = len(self.shared), self.rules.quotas(len(self.shared))
+        generator = random.Random(self.rules.seed)
+        orders, values, members = [], [], []
+        for source in self.rules.sources:
+            scores = self._scores(source, weights, scale)
+            order = self._order(scores)
+            if self.rules.strategy == "random":
+                shuffled = list(range(num_blocks))
+                generator.shuffle(shuffled)
+                order = order[:, shuffled]
+            orders.append(order)
+            values.append(self._values(order, scores))
+            members.append(self._members("null" if source == "null" else "range", weights, scale))
+        if self.rules.limited:
+            picked = self._within_budget(orders, values, members, quotas, resampled=weights is not None)
+        else:
+            picked = [
+                torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :quota], True)
+                for order, quota in zip(orders, quotas, strict=True)
+            ]
+        return Choice(*(p[:, :, None] & m for p, m in zip(picked, members, strict=True)))
+
+    def plan(self) -> ExpansionPlan:
+        """The plan of the report itself."""
+        report, chosen = self.report, []
+        for added in self.choose():
+            tasks = (added[0].float() @ self.belongs.T).bool().tolist()  # all tasks of an owner, or none
+            members = [tuple(t for t, hit in zip(report.tasks, row, strict=True) if hit) for row in tasks]
+            chosen.append({report.blocks[d]: row for d, row in zip(self.shared, members, strict=True) if row})
+        nothing = self.nothing
+        return ExpansionPlan(
+            nothing.tasks, nothing.num_tokens, chosen[0], chosen[1], nothing.num_features, nothing.groups
+        )
+
+    # --- what ranks blocks --------------------------------------------------------------------------------------------
+
+    def _scores(self, source: str, weights: Tensor | None, scale: float) -> Tensor:
+        """(R, S) rates or gains."""
+        report, shared = self.report, self.shared
+        if source == "gain":
+            own = report.gains[shared][None]
+            return own if weights is None else own + scale * gain_deviations(report)[: len(weights), shared]
+        own = (report.range_rates if source == "range" else report.null_rates)[shared][None]
+        if weights is None:
+            return own
+        counts, valid = report.units_of(source)
+        return own + scale * deviations(counts.sum(2)[:, shared], valid.sum(2)[:, shared], weights)
+
+    def _order(self, scores: Tensor) -> Tensor:
+        """(R, S): the blocks of each resample, best first; equals go to the earlier, under ``max_compute`` the later.
+
+        Splitting late is cheap, which is why a budget of compute turns ties around.
+        """
+        best_first = scores if STRATEGIES[self.rules.strategy][2] else -scores
+        if self.rules.max_compute is None:
+            return best_first.argsort(dim=1, descending=True, stable=True)
+        return scores.shape[1] - 1 - best_first.flip(1).argsort(dim=1, descending=True, stable=True)
+
+    def _values(self, order: Tensor, scores: Tensor) -> Tensor:
+        """(R, S): what a budget's choice maximises the sum of, in the order of the blocks."""
+        if self.rules.strategy == "random":  # the earlier drawn, the better
+            return torch.linspace(1, 0.5, order.shape[1], dtype=torch.float64)[order.argsort(1)]
+        return scores if STRATEGIES[self.rules.strategy][2] else 1 - scores
+
+    # --- who gets a module --------------------------------------------------------------------------------------------
+
+    def _members(self, space: str, weights: Tensor | None, scale: float) -> Tensor:
+        """(R or 1, S, G) bool: the owners that get a module if the block is chosen."""
+        report, threshold = self.report, self.rules.pair_threshold
+        reached = torch.ones(len(self.shared), len(report.tasks), dtype=torch.bool)
+        if report.reached is not None:
+            reached = report.reached[self.shared]
+        if threshold is None:
+            return (reached.float() @ self.belongs).bool()[None]
+        first, second = torch.triu_indices(len(report.tasks), len(report.tasks), 1)
+        rows = torch.arange(len(first))
+        touches = torch.zeros(len(first), len(report.tasks))
+        touches[rows, first] = touches[rows, second] = 1
+        own = report.pair_rates(space)[:, first, second]
+        members = []
+        for s, d in enumerate(self.shared):  # block by block: the pairs of many tasks are many
+            rates = own[d][None]
+            if weights is not None:
+                counts, valid = report.units_of(space)
+                rates = rates + scale * deviations(counts[:, d], valid[:, d], weights)
+            # the rate of a pair that never met is NaN, and NaN reaches no threshold
+            hit = ((rates >= threshold).float() @ touches).bool() & reached[s]
+            members.append((hit.float() @ self.belongs).bool())
+        return torch.stack(members, 1) if members else torch.zeros(1, 0, len(self.owners), dtype=torch.bool)
+
+    # --- budgets ------------------------------------------------------------------------------------------------------
+
+    def _within_budget(
+        self,
+        orders: list[Tensor],
+        values: list[Tensor],
+        members: list[Tensor],
+        quotas: tuple[int, int],
+        resampled: bool,
+    ) -> list[Tensor]:
+        budget = Budget(quotas, self.rules.max_parameters, self.rules.max_compute, len(self.shared), len(self.owners))
+        picked = [torch.zeros(order.shape, dtype=torch.bool) for order in orders]
+        per_owner = [
+            [factor * p for p in self.nothing.num_features.values()] for factor in (2, self.nothing.num_tokens)
+        ]
+        masks = [[[_bits(row) for row in rows] for rows in who.tolist()] for who in members]
+        for r in range(len(orders[0])):
+            items = []
+            for kind, quota in enumerate(quotas):
+                who = masks[kind][r if len(masks[kind]) > 1 else 0]
+                worth = values[kind][r].tolist()
+                for s in orders[kind][r].tolist() if quota else ():
+                    if who[s]:
+                        parameters = who[s].bit_count() * per_owner[kind][s]
+                        items.append(Item(kind, s, worth[s], parameters, who[s]))
+            if not resampled:
+                check_budget(items, budget)
+            for item in best_within(items, budget):
+                picked[item.kind][r, item.block] = True
+        return picked
+
+
+def gain_deviations(report: "ConflictReport") -> Tensor:
+    """(R, D) float64: how far the gains of resamples are from the gains, stretched as those of rates are."""
+    assert report.units is not None and report.gain_resamples is not None
+    return (report.gain_resamples - report.gains) * stretch(len(report.units.batches), LEVEL)
+
+
+def _bits(members: list[bool]) -> int:
+    return sum(1 << g for g, member in enumerate(members) if member)

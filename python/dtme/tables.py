@@ -1,0 +1,157 @@
+"""A conflict report in words: the table of its blocks, what its plan costs, and how far to trust it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .plan import ExpansionPlan
+from .resampling import LEVEL, MIN_UNITS
+from .stability import MOST_TIMES, agreement, batches_to_settle, stability
+
+if TYPE_CHECKING:
+    from .report import ConflictReport
+
+NOT_SHARED = "fewer than two tasks reach it"
+MOST_NAMES = 4  # in a cell
+
+
+def summary(report: "ConflictReport") -> str:
+    """What was read, the table with the default plan, what that costs, and what speaks against trusting it."""
+    plan, tasks = report.plan(), _listed(report.tasks, "tasks")
+    head = f"Token-space gradient conflicts of {tasks} over {report.num_samples:,} samples (ratio {report.ratio:g})"
+    lines = [head, *_what_was_read(report), "", block_table(report, plan, stability(report, {}))]
+    if has_units(report):
+        lines.append(
+            f"± is half of the {LEVEL:.0%} interval; the share after a choice is that of the resamples that make it"
+        )
+    if len(report.ratios) > 1:
+        lines += ["", ratio_table(report)]
+    return "\n".join([*lines, "", *_costs(report, plan), *_warnings(report)])
+
+
+def block_table(
+    report: "ConflictReport", plan: ExpansionPlan | None, shares: Mapping[str, Tensor] | None = None
+) -> str:
+    """One row per block: width, rank, both rates ± half of their intervals, what ``plan`` puts there, how stably."""
+    rows = [["block", "p", "rank", "range rate", "null rate", "plan" if plan else ""]]
+    shared = set(report.shared_blocks)
+    cells = [_rate_cells(report, space) for space in ("range", "null")]
+    for d, (block, width) in enumerate(report.num_features.items()):
+        row = [block, str(width), str(report.ranks[d].item())]
+        if block not in shared:
+            rows.append([*row, "-", "-", NOT_SHARED])
+            continue
+        marks = []
+        if plan is not None:
+            for word, kind in (("modulate", "modulation"), ("expand", "expansion")):
+                if tasks := getattr(plan, kind).get(block):
+                    share = math.nan if shares is None else shares[kind][d].item()
+                    marks.append(_mark(word, tasks, plan) + ("" if math.isnan(share) else f" {share:.0%}"))
+        rows.append([*row, cells[0][d], cells[1][d], " + ".join(marks)])
+    lines = _aligned(rows, "<>>>><")
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def ratio_table(report: "ConflictReport") -> str:
+    """One row per ratio: the ranks it gives, and one letter per block for what the plan then puts there."""
+    rows = [["ratio", "ranks", "blocks, first to last"]]
+    for ratio in sorted(report.ratios):
+        other = report.at(ratio)
+        plan, ranks = other.plan(), other.ranks
+        letters = [
+            "·MEB"[(block in plan.modulation) + 2 * (block in plan.expansion)] if block in other.shared_blocks else "-"
+            for block in other.blocks
+        ]
+        rows.append([f"{ratio:g}", f"{ranks.min().item()}-{ranks.max().item()}", "".join(letters)])
+    return "\n".join(["Plans by ratio (M modulate, E expand, B both, · neither)", *_aligned(rows, ">><")])
+
+
+def has_units(report: "ConflictReport") -> bool:
+    """Whether the report can have intervals."""
+    return report.units is not None and len(report.units.batches) >= MIN_UNITS
+
+
+def _rate_cells(report: "ConflictReport", space: str) -> list[str]:
+    rates = (report.range_rates if space == "range" else report.null_rates).tolist()
+    if not has_units(report):  # intervals would warn, and summary says it anyway
+        return [f"{rate:.1%}" for rate in rates]
+    half = ((report.intervals(space)[:, 1] - report.intervals(space)[:, 0]) / 2).tolist()
+    return [f"{rate:.1%}" + ("" if math.isnan(h) else f" ± {100 * h:.1f}") for rate, h in zip(rates, half, strict=True)]
+
+
+def _what_was_read(report: "ConflictReport") -> list[str]:
+    lines = []
+    if report.num_batches:
+        settled = {True: "; the plan is settled", False: "; the plan is not settled", None: ""}[report.settled]
+        batches = f"{report.num_batches:,} batches of gradients"
+        lines.append(f"Read {report.num_samples:,} samples of tokens and {batches}{settled}")
+    lines += [
+        f"skipped: task {task!r} in {batches:,} batches, which have no labels of it"
+        for task, batches in report.skipped.items()
+        if batches
+    ]
+    if report.units is not None and not has_units(report):
+        lines.append(f"no intervals: they take {MIN_UNITS} batches, and {len(report.units.batches)} were read")
+    return lines
+
+
+def _costs(report: "ConflictReport", plan: ExpansionPlan) -> list[str]:
+    num_shared = len(report.shared_blocks)
+    blocks = f"{num_shared} blocks"
+    if num_shared < len(report.blocks):
+        blocks = f"the {num_shared} blocks (of {len(report.blocks)}) that two or more tasks reach"
+    lines = [
+        f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {blocks}: "
+        f"{plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"
+    ]
+    if num_shared:
+        one = max(_parameters_of(plan, task) for task in plan.tasks)
+        lines.append(
+            f"one task alone: {one:,} parameters, {plan.compute(plan.tasks[0]):.2f} × the blocks of the plain model; "
+            f"all {len(plan.tasks)}: {plan.added_parameters():,} parameters, {plan.compute():.2f} ×"
+        )
+    return lines
+
+
+def _parameters_of(plan: ExpansionPlan, task: str) -> int:
+    """Those that a model of this task alone has."""
+    widths = plan.num_features
+    modulated = sum(2 * widths[block] for block, tasks in plan.modulation.items() if task in tasks)
+    return modulated + sum(plan.num_tokens * widths[block] for block, tasks in plan.expansion.items() if task in tasks)
+
+
+def _warnings(report: "ConflictReport") -> list[str]:
+    lines: list[str] = []
+    if not has_units(report):
+        return lines
+    known = [edges[~edges.isnan().any(1)] for edges in (report.intervals("range"), report.intervals("null"))]
+    if any(map(len, known)) and all(((edges[:, 0] <= 0.5) & (edges[:, 1] >= 0.5)).all() for edges in known):
+        lines.append(
+            "warning: every interval holds 50 %, the rate of gradients that have nothing to do with each other: train "
+            "the heads first"
+        )
+    share = agreement(report)
+    if share < LEVEL:
+        more = batches_to_settle(report)
+        advice = f"read about {more:,} more batches"
+        if more is None:
+            advice = f"{MOST_TIMES:,} times as many batches would not settle it, so its blocks are about equal"
+        lines.append(f"warning: only {share:.0%} of the resamples make this plan: {advice}")
+    return lines
+
+
+def _mark(word: str, tasks: Sequence[str], plan: ExpansionPlan) -> str:
+    return word if len(tasks) == len(plan.tasks) else f"{word} ({_listed(plan.owners(tasks), 'streams')})"
+
+
+def _listed(names: Sequence[str], kind: str) -> str:
+    return (
+        ", ".join(names) if len(names) <= 3 * MOST_NAMES else f"{', '.join(names[:MOST_NAMES])} … ({len(names)} {kind})"
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip() for row in rows]
