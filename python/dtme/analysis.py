@@ -223,7 +223,7 @@ class _Analysis:
         layouts = [together(tasks)]
         for name in self.names:
             adapter = self.inputs.blocks[name]._modules.get("dtme")
-            layouts.append(layouts[-1].part(getattr(adapter, "own_tasks", ())))
+            layouts.append(layouts[-1].part(getattr(adapter, "own_tasks", {})))
         return layouts[:-1]
 
     def _refuse_sums(self, gradients: list[Tensor], reached: Tensor, inputs: dict[str, list[Entered]]) -> None:

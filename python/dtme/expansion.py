@@ -9,10 +9,11 @@ from .block import BlockAdapter
 from .block.site import Site, find_attention
 from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
 from .entry import Root
+from .expanded import Expansion
 from .plan import ExpansionPlan
 from .randomness import random_state, wind_back
 from .sharing import SHARED_PREFIX
-from .streams import Expansion, adapters, expansions
+from .streams import adapters, expansions
 from .torch_private import is_compiled
 
 MODULATORS = ("affine", "batch_norm")
@@ -29,8 +30,8 @@ def expand(
     """Give the plan's blocks their tasks' modulations and tokens, in place (method.md, section 4).
 
     Added parameters are ``<block>.dtme.{weight,bias}.<task>`` (p,), starting as the identity, and
-    ``<block>.dtme.tokens.<task>`` (t, p), normal with std 0.02, in the dtype and on the device of their block. Every
-    other name stays as it was.
+    ``<block>.dtme.tokens.<task>`` (t, p), normal with std 0.02, in the dtype and on the device of their block. Those
+    that the tasks of a group share have the group's name instead. Every other name stays as it was.
 
     Args:
         model_or_backbone: a ``MultiTaskModel`` or any transformer.
@@ -40,15 +41,16 @@ def expand(
         shared_prefix: ``"auto"``: the blocks before the first difference run once for all tasks where the first call of
             its kind showed that all tasks then predict what each does alone; elsewhere the backbone runs once for every
             task, and a warning says why. ``True``: where that is not so, the call raises. ``False``: once for every
-            task, always.
+            task, always. Tasks that no block tells apart, those of a group say, run together in any case.
 
     Returns:
         The same object.
 
     Raises:
         RuntimeError: it is expanded already, or wrapped by DDP, FSDP or ``torch.compile``: expand first.
-        ValueError: the plan is for another model (a missing block, another width, an unknown task), or a block's
-            attention cannot take task tokens correctly. The model is then as it was.
+        ValueError: the plan is for another model (a missing block, another width, an unknown task, a group with the
+            name of another task), or a block's attention cannot take task tokens correctly. The model is then as it
+            was.
     """
     if not isinstance(plan, ExpansionPlan):
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")

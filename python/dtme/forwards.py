@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .expanded import alike
 from .randomness import random_state, wind_back
 from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, is_cache, layout_of, rows_of
 from .streams import Forward, Layout, Survey, apart, hide, repeat_rows, show, together, traced
@@ -54,12 +55,13 @@ class Opening:
     def _task_index(self) -> Tensor | None:
         """The one task that was asked for, as a tensor, if all tasks may share a graph."""
         (task, *others), (expansion, *_) = self.asked, self.ways.expansions
-        known = expansion.tasks
-        affine = all(one.modulator == "affine" and one.tasks == known for one in self.ways.expansions)
-        if others or not affine or len(known) == 1:
+        known, owner_of = expansion.tasks, expansion.owner_of
+        affine = all(one.modulator == "affine" for one in self.ways.expansions)
+        same = all(one.tasks == known and one.owner_of == owner_of for one in self.ways.expansions)
+        if others or not affine or not same or len(known) == 1:
             return None
         device = next((p.device for p in self.ways.owner.parameters()), torch.device("cpu"))
-        return torch.tensor([known.index(task)], device=device)
+        return torch.tensor([expansion.owners.index(owner_of[task])], device=device)
 
     def _expose(self, forward: Forward | None) -> None:
         if self._is_exposed:
@@ -96,12 +98,14 @@ class Opening:
 
 
 def run(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> dict[str, Any]:
-    """``{task: what call returns for it}``; views of one output where the tasks share."""
+    """``{task: what call returns for it}``; views of one output where the tasks share, one view for every stream."""
     with traced(forward):
         if not way.shares:
             return _one_by_one(forward, tasks, call)
         output = _shared(forward, way, tasks, call)
-        return {task: _rows_of_task(way, output, forward, task) for task in tasks}
+        parts = [(stream, _rows_of_task(way, output, forward, stream[0])) for stream in forward.layout.streams]
+        found = {task: part for stream, part in parts for task in stream}
+        return {task: found[task] for task in tasks}
 
 
 def run_folded(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> Any:
@@ -114,19 +118,18 @@ def run_folded(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -
 
 
 def _one_by_one(forward: Forward, tasks: tuple[str, ...], call: Call) -> dict[str, Any]:
+    """A run for every task, but only one for tasks that no block tells apart."""
     found: dict[str, Any] = {}
-    if len(tasks) == 1 or torch.compiler.is_compiling():
-        for task in tasks:
-            forward.start(together((task,)))
-            found[task] = call()
-        return found
+    sets = list(alike(tasks, forward.expansions).values())
+    is_plain = len(sets) == 1 or torch.compiler.is_compiling()
     # every task draws the random numbers that it would draw alone: blocks left out by chance are left out for all
-    state = random_state()
-    for task in tasks:
-        wind_back(state)
-        forward.start(together((task,)))
-        found[task] = call.on_fresh_inputs()
-    return found
+    state = None if is_plain else random_state()
+    for some in sets:
+        if state is not None:
+            wind_back(state)
+        forward.start(together(some))
+        found |= dict.fromkeys(some, call() if is_plain else call.on_fresh_inputs())
+    return {task: found[task] for task in tasks}
 
 
 def _shared(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> Any:

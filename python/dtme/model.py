@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import saving
 from .block.adapter import is_added
 from .entry import Root
+from .expanded import Expansion
 from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
@@ -20,7 +21,7 @@ from .output import split
 from .plan import check_tasks, choose
 from .randomness import left_as_it_was
 from .sharing import Call, Way, Ways
-from .streams import Expansion, Forward, expansions, expansions_of, running, survey
+from .streams import Forward, expansions, expansions_of, running, survey
 from .streams import tasks as streams_of
 from .torch_private import calls_compiler, eagerly, stay_eager
 from .trees import tensors

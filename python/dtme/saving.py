@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .block.adapter import is_added
 from .block.handover import add_gates
+from .expanded import Expansion
 from .expansion import collapse, expand
 from .files import load_json, save_json, write_beside
 from .independence import Decoder, name_of
 from .plan import ExpansionPlan
-from .streams import Expansion, adapters, expansions
+from .streams import adapters, expansions
 
 if TYPE_CHECKING:
     from .model import Heads, MultiTaskModel

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .expanded import Expansion, alike
 from .randomness import left_as_it_was, random_state, was_drawn
-from .streams import Expansion, Forward, Layout, Survey, hide, show, together
+from .streams import Forward, Layout, Survey, hide, show, together
 from .torch_private import takes_statistics
 from .trees import fresh, leaves, opaque, structure, tensors
 
@@ -107,9 +108,9 @@ class Ways:
 
     def find(self, tasks: tuple[str, ...], call: Call, *, is_training: bool) -> Way:
         """The way for this call if it is known; else the slower one, which is always right."""
-        if len(tasks) == 1 or self._never_shares():
+        if len(alike(tasks, self.expansions)) == 1 or self._never_shares():
             return ONE_BY_ONE
-        return self.known.get(_kind(tasks, call, is_training), ONE_BY_ONE)
+        return self.known.get(self._kind(tasks, call, is_training), ONE_BY_ONE)
 
     def find_out(self, tasks: tuple[str, ...], call: Call, state: Survey, *, force_eager: bool = False) -> Way:
         """The way for this call, which is compared now if it is the first of its kind.
@@ -126,10 +127,13 @@ class Ways:
         if len(tasks) == 1:
             return ONE_BY_ONE
         _refuse_caches(call)
+        if len(alike(tasks, self.expansions)) == 1:  # one run, which is right for every backbone
+            self.last = self.last or Way(True)
+            return ONE_BY_ONE
         if self._never_shares():
             self.last = Way(False, "shared_prefix=False")
             return ONE_BY_ONE
-        kind = _kind(tasks, call, state.is_training)
+        kind = self._kind(tasks, call, state.is_training)
         if kind in self.known:
             return self.known[kind]
         with torch.compiler.set_stance("force_eager") if force_eager else nullcontext():
@@ -140,9 +144,13 @@ class Ways:
 
     def forget(self, tasks: tuple[str, ...], call: Call, state: Survey) -> None:
         """Compare the next call of this kind again, beginning from what is known of its blocks' arguments."""
-        kind = _kind(tasks, call, state.is_training)
+        kind = self._kind(tasks, call, state.is_training)
         if (way := self.known.pop(kind, None)) is not None:
             self._before[kind] = way.arguments
+
+    def _kind(self, tasks: tuple[str, ...], call: Call, is_training: bool) -> Any:
+        """Calls of other tasks that part in the same way are of one kind."""
+        return tuple(alike(tasks, self.expansions)), is_training, structure(call[1:], single=True)
 
     def _never_shares(self) -> bool:
         return any(expansion.shared_prefix is False for expansion in self.expansions)
@@ -187,10 +195,6 @@ def caller_level() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _kind(tasks: tuple[str, ...], call: Call, is_training: bool) -> Any:
-    return tasks, is_training, structure(call[1:], single=True)
 
 
 @contextmanager
@@ -238,6 +242,8 @@ def sharing_of(module: nn.Module) -> str:
 class Comparison:
     """One call of all tasks together against each task alone, on probe values and without gradients.
 
+    One task stands for all that no block tells apart: they are in one stream.
+
     In training mode if the model draws no random numbers there, else in evaluation mode; statistics of the batch, which
     the rows of all tasks would share, are noticed in either.
     """
@@ -245,7 +251,8 @@ class Comparison:
     def __init__(
         self, owner: nn.Module, expansions: tuple[Expansion, ...], tasks: tuple[str, ...], call: Call, training: bool
     ) -> None:
-        self.owner, self.tasks, self.call = owner, tasks, call
+        self.owner, self.call = owner, call
+        self.tasks = tuple([first for first, *_ in alike(tasks, expansions).values()])
         self.forward = Forward(expansions, probes=True)
         self.training = training and not self._draws()
         self.is_low = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in owner.parameters())

@@ -1,22 +1,23 @@
 """Which tasks run, which of them share their tokens, and the one state of a forward that runs.
 
 All tasks share one stream up to the first block that treats them differently. A task that has a module of its own there
-has its own stream from that block on; the others go on sharing. Streams are folded into the batch, task-major:
-T streams of B images are T * B rows (method.md, section 4).
+has its own stream from that block on, and so have the tasks of a group whose module it is; the others go on sharing.
+Streams are folded into the batch, task-major: T streams of B images are T * B rows (method.md, section 4).
 
 Whoever calls an expanded backbone opens a ``Forward``; the blocks' adapters find it by ``running``. It is seen by the
 thread (or asyncio task) that opened it, and gone when it closes. Nothing about a forward is kept on a module.
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .plan import ExpansionPlan, choose
+from .expanded import Expansion, alike
+from .plan import choose
 from .torch_private import is_compiled
 
 if TYPE_CHECKING:
@@ -31,16 +32,26 @@ class Layout(NamedTuple):
     streams: tuple[tuple[str, ...], ...]
     """Each stream's tasks."""
 
-    def part(self, leaving: Collection[str]) -> "Layout":
-        """The streams once the tasks of ``leaving`` have left the shared one."""
-        alone = {stream[0] for stream in self.streams if len(stream) == 1}
-        shared = tuple(task for task in self.tasks if task not in leaving and task not in alone)
-        heads = [task for task in self.tasks if task not in shared or task == shared[0]]
-        return Layout(self.tasks, tuple(shared if task in shared else (task,) for task in heads))
+    def part(self, leaving: Mapping[str, str]) -> "Layout":
+        """Every stream split into one for each owner that tasks leave for, ``{task: owner}``, and one of the rest.
+
+        So the tasks of a stream have the same modules in all blocks behind them.
+        """
+        if not leaving:
+            return self
+        index = self._indices()
+        parts: dict[tuple[int, str | None], list[str]] = {}
+        for task in self.tasks:
+            parts.setdefault((index[task], leaving.get(task)), []).append(task)
+        return Layout(self.tasks, tuple([tuple(tasks) for tasks in parts.values()]))
 
     def sources(self, before: "Layout") -> list[int]:
         """For every stream, the stream of ``before`` that its tokens come from."""
-        return [before.index_of(stream[0]) for stream in self.streams]
+        index = before._indices()
+        return [index[stream[0]] for stream in self.streams]
+
+    def _indices(self) -> dict[str, int]:
+        return {task: i for i, stream in enumerate(self.streams) for task in stream}
 
     def index_of(self, task: str) -> int:
         """Where the stream is that ``task`` is in."""
@@ -82,20 +93,6 @@ def unfold(tensor: Tensor, num_streams: int) -> Tensor:
     return tensor.unflatten(0, (num_streams, tensor.shape[0] // num_streams))
 
 
-class Expansion:
-    """One call of ``expand``: what all its adapters share. Nothing in it belongs to a forward."""
-
-    def __init__(
-        self, tasks: Iterable[str], plan: ExpansionPlan, modulator: str, shared_prefix: bool | str, frozen: list[str]
-    ) -> None:
-        self.tasks = tuple(tasks)
-        self.plan, self.modulator, self.shared_prefix, self.frozen = plan, modulator, shared_prefix, frozen
-        # Where torch.compile, which cannot read a ContextVar, finds the forward that it traces: None again when the
-        # compiled code has run. For compiled parts of an eager forward threads wait for each other (forwards.Opening).
-        self.traced: Forward | None = None
-        self.has_warned_of_rows = False  # to whoever chose no tasks: those of all come back
-
-
 class Run:
     """One run of one block."""
 
@@ -122,7 +119,8 @@ class Forward:
 
     Args:
         expansions: those whose adapters it is for.
-        task_index: (1,) int64, the task of a single stream as a tensor, so that one compiled graph serves every task.
+        task_index: (1,) int64, the place among the ``owners`` of an expansion of that of a single stream's task: as a
+            tensor, so that one compiled graph serves every task.
         probes: run with made-up modulations and tokens, by which the tasks can be told apart even before training.
     """
 
@@ -144,6 +142,7 @@ class Forward:
     def start(self, layout: Layout) -> None:
         """Before the backbone runs: its input is one stream of ``layout``."""
         self.layout = layout
+        self.may_part = len(alike(layout.tasks, self.expansions)) > 1
         self.num_rows: int | None = None
         self.runs: dict[str, Run] = {}
         """The last run of every block, by ``key``."""
@@ -157,10 +156,10 @@ class Forward:
             return block
         return f"{next(i for i, one in enumerate(self.expansions) if one is expansion)}/{block}"
 
-    def run_block(self, key: str, block: str, tokens: Tensor, leaving: Collection[str]) -> Run:
-        """``block`` is about to run on ``tokens``; the tasks in ``leaving`` have modules of their own there."""
+    def run_block(self, key: str, block: str, tokens: Tensor, leaving: Mapping[str, str]) -> Run:
+        """``block`` is about to run on ``tokens``; the tasks of ``leaving`` have modules there, their owners'."""
         before = self.layout
-        after = before.part(leaving) if len(before.tasks) > 1 else before
+        after = before.part(leaving) if self.may_part else before
         self._check_rows(block, tokens, before.num_streams)
         if after.num_streams != before.num_streams:
             self.layout, self.seen = after, (*self.seen, after)
@@ -178,7 +177,7 @@ class Forward:
             self.num_rows = rows
             if self.probes:
                 self.distinct = bool((tokens[1:] != tokens[:1]).any())
-        elif len(self.layout.tasks) > 1 and rows != self.num_rows * num_streams:
+        elif self.may_part and rows != self.num_rows * num_streams:
             raise RuntimeError(
                 f"block {block!r} got {rows} rows where {num_streams} task streams of {self.num_rows} were expected: "
                 "its tokens do not come from the blocks before it"

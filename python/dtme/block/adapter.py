@@ -9,9 +9,9 @@ from torch import Tensor, nn
 import dtme_kernels
 
 from ..blocks import Arguments, check_channels, find_tokens, replace_argument
+from ..expanded import Expansion
 from ..seams import KeysValues
 from ..streams import (
-    Expansion,
     Forward,
     Layout,
     Run,
@@ -34,7 +34,7 @@ from .probe import probe
 from .site import Site
 from .statistics import check_statistics
 from .task_buffers import TaskBuffers, batch_norm
-from .watch import Watched, check_watched, watch
+from .watch import Watched, check_whole, watch
 
 ADDED = ".dtme."
 """What the name of every added parameter holds, and no other name."""
@@ -48,11 +48,11 @@ def is_added(name: str) -> bool:
 class BlockAdapter(nn.Module):
     """Modulation and task tokens of one block; a block without either keeps the streams of earlier ones apart.
 
-    Parameters are named ``weight.<task>`` (p,), ``bias.<task>`` (p,), ``tokens.<task>`` (t, p) and, where not all that
-    tokens change takes effect, ``gate.<task>`` (), the share that does: one for each task, so that an optimizer never
-    moves those of a task that did not run. Everything hangs on bound methods, which deepcopy and pickle carry along; a
-    block or an attention is held in no module, or it would become a child. A forward leaves nothing here: its state is
-    the ``Forward`` of the thread that runs it.
+    Parameters are named ``weight.<owner>`` (p,), ``bias.<owner>`` (p,), ``tokens.<owner>`` (t, p) and, where not all
+    that tokens change takes effect, ``gate.<owner>`` (), the share that does: one for each task or group, so that an
+    optimizer never moves those of a task that did not run. Everything hangs on bound methods, which deepcopy and pickle
+    carry along; a block or an attention is held in no module, or it would become a child. A forward leaves nothing
+    here: its state is the ``Forward`` of the thread that runs it.
 
     Args:
         name: the block's name, for messages.
@@ -64,8 +64,8 @@ class BlockAdapter(nn.Module):
         super().__init__()
         self.is_dtme_adapter = True
         self.name, self.expansion, self.num_features = name, expansion, num_features
-        self.own_tasks: frozenset[str] = frozenset()
-        """Tasks that this block treats in a way of their own."""
+        self.own_tasks: dict[str, str] = {}
+        """Who owns the modules of each task that this block treats in a way of its own: the task, or its group."""
         self.weight, self.bias = nn.ParameterDict(), nn.ParameterDict()
         self.tokens, self.gate = nn.ParameterDict(), nn.ParameterDict()
         self.running_mean: TaskBuffers | None = None  # of the batch-norm modulator
@@ -90,19 +90,18 @@ class BlockAdapter(nn.Module):
 
     def add_modulation(self, tasks: tuple[str, ...], like: Tensor, modulator: str) -> None:
         """W = 1, b = 0: the identity, until trained (batch norm normalises from the start: Table 11)."""
-        for task in tasks:
-            self.weight[task] = nn.Parameter(torch.ones_like(like))
-            self.bias[task] = nn.Parameter(torch.zeros_like(like))
+        for owner in (owners := self._own(tasks)):
+            self.weight[owner] = nn.Parameter(torch.ones_like(like))
+            self.bias[owner] = nn.Parameter(torch.zeros_like(like))
         if tasks and modulator == "batch_norm":
             wide = like.to(torch.promote_types(like.dtype, torch.float32))
-            self.running_mean = TaskBuffers({task: torch.zeros_like(wide) for task in tasks})
-            self.running_var = TaskBuffers({task: torch.ones_like(wide) for task in tasks})
-        self.own_tasks |= frozenset(tasks)
+            self.running_mean = TaskBuffers({owner: torch.zeros_like(wide) for owner in owners})
+            self.running_var = TaskBuffers({owner: torch.ones_like(wide) for owner in owners})
 
     def add_tokens(self, tasks: tuple[str, ...], num_tokens: int, like: Tensor, site: Site) -> None:
         """Normal with std 0.02, without a position."""
-        for task in tasks:
-            self.tokens[task] = nn.Parameter(torch.randn_like(like.expand(num_tokens, -1)) * 0.02)
+        for owner in self._own(tasks):
+            self.tokens[owner] = nn.Parameter(torch.randn_like(like.expand(num_tokens, -1)) * 0.02)
         self.site = site
         # the block's own tokens reach the norm or, without one, the attention
         entrance = site.norm or site.seam.attention
@@ -113,9 +112,17 @@ class BlockAdapter(nn.Module):
         self.plain_norm = PlainNorm.of(site)
         if self.plain_norm is not None:
             self.plain_norm.norm.forward = self.norm_forward
-        self.own_tasks |= frozenset(tasks)
         self._watched = watch(self._block[0], {"attention": site.seam.attention, "norm of the attention": site.norm})
         site.seam.check_hooks()  # refused now, not in the first forward
+
+    def _own(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """The owners of the modules that ``tasks`` get here, each once."""
+        self.own_tasks |= {task: self.expansion.owner_of[task] for task in tasks}
+        return tuple(dict.fromkeys([self.own_tasks[task] for task in tasks]))
+
+    def _owners(self, layout: Layout) -> list[str]:
+        """For every stream, who owns the modules that its tasks have here; "" where they have none."""
+        return [self.own_tasks.get(task, "") for task, *_ in layout.streams]
 
     def remove(self) -> None:
         """Leave the block as it was found."""
@@ -130,19 +137,20 @@ class BlockAdapter(nn.Module):
 
     def fold(self, task: str) -> None:
         """Keep one task only, its task keys and values as constants: what ``export_task`` ships."""
-        if task in self.tokens:
+        owner = self.own_tasks.get(task, "")
+        if owner in self.tokens:
             with torch.no_grad():
-                self.task_key, self.task_value = (x.clone() for x in self._project(torch.stack([self.tokens[task]])))
-        if task in self.gate:
-            self.task_gate = self.gate[task].detach().clone()
+                self.task_key, self.task_value = (x.clone() for x in self._project(torch.stack([self.tokens[owner]])))
+        if owner in self.gate:
+            self.task_gate = self.gate[owner].detach().clone()
         self.folded = together((task,))
         self.tokens, self.gate = nn.ParameterDict(), nn.ParameterDict()
-        modulated = task in self.weight
+        modulated = owner in self.weight
         for name in ("weight", "bias"):
-            setattr(self, name, nn.ParameterDict({task: getattr(self, name)[task]} if modulated else {}))
+            setattr(self, name, nn.ParameterDict({owner: getattr(self, name)[owner]} if modulated else {}))
         if self.running_mean is not None and self.running_var is not None:
-            self.running_mean = TaskBuffers({task: self.running_mean[task]}) if modulated else None
-            self.running_var = TaskBuffers({task: self.running_var[task]}) if modulated else None
+            self.running_mean = TaskBuffers({owner: self.running_mean[owner]}) if modulated else None
+            self.running_var = TaskBuffers({owner: self.running_var[owner]}) if modulated else None
 
     # --- which run this is ----------------------------------------------------------------------------------------
 
@@ -214,16 +222,6 @@ class BlockAdapter(nn.Module):
         if not torch.compiler.is_compiling():
             recomputation.remember(self, tokens, run)
 
-    def _check_whole(self, block: nn.Module) -> None:
-        """Copies that a library made (peft's ``modules_to_save``, DataParallel's replicas) would not be what runs."""
-        mine = block is self._block[0] and block._modules.get("dtme") is self
-        if not mine or not all(type(x) is nn.ParameterDict for x in (self.weight, self.bias, self.tokens, self.gate)):
-            raise RuntimeError(
-                f"the modules that dtme added to block {self.name!r} were replaced by copies or wrapped, which would "
-                "be trained without ever running: leave them out (peft: modules_to_save) and let them train as they are"
-            )
-        check_watched(self.name, self._watched)
-
     # --- the block's input: streams and modulation ----------------------------------------------------------------
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -231,11 +229,12 @@ class BlockAdapter(nn.Module):
         where, tokens = find_tokens(args, kwargs, self.name)
         if self.num_features is not None and (tokens.ndim == 4 or tokens.shape[-1] != self.num_features):
             check_channels(block, self.name, tokens, self.num_features)
-        self._check_whole(block)
+        is_whole = block is self._block[0] and block._modules.get("dtme") is self
+        check_whole(self.name, is_whole, (self.weight, self.bias, self.tokens, self.gate), self._watched)
         run = self._enter(tokens)
         others = [value for value in (*args, *kwargs.values()) if value is not tokens]
         plain = tokens.ndim == 3 and not any(isinstance(value, Tensor) or value for value in others)
-        modulated = any(stream[0] in self.weight for stream in run.after.streams) or run.forward.task_index is not None
+        modulated = any(x in self.weight for x in self._owners(run.after)) or run.forward.task_index is not None
         if plain and (half := self._first_half(run, tokens)) is not None:
             run.half, changed = half, half.modulated
         else:
@@ -267,21 +266,21 @@ class BlockAdapter(nn.Module):
         return unfold(run.repeat(tokens).flatten(1, -2), run.after.num_streams), weight, bias
 
     def _of_streams(self, run: Run, parameters: nn.ParameterDict, default: Tensor | None = None) -> Tensor:
-        """A row for every stream: its task's parameter; without a ``default``, only of streams that have one."""
+        """A row for every stream: its owner's parameter; without a ``default``, only of streams that have one."""
         index = run.forward.task_index
-        names = tuple([task for task, *_ in run.after.streams]) if index is None else self.expansion.tasks
-        names = tuple([task for task in names if default is not None or task in parameters])
+        owners = self._owners(run.after) if index is None else self.expansion.owners
+        owners = [owner for owner in owners if default is not None or owner in parameters]
         take = partial(probe, self.name) if run.forward.probes else nn.ParameterDict.get
-        rows = torch.stack([take(parameters, task, default) for task in names])  # type: ignore[misc]
+        rows = torch.stack([take(parameters, owner, default) for owner in owners])  # type: ignore[misc]
         return rows if index is None else rows.index_select(0, index)
 
     def _batch_norm(self, layout: Layout, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         streams = list(unfold(tokens, layout.num_streams).unbind(0))
-        for i, (task, *_) in enumerate(layout.streams):
-            if task in self.weight:
-                running = self.running_mean[task], self.running_var[task]
-                streams[i] = batch_norm(streams[i], self.weight[task], self.bias[task], *running, self.training)
+        for i, owner in enumerate(self._owners(layout)):
+            if owner in self.weight:
+                running = self.running_mean[owner], self.running_var[owner]
+                streams[i] = batch_norm(streams[i], self.weight[owner], self.bias[owner], *running, self.training)
         return torch.cat(streams)
 
     # --- the first half of a plain block, at once -----------------------------------------------------------------
@@ -292,7 +291,7 @@ class BlockAdapter(nn.Module):
             return None
         if self._joined(run) != list(range(run.after.num_streams)) or self._gates(run):
             return None
-        if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.tasks):
+        if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.owners):
             return None
         projection = self.plain_norm.projection(self._block[0])
         if projection is None:
@@ -331,9 +330,9 @@ class BlockAdapter(nn.Module):
         assert self.site is not None
         joined = self._joined(run)
         task_kv = self.task_keys_values(run) if joined else None
-        tasks, index = self.expansion.tasks, run.forward.task_index
-        if index is not None and len(self.tokens) < len(tasks) and task_kv is not None:
-            has = torch.tensor([task in self.tokens for task in tasks], device=index.device)
+        owners, index = self.expansion.owners, run.forward.task_index
+        if index is not None and len(self.tokens) < len(owners) and task_kv is not None:
+            has = torch.tensor([owner in self.tokens for owner in owners], device=index.device)
             return partial(attend_concatenated, has.index_select(0, index), task_kv, self._gates(run).get(0))
         rows = None if run.forward.num_rows is None else run.forward.num_rows * run.after.num_streams
         streams = JoinedStreams(self.name, run.after.num_streams, joined, task_kv, self._gates(run))
@@ -345,13 +344,14 @@ class BlockAdapter(nn.Module):
             return {} if self.task_gate is None else {0: self.task_gate}
         gates = self._of_streams(run, self.gate, torch.ones_like(next(iter(self.gate.values()))))
         any_task = run.forward.task_index is not None
-        return {i: gates[i] for i, (task, *_) in enumerate(run.after.streams) if any_task or task in self.gate}
+        return {i: gates[i] for i, owner in enumerate(self._owners(run.after)) if any_task or owner in self.gate}
 
     def _joined(self, run: Run) -> list[int]:
         """Streams that have task tokens in this block."""
         if run.forward.task_index is not None:
             return [0] if self.tokens else []
-        return [i for i, (task, *_) in enumerate(run.after.streams) if task in self.tokens or self.task_key is not None]
+        has_constants = self.task_key is not None
+        return [i for i, owner in enumerate(self._owners(run.after)) if owner in self.tokens or has_constants]
 
     def task_keys_values(self, run: Run) -> KeysValues:
         """Keys and values of the task tokens, (T, H, t, d) each: once per step, not once per image."""

@@ -1,4 +1,4 @@
-"""Statistics of the batch-norm modulator, one set for every task."""
+"""Statistics of the batch-norm modulator, one set for every task or group."""
 
 from collections.abc import Mapping
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class TaskBuffers(nn.Module):
-    """Buffers by task, as ``nn.ParameterDict`` is for parameters."""
+    """Buffers by owner, as ``nn.ParameterDict`` is for parameters."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
         super().__init__()
-        for task, buffer in buffers.items():
-            self.register_buffer(task, buffer)
+        for owner, buffer in buffers.items():
+            self.register_buffer(owner, buffer)
 
-    def __getitem__(self, task: str) -> Tensor:
-        return self.get_buffer(task)
+    def __getitem__(self, owner: str) -> Tensor:
+        return self.get_buffer(owner)
 
 
 def batch_norm(rows: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
