@@ -1,7 +1,9 @@
 """Token-space gradient conflicts of multi-task transformers (DTME-MTL, ICCV 2025): analyze, plan, expand."""
 
 from .analysis import analyze
+from .conflict_map import conflict_map
 from .expansion import collapse, expand
+from .map_plots import plot_conflict_map
 from .model import MultiTaskModel, verify
 from .monitor import ConflictMonitor
 from .output import split
@@ -20,8 +22,10 @@ __all__ = [
     "analyze",
     "attention",
     "collapse",
+    "conflict_map",
     "expand",
     "is_expanded",
+    "plot_conflict_map",
     "replan",
     "sharing_of",
     "split",

@@ -331,6 +331,7 @@ class _Analysis:
             eigenvalues=stack_if_equal([spaces[name][1].double().cpu() for name in self.names]),
             num_samples=next(iter(self.moments.values())).num_samples,
             ratio=float(self.ratio),
+            bases=tuple(spaces[name][0].cpu() for name in self.names),
         )
 
 

@@ -65,7 +65,10 @@ class ConflictMonitor:
         ratio: r, range energy over null energy.
         writer: anything with TensorBoard's ``add_scalar(tag, value, step)``; it is given ``dtme/range/<block>``,
             ``dtme/null/<block>``, ``dtme/range_mean``, ``dtme/null_mean`` and ``dtme/overhead``.
-        batches: how many consecutive batches an analysis reads; by default 2, or ``every`` if that is less.
+        batches: how many consecutive batches an analysis reads; by default 2, or ``every`` if that is less. With K
+            tasks, a batch costs about as much as K training steps of one task and a forward or two.
+        max_overhead: a share of the time, such as 0.03: an analysis that would bring ``overhead`` above it, going by
+            what the last one took, is left out. None for no such limit.
         options: other arguments of ``analyze``, such as ``blocks`` or ``train_mode``.
 
     Attributes:
@@ -75,8 +78,8 @@ class ConflictMonitor:
         RuntimeError: the model is wrapped by DDP, FSDP or DataParallel, or more than one process trains: the other
             processes would wait for gradients that never come. Watch one process's training, or analyse between epochs.
         TypeError: a writer without ``add_scalar``; options that ``analyze`` does not have; or as ``analyze``.
-        ValueError: ``every`` or ``batches`` is not a positive integer, or ``batches`` is more than ``every``; or as
-            ``analyze``.
+        ValueError: ``every`` or ``batches`` is not a positive integer, ``batches`` is more than ``every``, or
+            ``max_overhead`` no share; or as ``analyze``.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class ConflictMonitor:
         ratio: float = 100.0,
         writer: Any = None,
         batches: int | None = None,
+        max_overhead: float | None = None,
         **options: Any,
     ) -> None:
         _refuse_parallel(model)
@@ -100,11 +104,13 @@ class ConflictMonitor:
         batches = min(2, every) if batches is None else batches
         if batches > every:
             raise ValueError(f"batches must be at most every, as those before a step are read: {batches} > {every}")
+        if max_overhead is not None and (isinstance(max_overhead, bool) or not 0 < max_overhead <= 1):
+            raise ValueError(f"max_overhead must be None or a share in (0, 1], got {max_overhead!r}")
         if unknown := set(options) - (set(signature(analyze).parameters) - NOT_FORWARDED):
             raise TypeError(f"ConflictMonitor got {min(unknown)!r}, which it cannot hand to dtme.analyze")
         _check_arguments(model, (), losses, ratio, None, None)
         self.model, self.losses, self.every, self.ratio, self.writer = model, losses, every, ratio, writer
-        self.batches, self.options = batches, options
+        self.batches, self.max_overhead, self.options = batches, max_overhead, options
         self.num_steps = 0
         self.history: list[Observation] = []
         self._waiting: deque[Any] = deque(maxlen=batches)
@@ -132,7 +138,7 @@ class ConflictMonitor:
         self.num_steps += 1
         if -self.num_steps % self.every < self.batches:
             self._waiting.append(batch)
-        if self.num_steps % self.every:
+        if self.num_steps % self.every or self._is_too_dear(begun):
             self._spent += perf_counter() - begun
             return None
         if torch.cuda.is_initialized():  # what the training has under way is not the monitor's time
@@ -146,6 +152,13 @@ class ConflictMonitor:
             self._write(seen)
             self._spent += perf_counter() - begun
         return seen
+
+    def _is_too_dear(self, now: float) -> bool:
+        """Whether another analysis like the last would take more than its share of the time."""
+        if self.max_overhead is None or not self.history or self._begun is None:
+            return False
+        seconds = self.history[-1].seconds
+        return self._spent + seconds > self.max_overhead * (now - self._begun + seconds)
 
     def _observe(self, begun: float) -> Observation:
         some = list(self._waiting)

@@ -134,6 +134,7 @@ def test_bad_arguments_are_refused_at_construction(problem, monkeypatch):
         ({"every": 1.5}, ValueError, "every"),
         ({"batches": 0}, ValueError, "batches must be a positive integer"),
         ({"every": 3, "batches": 4}, ValueError, "4 > 3"),
+        ({"max_overhead": 0.0}, ValueError, "max_overhead"),
         ({"ratio": -1.0}, ValueError, "ratio"),
         ({"max_batches": 3}, TypeError, "'max_batches'"),
         ({"tau": 3}, TypeError, "'tau'"),
@@ -158,3 +159,21 @@ def test_only_the_last_analyses_are_shown(problem):
         monitor.step(loader[2])
     lines = str(monitor).splitlines()
     assert lines[1] == "(the last 10)" and len(lines) == 14 and lines[-1].split()[0] == "12"
+
+
+def test_an_analysis_that_would_cost_too_much_is_left_out(problem, monkeypatch):
+    model, loader = problem()
+    now = [0.0]
+    monkeypatch.setattr("dtme.monitor.perf_counter", lambda: now[0])
+    analyze = dtme.analyze
+
+    def slow(*args, **options):
+        now[0] += 3.0
+        return analyze(*args, **options)
+
+    monkeypatch.setattr("dtme.monitor.analyze", slow)
+    monitor = dtme.ConflictMonitor(model, LOSSES, every=10, max_overhead=0.1)
+    for _ in range(100):
+        now[0] += 1.0
+        monitor.step(loader[2])
+    assert [seen.step for seen in monitor.history] == [10, 60, 90] and monitor.overhead <= 0.1

@@ -376,3 +376,29 @@ def test_a_bare_backbone_and_a_copy(build):
     again = copy.deepcopy(backbone)
     with dtme.tasks(backbone, "semseg"), dtme.tasks(again, "semseg"):
         assert torch.equal(again(x), backbone(x)) and x.shape[-1] == WIDTH
+
+
+def test_groups_keep_what_is_theirs_by_name(build, randomise):
+    model, x = build(OWN)
+    groups = {"dense": ("semseg", "depth")}
+    grouped = dtme.ExpansionPlan(TASKS, 2, {A: TASKS, B: TASKS}, {B: TASKS}, groups=groups)
+    dtme.expand(model, OLD)
+    randomise(model)
+    optimizer = torch.optim.Adam(model.parameter_groups(lr=1e-3))
+    before = added(model)
+    dtme.replan(model, grouped, optimizer, gate_tokens=True)
+    now = added(model)
+    kept = {f"{block}.dtme.{kind}.normals" for block in (A, B) for kind in ("weight", "bias")}
+    assert before.keys() & now.keys() == kept | {f"{B}.dtme.tokens.normals"}
+    assert all(now[name] is before[name] for name in before.keys() & now.keys())
+    assert {name for name in now if ".gate." in name} == {f"{B}.dtme.gate.dense"}
+    randomise(model)
+    assert dtme.verify(model, x) < 1e-10
+    for task, out in model(x).items():
+        torch.testing.assert_close(model.export_task(task)(x), out, rtol=1e-10, atol=1e-10)
+    more = dtme.ExpansionPlan(TASKS, 2, {A: TASKS, C: TASKS}, {B: TASKS}, groups={"dense": TASKS})
+    dtme.replan(model, more, optimizer)
+    assert all(p is now[name] for name, p in added(model).items() if name in now and ".dense" in name)
+    assert {id(p) for p in added(model).values()} == {id(p) for p in optimizer.param_groups[1]["params"]}
+    dtme.replan(model, OLD, optimizer)
+    assert added(model).keys() == before.keys() and dtme.verify(model, x) < 1e-10
