@@ -90,7 +90,7 @@ def _best_of_splits(items: list[Item], budget: Budget) -> list[Item]:
     Every way of letting them leave that the budget affords is tried: an item may be chosen where all its owners have
     left. What cannot be better than the best so far is not looked at.
     """
-    order = {item: place for place, item in enumerate(items)}
+    order = {item: position for position, item in enumerate(items)}
     at = [[item for item in items if item.block == d] for d in range(budget.num_blocks)]
     later = [[item for item in items if item.block >= d] for d in range(budget.num_blocks + 1)]
     stack: list[tuple[int, int, int, list[Item]]] = [(0, 0, 0, [])]
