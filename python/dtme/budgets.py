@@ -77,7 +77,7 @@ def best_within(items: Sequence[Item], budget: Budget) -> list[Item]:
         items: those of each kind with the best first, which is how equals are decided.
     """
     items = [item for item in items if item.value >= 0]  # leaving out what has a negative value adds to the sum
-    if budget.max_compute is None or budget.affords(budget.num_blocks * budget.num_owners):
+    if not items or budget.max_compute is None or budget.affords(budget.num_blocks * budget.num_owners):
         return _cheapest(items, budget)
     if len({item.owners for item in items}) <= 1:  # the first chosen block decides
         return _cheapest([item for item in items if budget.affords(budget.runs([item]))], budget)

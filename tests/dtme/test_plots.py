@@ -64,10 +64,9 @@ def test_colours_span_the_rates_there_are():
             assert (low, high) == (known.min().item(), known.max().item())
 
 
-def test_a_hundred_tasks_are_a_matrix_over_the_blocks_of_the_plan(tmp_path):
+def test_a_hundred_tasks_are_a_matrix_over_the_blocks_of_the_plan():
     rates = 0.4 + 0.01 * torch.arange(3)[:, None]
     report = made_up(rates, rates, num_tasks=100, num_units=8, valid=20)
-    report.plot(tmp_path / "conflicts.png")
     figure = plot_report(report, report.plan())
     image = figure.axes[3].get_images()[0].get_array()
     chosen = [report.blocks.index(block) for block in report.plan().blocks]
