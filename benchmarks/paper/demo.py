@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     report = dtme.analyze(model, training, chosen, max_batches=max(1, 512 // args.batch))
     plan = report.plan(modulation=0.5, expansion=0.5, num_tokens=6)
     print(f"\n{report}\n")
+    draw_conflicts(model, held_out, report, args.out / "conflict_map.png")
     expanded = dtme.expand(copy.deepcopy(model), plan)
     expanded.print_trainable_parameters()
 
@@ -204,6 +205,15 @@ def draw_predictions(model: dtme.MultiTaskModel, held_out: Batches, path: Path, 
         rows.append(row)
     columns = ["image", *(name for task in DEMO_TASKS for name in (task, "predicted"))]
     sheet(path, rows, columns, legend=("semseg", "depth"), panel=1.3)
+
+
+def draw_conflicts(model: dtme.MultiTaskModel, held_out: Batches, report: dtme.ConflictReport, path: Path) -> None:
+    """Where in one held-out scene the tasks pull apart, in the block whose range rate is the highest."""
+    images, labels = next(iter(held_out))
+    block = report.blocks[int(report.range_rates.nan_to_num(-1).argmax())]
+    losses = {task: LOSSES[task] for task in DEMO_TASKS}
+    maps = dtme.conflict_map(model, (images, labels), losses, report, block)
+    dtme.plot_conflict_map(maps, path, images=held_out.pixels(images))
 
 
 def reload_and_predict(

@@ -1,6 +1,7 @@
 """``expand`` a model by a plan and ``collapse`` it again."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -59,30 +60,16 @@ def expand(
         raise ValueError(f"modulator must be one of {list(MODULATORS)}, got {modulator!r}")
     if not any(shared_prefix is known for known in SHARED_PREFIX) and shared_prefix != "auto":
         raise ValueError(f"shared_prefix must be one of {list(SHARED_PREFIX)}, got {shared_prefix!r}")
-    _refuse_wrapped(model_or_backbone)
+    refuse_wrapped(model_or_backbone)
     backbone, known = _parts(model_or_backbone)
     if adapters(backbone):
         raise RuntimeError(f"{type(backbone).__name__} is expanded already: call dtme.collapse(model) first")
     # a task that was not analysed runs in the stream it shares with every task that has no modules
     tasks = known or plan.tasks
-    if unknown := [task for task in plan.tasks if task not in tasks]:
-        raise ValueError(f"plan names the unknown task {unknown[0]!r}; the model's tasks are {list(tasks)}")
-    blocks = _blocks_of(backbone, plan)
-    widths = {name: _width(name, blocks[name], plan) for name in plan.blocks}
-    # every block is probed before any is changed: probing calls it
-    sites = {name: find_attention(name, blocks[name], widths[name]) for name in plan.expansion}
-    _refuse_shared(sites, blocks)
+    planned = PlannedBlocks.of(backbone, tasks, plan)
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     frozen = trained if freeze_backbone else []
-    expansion = Expansion(tasks, plan, modulator, shared_prefix, frozen)
-    state = random_state()
-    try:
-        _attach(blocks, sites, widths, expansion)
-        Root(backbone, expansion, plan.blocks).attach()
-    except BaseException:
-        _detach(backbone, expansion)
-        wind_back(state)
-        raise
+    attach(backbone, planned, Expansion(tasks, plan, modulator, shared_prefix, frozen))
     for name in frozen:
         backbone.get_parameter(name).requires_grad_(False)
     return model_or_backbone
@@ -100,19 +87,52 @@ def collapse(model_or_backbone: nn.Module) -> Any:
     if not found:
         raise RuntimeError(f"{type(backbone).__name__} is not expanded: there is nothing to collapse")
     for expansion in found:
-        if (root := _root_of(backbone, expansion)) is not None:
+        if (root := root_of(backbone, expansion)) is not None:
             root.check()
     for expansion in found:
-        module = _detach(backbone, expansion) or backbone
+        module = detach(backbone, expansion) or backbone
         for name in expansion.frozen:
             module.get_parameter(name).requires_grad_(True)
     return model_or_backbone
 
 
+class PlannedBlocks(NamedTuple):
+    """What a plan is about in a backbone that can take it."""
+
+    blocks: dict[str, nn.Module]
+    """Every block that sees task streams, in forward order."""
+    widths: dict[str, int]
+    """Of those that get modules."""
+
+    @classmethod
+    def of(cls, backbone: nn.Module, tasks: Sequence[str], plan: ExpansionPlan) -> "PlannedBlocks":
+        """ValueError where the plan is for another model."""
+        if unknown := [task for task in plan.tasks if task not in tasks]:
+            raise ValueError(f"plan names the unknown task {unknown[0]!r}; the model's tasks are {list(tasks)}")
+        blocks = _blocks_of(backbone, plan)
+        return cls(blocks, {name: _width(name, blocks[name], plan) for name in plan.blocks})
+
+
+def attach(backbone: nn.Module, planned: PlannedBlocks, expansion: Expansion) -> None:
+    """Hang the modules of ``expansion`` on a backbone that has none of it, or leave it as it is and raise."""
+    blocks, widths = planned
+    # every block is probed before any is changed: probing calls it
+    sites = {name: find_attention(name, blocks[name], widths[name]) for name in expansion.plan.expansion}
+    _refuse_shared(sites, blocks)
+    state = random_state()
+    try:
+        _attach(blocks, sites, widths, expansion)
+        Root(backbone, expansion, expansion.plan.blocks).attach()
+    except BaseException:
+        detach(backbone, expansion)
+        wind_back(state)
+        raise
+
+
 def fold(backbone: nn.Module, task: str) -> None:
     """Leave one task's stream of an expanded backbone, its task keys and values constants: what is exported."""
     for expansion in expansions(backbone):
-        root = _root_of(backbone, expansion)
+        root = root_of(backbone, expansion)
         if root is not None:
             root.detach()
     for adapter in adapters(backbone):
@@ -126,21 +146,22 @@ def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return (model.backbone, model.tasks) if isinstance(model, MultiTaskModel) else (model, ())
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        kinds = {base.__name__ for base in type(module).__mro__}
-        wrapper = kinds & {
-            "DistributedDataParallel",
-            "FullyShardedDataParallel",
-            "FSDPModule",
-            "OptimizedModule",
-            "DataParallel",
-        }
-        if wrapper or is_compiled(module):
-            what = wrapper.pop() if wrapper else "torch.compile"
-            raise RuntimeError(
-                f"{name or type(model).__name__} is wrapped by {what} already: expand the model before that"
-            )
+def refuse_wrapped(model: nn.Module) -> None:
+    """RuntimeError where a wrapper holds on to the parameters as they are."""
+    compiled = ((name, "torch.compile") for name, module in model.named_modules() if is_compiled(module))
+    found = parallel_wrapper(model) or next(compiled, None)
+    if found is not None:
+        raise RuntimeError(
+            f"{found[0] or type(model).__name__} is wrapped by {found[1]} already: expand, or replan, the model before "
+            "that"
+        )
+
+
+def parallel_wrapper(model: nn.Module) -> tuple[str, str] | None:
+    """Name and class of what shares ``model``, or a part of it, among devices or processes."""
+    known = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}
+    kinds = ((name, base.__name__) for name, module in model.named_modules() for base in type(module).__mro__)
+    return next(((name, kind) for name, kind in kinds if kind in known), None)
 
 
 def _blocks_of(backbone: nn.Module, plan: ExpansionPlan) -> dict[str, nn.Module]:
@@ -207,14 +228,15 @@ def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[s
         adapter.train(block.training)
 
 
-def _root_of(backbone: nn.Module, expansion: Expansion) -> Root | None:
+def root_of(backbone: nn.Module, expansion: Expansion) -> Root | None:
+    """What ``expand`` hung on the module that it was given."""
     roots = (vars(module).get("_dtme") for module in backbone.modules())
     return next((root for root in roots if isinstance(root, Root) and root.expansion is expansion), None)
 
 
-def _detach(backbone: nn.Module, expansion: Expansion) -> nn.Module | None:
+def detach(backbone: nn.Module, expansion: Expansion) -> nn.Module | None:
     """Take everything off; the module that was expanded, if it is still in ``backbone``."""
-    root = _root_of(backbone, expansion)
+    root = root_of(backbone, expansion)
     if root is not None:
         root.detach()
     for adapter in adapters(backbone):

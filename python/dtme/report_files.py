@@ -134,8 +134,8 @@ def check_report(report: "ConflictReport") -> None:
     if any(values.ndim != 1 or len(values) < 2 for values in report.eigenvalues):
         raise ValueError("eigenvalues must be a list of numbers a block")
     _check_counts(report, "valid_counts", report.valid_counts)
-    own = Split(report.ranks, report.range_counts, report.null_counts)
-    for where, split in {"": own, **{f"alternatives[{r}].": s for r, s in report.alternatives.items()}}.items():
+    this = Split(report.ranks, report.range_counts, report.null_counts)
+    for where, split in {"": this, **{f"alternatives[{r}].": s for r, s in report.alternatives.items()}}.items():
         for name in COUNTS[:2]:
             _check_counts(report, where + name, getattr(split, name))
         _check_ranks(report, f"{where}ranks", split.ranks)

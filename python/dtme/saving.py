@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .block.adapter import is_added
+from .block.handover import add_gates
 from .expanded import Expansion
 from .expansion import collapse, expand
 from .files import load_json, save_json, write_beside
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 KIND = "dtme.MultiTaskModel"
 CONFIG, WEIGHTS = "dtme_config.json", "model.safetensors"
 FIELDS = {"save", "tasks", "features", "expansion_only", "plan", "modulator", "freeze_backbone", "aliases"}
-OPTIONAL = {"shared_prefix", "decoder", "heads"}
-"""Fields that earlier releases did not write; the last two only where there is a decoder."""
+OPTIONAL = {"shared_prefix", "decoder", "heads", "gates"}
+"""Fields that earlier releases did not write; the last three only where there is something to write."""
 
 
 def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: bool) -> None:
@@ -47,6 +48,8 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
         "shared_prefix": expansion.shared_prefix if expansion else "auto",
         "aliases": aliases,
     }
+    if gates := {adapter.name: list(adapter.gate) for adapter in adapters(model.backbone) if adapter.gate}:
+        config |= {"gates": gates}
     if model.decoder is not None:
         config |= {"decoder": name_of(model.decoder), "heads": list(model.heads)}
     folder = Path(path)
@@ -119,6 +122,7 @@ def _build(
             shared_prefix=config.get("shared_prefix", "auto"),
         )
     try:
+        _add_gates(path, model.backbone, config.get("gates", {}))
         _check_state(path, model, tensors, config["expansion_only"])
     except BaseException:
         if config["plan"] is not None:
@@ -126,6 +130,15 @@ def _build(
         raise
     model.load_state_dict(tensors, strict=False)
     return model
+
+
+def _add_gates(path: Any, backbone: nn.Module, gates: Any) -> None:
+    """Give task tokens the gates that ``replan`` had given them."""
+    found = {adapter.name: adapter for adapter in adapters(backbone)}
+    for block, owners in gates.items() if isinstance(gates, Mapping) else [(gates, ())]:
+        if block not in found or not set(owners) <= set(found[block].tokens):
+            raise ValueError(f"{path} is damaged: gates of block {block!r} are for {owners}, which have no task tokens")
+        add_gates(found[block], owners)
 
 
 def _check_decoder(path: Any, config: Mapping[str, Any], decoder: Decoder | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .plan import ExpansionPlan
-from .resampling import CHANCE, LEVEL, MIN_UNITS
+from .resampling import CHANCE, LEVEL, MIN_UNITS, informative_units
 from .stability import MOST_TIMES, agreement, batches_to_settle, stability
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _parameters_of(plan: ExpansionPlan, task: str) -> int:
 
 def _warnings(report: "ConflictReport") -> list[str]:
     lines: list[str] = []
-    if not has_units(report):
+    if report.units is None or not has_units(report):
         return lines
     # one of many intervals misses the rate by chance: all of them together are to hold theirs at LEVEL
     level = 1 - (1 - LEVEL) / (2 * max(1, len(report.shared_blocks)))
@@ -137,6 +137,14 @@ def _warnings(report: "ConflictReport") -> list[str]:
             "train the heads first"
         )
     share = agreement(report)
+    if math.isnan(share):
+        rare = informative_units(report.units.valid.sum(2)) < MIN_UNITS
+        names = [block for block, few in zip(report.blocks, rare.tolist(), strict=True) if few]
+        block = next(block for block in names if block in report.shared_blocks)
+        lines.append(
+            f"warning: how stable the plan is cannot be said, because fewer than {MIN_UNITS} batches had anything to "
+            f"count in block {block!r}"
+        )
     if share < LEVEL:
         more = batches_to_settle(report)
         advice = f"{MOST_TIMES:,} times as many batches would not settle it, so its blocks are about equal"

@@ -10,7 +10,7 @@ import torch
 import dtme
 from dtme.resampling import deviations, rate_intervals, resample_weights, student_quantile
 from dtme.stability import agreement, batches_to_settle
-from tests.dtme.reports import made_up, numbers
+from tests.dtme.reports import made_up, numbers, square
 
 SIZES = (8, 10, 12, 16, 20, 32, 64)
 REGIMES = {
@@ -228,8 +228,26 @@ def test_the_table_says_what_not_to_trust():
     assert "train the heads first" in untrained and "the plan is not settled" in untrained
     assert "train the heads first" not in str(made_up([0.5, 0.5, 0.45], [0.5] * 3))
     # of 96 intervals at 95 % some miss 50 % by chance alone, which is no sign of trained heads
-    many = [str(made_up([0.5] * 48, [0.5] * 48, num_tasks=2, seed=seed, noise=0.05)) for seed in range(10)]
-    assert sum("train the heads first" in text for text in many) >= 9
+    many = [str(made_up([0.5] * 48, [0.5] * 48, num_tasks=2, seed=seed, noise=0.05)) for seed in range(5)]
+    assert sum("train the heads first" in text for text in many) >= 4
+
+
+def test_a_block_that_is_rarely_shared_leaves_the_plan_open():
+    report = made_up([0.2, 0.4, 0.6], [0.6, 0.3, 0.2])
+    counts = {name: getattr(report.units, name).clone() for name in ("range", "null", "valid")}
+    for name, per_unit in counts.items():
+        per_unit[7:, 1] = 0
+        counts[name] = per_unit
+    fields = {f"{name}_counts": square(per_unit.sum(0), 3) for name, per_unit in counts.items()}
+    rare = replace(report, units=report.units._replace(**counts), **fields)
+    assert rare.intervals("null").isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+    assert rare.stability()["modulation"].isnan().all() and math.isnan(agreement(rare))
+    assert "cannot be said" in str(rare) and "'encoder.layer.1'" in str(rare) and "nan" not in str(rare)
+    never = {name: torch.zeros_like(per_unit) for name, per_unit in counts.items()}
+    fields = {f"{name}_counts": square(per_unit.sum(0), 3) for name, per_unit in never.items()}
+    nothing = replace(report, units=report.units._replace(**never), **fields)
+    assert not nothing.plan(groups=True, max_compute=1).blocks and nothing.intervals("range").isnan().all()
+    assert nothing.stability()["expansion"].tolist() == [0] * 3 and "warning" not in str(nothing)
 
 
 def test_gains_have_their_resamples():

@@ -251,6 +251,38 @@ def test_a_plan_from_a_file_expands_to_the_same_names(grouped, build, tmp_path):
     assert list(again.state_dict()) == list(model.state_dict())
 
 
+def test_replanned_groups_keep_their_modules_and_gates_are_theirs(grouped, tmp_path):
+    _, model, x = grouped()
+    before, added = model(x), added_of(model)
+    first, _, third = find_blocks(model.backbone)
+    old = mixed_plan(model)
+    expansion = {**old.expansion, first: ["odd"], third: ["even", "odd", "t2"]}
+    plan = dtme.ExpansionPlan(MANY, 2, old.modulation, expansion, old.num_features, {**MIXED})
+    dtme.replan(model, plan, gate_tokens=True)
+    now = added_of(model)
+    assert all(now[name] is parameter for name, parameter in added.items())
+    assert {name for name in now if ".gate." in name} == {f"{first}.dtme.gate.odd", f"{third}.dtme.gate.t2"}
+    for task, prediction in model(x).items():
+        torch.testing.assert_close(prediction, before[task], rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        now[f"{first}.dtme.gate.odd"].fill_(0.7)
+    changed = model(x)
+    assert not torch.allclose(changed["t1"], before["t1"])
+    torch.testing.assert_close(changed["t0"], before["t0"], rtol=1e-10, atol=1e-10)
+    assert dtme.verify(model, x) < 1e-9
+    torch.testing.assert_close(model.export_task("t3")(x), changed["t3"], rtol=1e-10, atol=1e-10)
+    model.save_pretrained(tmp_path)
+    plain, _, _ = grouped()
+    loaded = dtme.MultiTaskModel.from_pretrained(tmp_path, plain.backbone, plain.heads).eval()
+    assert same_predictions(loaded(x), changed)
+    # a group that is dissolved leaves its modules behind
+    dtme.replan(
+        model, dtme.ExpansionPlan(MANY, 2, {first: ["odd", "t0", "t4"]}, {}, old.num_features, {"odd": ("t1", "t3")})
+    )
+    assert {name.rpartition(".")[2] for name in added_of(model)} == {"odd", "t0", "t4"}
+    assert added_of(model)[f"{first}.dtme.weight.odd"] is added[f"{first}.dtme.weight.odd"]
+
+
 def test_parts_expanded_by_themselves_may_have_other_groups():
     class Two(nn.Module):
         def __init__(self):

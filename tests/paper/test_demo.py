@@ -17,7 +17,7 @@ def run(folder, *options):
 def test_demo_runs_through_and_repeats_with_its_seed(tmp_path, capsys):
     report = run(tmp_path / "a", "--seed", "5")
     printed = capsys.readouterr().out
-    names = {"conflicts.png", "losses.png", "predictions.png", "report.json", "plan.json", "model"}
+    names = {"conflicts.png", "conflict_map.png", "losses.png", "predictions.png", "report.json", "plan.json", "model"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
     for task in DEMO_TASKS:  # a row with three metrics, their difference and its share of Δm
         (row,) = [line for line in printed.splitlines() if line.startswith(f"{task} ")]

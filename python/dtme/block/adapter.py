@@ -28,13 +28,13 @@ from ..torch_private import recomputing
 from ..trees import map_tensors
 from . import feeds, recomputation
 from .arguments import follow
-from .attention import attend, attend_concatenated
+from .attention import JoinedStreams, attend, attend_concatenated
 from .first_half import FirstHalf, PlainNorm
 from .probe import probe
 from .site import Site
 from .statistics import check_statistics
 from .task_buffers import TaskBuffers, batch_norm
-from .watch import Watched, check_watched, watch
+from .watch import Watched, check_whole, watch
 
 ADDED = ".dtme."
 """What the name of every added parameter holds, and no other name."""
@@ -48,10 +48,11 @@ def is_added(name: str) -> bool:
 class BlockAdapter(nn.Module):
     """Modulation and task tokens of one block; a block without either keeps the streams of earlier ones apart.
 
-    Parameters are named ``weight.<owner>`` (p,), ``bias.<owner>`` (p,) and ``tokens.<owner>`` (t, p): one for each task
-    or group, so that an optimizer never moves those of a task that did not run. Everything hangs on bound methods,
-    which deepcopy and pickle carry along; a block or an attention is held in something that is no module, or it would
-    become a child. A forward leaves nothing here: its state is the ``Forward`` of the thread that runs it.
+    Parameters are named ``weight.<owner>`` (p,), ``bias.<owner>`` (p,), ``tokens.<owner>`` (t, p) and, where not all
+    that tokens change takes effect, ``gate.<owner>`` (), the share that does: one for each task or group, so that an
+    optimizer never moves those of a task that did not run. Everything hangs on bound methods, which deepcopy and pickle
+    carry along; a block or an attention is held in no module, or it would become a child. A forward leaves nothing
+    here: its state is the ``Forward`` of the thread that runs it.
 
     Args:
         name: the block's name, for messages.
@@ -65,13 +66,15 @@ class BlockAdapter(nn.Module):
         self.name, self.expansion, self.num_features = name, expansion, num_features
         self.own_tasks: dict[str, str] = {}
         """Who owns the modules of each task that this block treats in a way of its own: the task, or its group."""
-        self.weight, self.bias, self.tokens = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.weight, self.bias = nn.ParameterDict(), nn.ParameterDict()
+        self.tokens, self.gate = nn.ParameterDict(), nn.ParameterDict()
         self.running_mean: TaskBuffers | None = None  # of the batch-norm modulator
         self.running_var: TaskBuffers | None = None
         self.task_key: Tensor | None  # constants of an exported task
         self.task_value: Tensor | None
-        self.register_buffer("task_key", None)
-        self.register_buffer("task_value", None)
+        self.task_gate: Tensor | None
+        for constant in ("task_key", "task_value", "task_gate"):
+            self.register_buffer(constant, None)
         self.folded: Layout | None = None
         """The only layout there is once one task was exported."""
         self.site: Site | None = None
@@ -117,9 +120,9 @@ class BlockAdapter(nn.Module):
         self.own_tasks |= {task: self.expansion.owner_of[task] for task in tasks}
         return tuple(dict.fromkeys([self.own_tasks[task] for task in tasks]))
 
-    def _owner(self, stream: tuple[str, ...]) -> str:
-        """Who owns the modules that the tasks of a stream have here; "" where they have none."""
-        return self.own_tasks.get(stream[0], "")
+    def _owners(self, layout: Layout) -> list[str]:
+        """For every stream, who owns the modules that its tasks have here; "" where they have none."""
+        return [self.own_tasks.get(task, "") for task, *_ in layout.streams]
 
     def remove(self) -> None:
         """Leave the block as it was found."""
@@ -134,12 +137,14 @@ class BlockAdapter(nn.Module):
 
     def fold(self, task: str) -> None:
         """Keep one task only, its task keys and values as constants: what ``export_task`` ships."""
-        owner = self._owner((task,))
+        owner = self.own_tasks.get(task, "")
         if owner in self.tokens:
             with torch.no_grad():
                 self.task_key, self.task_value = (x.clone() for x in self._project(torch.stack([self.tokens[owner]])))
+        if owner in self.gate:
+            self.task_gate = self.gate[owner].detach().clone()
         self.folded = together((task,))
-        self.tokens = nn.ParameterDict()
+        self.tokens, self.gate = nn.ParameterDict(), nn.ParameterDict()
         modulated = owner in self.weight
         for name in ("weight", "bias"):
             setattr(self, name, nn.ParameterDict({owner: getattr(self, name)[owner]} if modulated else {}))
@@ -217,16 +222,6 @@ class BlockAdapter(nn.Module):
         if not torch.compiler.is_compiling():
             recomputation.remember(self, tokens, run)
 
-    def _check_whole(self, block: nn.Module) -> None:
-        """Copies that a library made (peft's ``modules_to_save``, DataParallel's replicas) would not be what runs."""
-        mine = block is self._block[0] and block._modules.get("dtme") is self
-        if not mine or not all(type(x) is nn.ParameterDict for x in (self.weight, self.bias, self.tokens)):
-            raise RuntimeError(
-                f"the modules that dtme added to block {self.name!r} were replaced by copies or wrapped, which would "
-                "be trained without ever running: leave them out (peft: modules_to_save) and let them train as they are"
-            )
-        check_watched(self.name, self._watched)
-
     # --- the block's input: streams and modulation ----------------------------------------------------------------
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -234,14 +229,12 @@ class BlockAdapter(nn.Module):
         where, tokens = find_tokens(args, kwargs, self.name)
         if self.num_features is not None and (tokens.ndim == 4 or tokens.shape[-1] != self.num_features):
             check_channels(block, self.name, tokens, self.num_features)
-        self._check_whole(block)
+        is_whole = block is self._block[0] and block._modules.get("dtme") is self
+        check_whole(self.name, is_whole, (self.weight, self.bias, self.tokens, self.gate), self._watched)
         run = self._enter(tokens)
         others = [value for value in (*args, *kwargs.values()) if value is not tokens]
         plain = tokens.ndim == 3 and not any(isinstance(value, Tensor) or value for value in others)
-        modulated = (
-            any(self._owner(stream) in self.weight for stream in run.after.streams)
-            or run.forward.task_index is not None
-        )
+        modulated = any(x in self.weight for x in self._owners(run.after)) or run.forward.task_index is not None
         if plain and (half := self._first_half(run, tokens)) is not None:
             run.half, changed = half, half.modulated
         else:
@@ -275,7 +268,7 @@ class BlockAdapter(nn.Module):
     def _of_streams(self, run: Run, parameters: nn.ParameterDict, default: Tensor | None = None) -> Tensor:
         """A row for every stream: its owner's parameter; without a ``default``, only of streams that have one."""
         index = run.forward.task_index
-        owners = [self._owner(stream) for stream in run.after.streams] if index is None else self.expansion.owners
+        owners = self._owners(run.after) if index is None else self.expansion.owners
         owners = [owner for owner in owners if default is not None or owner in parameters]
         take = partial(probe, self.name) if run.forward.probes else nn.ParameterDict.get
         rows = torch.stack([take(parameters, owner, default) for owner in owners])  # type: ignore[misc]
@@ -284,7 +277,7 @@ class BlockAdapter(nn.Module):
     def _batch_norm(self, layout: Layout, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         streams = list(unfold(tokens, layout.num_streams).unbind(0))
-        for i, owner in enumerate([self._owner(stream) for stream in layout.streams]):
+        for i, owner in enumerate(self._owners(layout)):
             if owner in self.weight:
                 running = self.running_mean[owner], self.running_var[owner]
                 streams[i] = batch_norm(streams[i], self.weight[owner], self.bias[owner], *running, self.training)
@@ -296,7 +289,7 @@ class BlockAdapter(nn.Module):
         """The first half of a plain pre-norm block where it can be run at once: every stream has task tokens."""
         if self.plain_norm is None or self.running_mean is not None or self.folded is not None:
             return None
-        if self._joined(run) != list(range(run.after.num_streams)):
+        if self._joined(run) != list(range(run.after.num_streams)) or self._gates(run):
             return None
         if run.forward.task_index is not None and len(self.tokens) < len(self.expansion.owners):
             return None
@@ -340,17 +333,25 @@ class BlockAdapter(nn.Module):
         owners, index = self.expansion.owners, run.forward.task_index
         if index is not None and len(self.tokens) < len(owners) and task_kv is not None:
             has = torch.tensor([owner in self.tokens for owner in owners], device=index.device)
-            return partial(attend_concatenated, has.index_select(0, index), task_kv)
+            return partial(attend_concatenated, has.index_select(0, index), task_kv, self._gates(run).get(0))
         rows = None if run.forward.num_rows is None else run.forward.num_rows * run.after.num_streams
-        seam = self.site.seam
-        return partial(attend, self.name, run.after.num_streams, joined, task_kv, rows, seam.is_square)
+        streams = JoinedStreams(self.name, run.after.num_streams, joined, task_kv, self._gates(run))
+        return partial(attend, streams, rows, self.site.seam.is_square)
+
+    def _gates(self, run: Run) -> dict[int, Tensor]:
+        """() each, of streams whose task tokens have one."""
+        if self.task_gate is not None or not self.gate:
+            return {} if self.task_gate is None else {0: self.task_gate}
+        gates = self._of_streams(run, self.gate, torch.ones_like(next(iter(self.gate.values()))))
+        any_task = run.forward.task_index is not None
+        return {i: gates[i] for i, owner in enumerate(self._owners(run.after)) if any_task or owner in self.gate}
 
     def _joined(self, run: Run) -> list[int]:
         """Streams that have task tokens in this block."""
         if run.forward.task_index is not None:
             return [0] if self.tokens else []
-        owners = [self._owner(stream) for stream in run.after.streams]
-        return [i for i, owner in enumerate(owners) if owner in self.tokens or self.task_key is not None]
+        has_constants = self.task_key is not None
+        return [i for i, owner in enumerate(self._owners(run.after)) if owner in self.tokens or has_constants]
 
     def task_keys_values(self, run: Run) -> KeysValues:
         """Keys and values of the task tokens, (T, H, t, d) each: once per step, not once per image."""

@@ -1,6 +1,10 @@
 """A block's inner product over the streams of its tasks, every stream's task keys joined to its own."""
 
-from typing import Any
+# those of a function made while torch.compile traces are not computed then
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +17,46 @@ from ..streams import unfold
 from ..written_out import attention_of_scores, attention_scores, attention_weights
 
 
+class JoinedStreams(NamedTuple):
+    """The streams of a block, and what joins the attention of some of them."""
+
+    block: str
+    """Its name, for messages."""
+    num_streams: int
+    """T."""
+    joined: list[int]
+    """The streams that have task tokens."""
+    task_kv: KeysValues | None
+    """Their keys and values, (len(joined), H, t, d) each."""
+    gates: Mapping[int, Tensor] = {}
+    """Of those of ``joined`` that have one, (): the share of what the task tokens change that takes effect."""
+
+    def part(self, tensor: Tensor, streams: list[int]) -> Tensor:
+        """(T * B, ...) → (len(streams), B, ...)."""
+        if tensor.shape[0] == 1:  # a mask shared by all rows
+            return tensor.unsqueeze(0)
+        tensor = unfold(tensor, self.num_streams)
+        return tensor if len(streams) == self.num_streams else tensor[streams]
+
+    def attend(self, run: Callable[[list[int], KeysValues | None], Tensor]) -> Tensor:
+        """(T * B, ...), of ``run(streams, their task keys and values)`` → (len(streams), B, ...)."""
+        everyone = list(range(self.num_streams))
+        if self.task_kv is None:
+            return run(everyone, None).flatten(0, 1)
+        changed = run(self.joined, self.task_kv)
+        alone = [i for i in everyone if i not in self.joined or i in self.gates]
+        if not alone:
+            return changed.flatten(0, 1)
+        plain = run(alone, None)
+        streams = dict(zip(alone, plain, strict=True))
+        for i, one in zip(self.joined, changed, strict=True):
+            gate = self.gates.get(i)
+            streams[i] = one if gate is None else streams[i] + gate.to(one.dtype) * (one - streams[i])
+        return torch.cat([streams[i] for i in everyone])
+
+
 def attend(
-    block: str,
-    num_streams: int,
-    joined: list[int],
-    task_kv: KeysValues | None,
+    streams: JoinedStreams,
     num_rows: int | None,
     is_square: bool,
     query: Tensor,
@@ -34,19 +73,16 @@ def attend(
     """``scaled_dot_product_attention`` over (T * B, H, N, d); the weights of the shared keys where ``value`` is None.
 
     Args:
-        block: its name, for messages.
-        num_streams: T.
-        joined: the streams that have task tokens.
-        task_kv: their keys and values, (len(joined), H, t, d) each.
         num_rows: of the block's tokens, where it is known: T * B, or a multiple of it, in windows.
         is_square: whether there are as many queries as keys.
         scores: those of the shared keys, where they are not scale * query · key + mask.
         shift: added to all scores, those of the task keys too.
     """
-    if (is_square and query.shape[-2] != key.shape[-2]) or query.shape[0] % num_streams:
+    block = streams.block
+    if (is_square and query.shape[-2] != key.shape[-2]) or query.shape[0] % streams.num_streams:
         sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
         raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
-    if num_streams > 1 and num_rows and query.shape[0] % num_rows:
+    if streams.num_streams > 1 and num_rows and query.shape[0] % num_rows:
         sizes = f"{query.shape[0]} of {num_rows} rows"
         raise NotExpandable(f"block {block!r}: its attention is given {sizes}, and whose they are is not known")
     if value is not None and key.shape[1] != value.shape[1]:
@@ -55,40 +91,28 @@ def attend(
     if attn_mask is not None and attn_mask.ndim < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
 
-    def part(tensor: Tensor, streams: list[int]) -> Tensor:
-        if tensor.shape[0] == 1:  # a mask shared by all rows
-            return tensor.unsqueeze(0)
-        tensor = unfold(tensor, num_streams)
-        return tensor if len(streams) == num_streams else tensor[streams]
-
-    def run(streams: list[int], task_kv: KeysValues) -> Tensor:
-        mask = None if attn_mask is None else part(attn_mask, streams)
-        q, k = part(query, streams), part(key, streams)
-        v = None if value is None else part(value, streams)
+    def run(some: list[int], task_kv: KeysValues | None) -> Tensor:
+        mask = None if attn_mask is None else streams.part(attn_mask, some)
+        q, k = streams.part(query, some), streams.part(key, some)
+        v = None if value is None else streams.part(value, some)
+        task_key, task_value = task_kv or [
+            x.new_empty(len(some), x.shape[1], 0, x.shape[-1]) for x in (key, key if value is None else value)
+        ]
         if v is None or scores is not None:
-            own = attention_scores(q, k, mask, is_causal, scale) if scores is None else part(scores, streams)
-            by = part(shift, streams) if isinstance(shift, Tensor) and shift.ndim else shift
-            task_key, task_value = (x.unsqueeze(1) for x in task_kv)
+            own = attention_scores(q, k, mask, is_causal, scale) if scores is None else streams.part(scores, some)
+            by = streams.part(shift, some) if isinstance(shift, Tensor) and shift.ndim else shift
+            task_key, task_value = task_key.unsqueeze(1), task_value.unsqueeze(1)
             return attention_of_scores(own, q, v, task_key, task_value, scale, by, dropout_p)
         options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
-        return dtme_kernels.expanded_attention(q, k, v, task_kv[0], task_kv[1], attn_mask=mask, **options)
+        return dtme_kernels.expanded_attention(q, k, v, task_key, task_value, attn_mask=mask, **options)
 
-    if task_kv is not None and len(joined) == num_streams:
-        return run(joined, task_kv).flatten(0, 1)
-    rest = [i for i in range(num_streams) if i not in joined]
-    no_key, no_value = (
-        x.new_empty(len(rest), x.shape[1], 0, x.shape[-1]) for x in (key, key if value is None else value)
-    )
-    plain = run(rest, (no_key, no_value))
-    if task_kv is None:
-        return plain.flatten(0, 1)
-    order = [*joined, *rest]
-    return torch.cat([run(joined, task_kv), plain])[[order.index(i) for i in range(num_streams)]].flatten(0, 1)
+    return streams.attend(run)
 
 
 def attend_concatenated(
     has_tokens: Tensor | None,
     task_kv: KeysValues,
+    gate: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -105,7 +129,13 @@ def attend_concatenated(
     Args:
         has_tokens: (1,) bool, whether the task has; None where it has.
         task_kv: (1, H, t, d) each; hidden by a mask where it has none.
+        gate: (), the share of what the task tokens change that takes effect; None for all of it.
     """
+    if gate is not None:
+        rest = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, scores, shift)
+        none = torch.zeros_like(gate, dtype=torch.bool).reshape(1)
+        plain, changed = (attend_concatenated(has, task_kv, None, *rest) for has in (none, has_tokens))
+        return plain + gate.to(plain.dtype) * (changed - plain)
     if scores is not None:
         if has_tokens is not None:
             raise NotExpandable(

@@ -26,8 +26,21 @@ def watch(block: nn.Module, modules: Mapping[str, nn.Module | None]) -> list[Wat
     ]
 
 
-def check_watched(block: str, watched: Iterable[Watched]) -> None:
-    """RuntimeError, by the name of ``block``, where something else is in such a place now."""
+def check_whole(block: str, is_whole: bool, parameters: Iterable[nn.Module], watched: Iterable[Watched]) -> None:
+    """RuntimeError, by the name of ``block``, where a library put copies in the place of modules.
+
+    Copies (peft's ``modules_to_save``, DataParallel's replicas) would not be what runs.
+
+    Args:
+        is_whole: whether the block and what ``expand`` hung on it still belong together.
+        parameters: the dictionaries of what was added.
+        watched: the places that ``watch`` found.
+    """
+    if not is_whole or not all(type(x) is nn.ParameterDict for x in parameters):
+        raise RuntimeError(
+            f"the modules that dtme added to block {block!r} were replaced by copies or wrapped, which would "
+            "be trained without ever running: leave them out (peft: modules_to_save) and let them train as they are"
+        )
     for name, parent, child, module in watched:
         if parent._modules.get(child) is not module:
             raise RuntimeError(

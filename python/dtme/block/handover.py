@@ -1,0 +1,33 @@
+"""What another plan leaves of a block's modules."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .adapter import BlockAdapter
+
+KINDS = ("weight", "bias", "tokens")
+
+
+def adopt(new: BlockAdapter, old: BlockAdapter) -> None:
+    """Let ``new`` go on with the parameters, gates and statistics of ``old`` for all that it has too."""
+    for kind in KINDS:
+        made, trained = getattr(new, kind), getattr(old, kind)
+        for owner in made:
+            if owner in trained and trained[owner].shape == made[owner].shape:
+                made[owner] = trained[owner]
+    for owner, gate in old.gate.items():
+        if owner in new.tokens and new.tokens[owner] is old.tokens[owner]:
+            new.gate[owner] = gate
+    for name in ("running_mean", "running_var"):
+        made, taken = getattr(new, name), getattr(old, name)
+        for owner in new.weight if made is not None and taken is not None else ():
+            if owner in old.weight:
+                made.register_buffer(owner, taken[owner])
+
+
+def add_gates(adapter: BlockAdapter, owners: Iterable[str]) -> None:
+    """Let the task tokens of ``owners`` begin without effect."""
+    for owner in owners:
+        adapter.gate[owner] = nn.Parameter(torch.zeros_like(adapter.tokens[owner][0, 0]))

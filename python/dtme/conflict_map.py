@@ -1,0 +1,128 @@
+"""Where in one picture or sentence do two tasks fight?"""
+
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .analysis import Step, _Analysis, _without_compiler
+from .blocks import find_blocks
+from .capture import Unchanged
+from .gradients import token_gradients
+from .model import MultiTaskModel
+from .report import ConflictReport
+from .streams import is_expanded
+from .trees import to_device
+
+Maps = dict[tuple[str, str], Tensor]
+TokenMask = Callable[[Any], Tensor]
+
+
+def conflict_map(
+    model: nn.Module,
+    batch: Any,
+    losses: Mapping[str, Callable[[Any, Any], Tensor]] | Step,
+    report: ConflictReport,
+    block: str,
+    space: str = "range",
+    *,
+    token_mask: TokenMask | None = None,
+) -> Maps:
+    """The cosine of every two tasks' gradients at each token of a batch, in one space of one block.
+
+    Args:
+        model, losses: as for ``analyze``, of the report's tasks.
+        batch: one batch, as the loader yields it.
+        report: whose bases and ranks say what the space is: of this model, from ``analyze`` or saved with its bases.
+        block: its name, out of ``report.blocks``.
+        space: ``"range"`` or ``"null"``.
+        token_mask: ``f(batch) -> (B, N) bool``, the tokens that count; None takes the 2-D ``attention_mask`` of N
+            columns of an input that is a mapping, if it has one.
+
+    Returns:
+        ``{(task, other task): (B, N) float64}`` in the report's order of tasks, on the CPU; -1 is the fiercest
+        conflict. NaN where a task's gradient has no part in the space, and for tokens that do not count. N are all
+        tokens that enter the block, class and register tokens included. The model is left exactly as it was.
+
+    Raises:
+        ValueError: an unknown block or space; a report without bases, or of another model; losses of other tasks; a
+            mask of another shape; or as ``analyze`` for the batch.
+    """
+    basis, rank = _space(report, block, space)
+    if isinstance(losses, Mapping) and set(losses) != set(report.tasks):
+        raise ValueError(f"losses must be of the report's tasks {list(report.tasks)}, got {list(losses)}")
+    tasks, gradients = _gradients_at(model, batch, losses, report, block)
+    if set(tasks) != set(report.tasks):
+        raise ValueError(f"losses must be of the report's tasks {list(report.tasks)}, got {list(tasks)}")
+    gradients = gradients.flatten(2, -2) if gradients.ndim > 4 else gradients
+    if gradients.shape[-1] != basis.shape[0]:
+        raise ValueError(
+            f"report is of another model: its basis of block {block!r} has {basis.shape[0]} channels, where the tokens "
+            f"have {gradients.shape[-1]}"
+        )
+    counts = _counting_tokens(batch, token_mask, gradients.shape[1:3])
+    cosines = _cosines(gradients, basis, rank, space)
+    found: Maps = {}
+    for one, other in combinations(report.tasks, 2):
+        cosine = cosines[tasks.index(one), tasks.index(other)]
+        found[one, other] = cosine if counts is None else cosine.masked_fill(~counts, torch.nan)
+    return found
+
+
+def _space(report: ConflictReport, block: str, space: str) -> tuple[Tensor, int]:
+    if space not in ("range", "null"):
+        raise ValueError(f"space must be 'range' or 'null', got {space!r}")
+    if block not in report.blocks:
+        raise ValueError(f"block must be one of the report's {list(report.blocks)}, got {block!r}")
+    if report.bases is None:
+        raise ValueError("report has no bases, as one loaded from a file: analyze again, or save(path, bases=True)")
+    d = report.blocks.index(block)
+    return report.bases[d], int(report.ranks[d])
+
+
+def _gradients_at(
+    model: nn.Module, batch: Any, losses: Any, report: ConflictReport, block: str
+) -> tuple[tuple[str, ...], Tensor]:
+    """The tasks, and their gradients (K, B, ..., p) at the input of ``block``."""
+    backbone = model.backbone if isinstance(model, MultiTaskModel) else model
+    # which tasks share the tokens of a block depends on the blocks before it
+    blocks = find_blocks(backbone, list(report.blocks) if is_expanded(backbone) else [block])
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    with Unchanged(model, False) as held, _without_compiler(), torch.inference_mode(False), torch.no_grad():
+        analysis = _Analysis(model, losses, blocks, held, report.ratio, False, device, None)
+        with torch.enable_grad(), analysis.inputs.record(gradients=True) as inputs:
+            with held.watch():
+                run = analysis._heads_first if isinstance(losses, Mapping) else analysis._step
+                outputs, seeds = run(to_device(batch, device))
+            analysis.inputs.check(inputs)
+            analysis.names = list(inputs)
+            entered = list(inputs.values())
+            gradients, _ = token_gradients(analysis.tasks, entered, outputs, seeds, analysis._sharing(entered))
+    return analysis.tasks, gradients[analysis.names.index(block)]
+
+
+def _cosines(gradients: Tensor, basis: Tensor, rank: int, space: str) -> Tensor:
+    """(K, K, B, N) float64 on the CPU, of gradients (K, B, N, p)."""
+    rounding = 4 * torch.finfo(gradients.dtype).eps
+    rotated = gradients.double() @ basis.to(gradients.device, torch.float64)
+    part = rotated[..., :rank] if space == "range" else rotated[..., rank:]
+    size = part.norm(dim=-1)
+    # what rounding leaves of a gradient that has no part here points nowhere
+    size = size.masked_fill(size <= rounding * rotated.norm(dim=-1), torch.nan)
+    unit = part / size[..., None]
+    return torch.einsum("ibnp,jbnp->ijbn", unit, unit).clamp(-1, 1).cpu()
+
+
+def _counting_tokens(batch: Any, token_mask: TokenMask | None, shape: torch.Size) -> Tensor | None:
+    """(B, N) bool on the CPU; None where all count."""
+    if token_mask is not None:
+        mask = token_mask(batch)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"token_mask must return a bool tensor {tuple(shape)}, got {got}")
+        return mask.cpu()
+    x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+    given = x.get("attention_mask") if isinstance(x, Mapping) else None
+    return given.bool().cpu() if isinstance(given, Tensor) and given.shape == shape else None

@@ -1,0 +1,210 @@
+"""Go on with another plan: ``replan`` an expanded model in the middle of its training."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .block.adapter import ADDED, is_added
+from .block.handover import add_gates, adopt
+from .entry import Root
+from .expansion import PlannedBlocks, attach, detach, refuse_wrapped, root_of
+from .plan import ExpansionPlan
+from .randomness import random_state, wind_back
+from .streams import Expansion, adapters, expansions
+
+
+def replan(
+    model_or_backbone: nn.Module,
+    plan: ExpansionPlan,
+    optimizer: Optimizer | None = None,
+    *,
+    gate_tokens: bool = False,
+) -> Any:
+    """Let an expanded model go on with another plan, in place, as after a second analysis in the middle of training.
+
+    Modulator, shared prefix and freezing stay what ``expand`` was told. What is in both plans (the same kind of module
+    of the same task in the same block) keeps its very parameters, and so its optimizer state, and its statistics. What
+    is new starts as in ``expand``: modulations as the identity, task tokens drawn. Where ``num_tokens`` differs all
+    tokens are new. What left the plan leaves the model.
+
+    Args:
+        model_or_backbone: what ``expand`` was given, or a ``MultiTaskModel`` around it.
+        plan: the new one, for the same blocks and tasks.
+        optimizer: the one that trains the model. Parameters that leave the model leave it and its state; new ones join
+            the group of the earlier added ones, so that schedulers go on; where there is none, they get a group of
+            their own without weight decay. The state of all others stays. None where there is no optimizer yet.
+        gate_tokens: begin new task tokens without effect, so that the model's function does not change by them: what
+            the attention puts out is that without them plus ``gate`` times what they change in it, ``gate`` being
+            ``<block>.dtme.gate.<task>``, a learnable scalar that starts at 0. Its gradient is there at once, that of
+            the tokens once it has moved. A block then attends twice for its gated tasks, and its first half does not
+            run as one operation; tokens without a gate, such as earlier ones, cost what they did. A gate belongs to
+            its tokens and stays as long as they do. To load weights with gates into a model by ``load_state_dict``,
+            replan it first as that one was; ``from_pretrained`` does.
+
+    Returns:
+        The same object.
+
+    Raises:
+        RuntimeError: it is not expanded, or not as a whole; or it is wrapped by DDP, FSDP or ``torch.compile``.
+        ValueError: the plan is for another model (a missing block, another width, an unknown task); a block's attention
+            cannot take task tokens correctly; or the optimizer does not hold the model's parameters.
+        TypeError: ``plan`` or ``optimizer`` is of another class.
+
+        The model, the optimizer and the random state are then as they were.
+    """
+    if not isinstance(plan, ExpansionPlan):
+        raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    refuse_wrapped(model_or_backbone)
+    root = _only_root(model_or_backbone)
+    backbone, old = root.module[0], root.expansion
+    planned = PlannedBlocks.of(backbone, old.tasks, plan)
+    new = Expansion(old.tasks, plan, old.modulator, old.shared_prefix, old.frozen)
+    earlier = _added(model_or_backbone)
+    if optimizer is not None:
+        _check_optimizer(optimizer, model_or_backbone, earlier)
+    with _undone_on_error(backbone, optimizer):
+        _exchange(backbone, planned, old, new, gate_tokens)
+        if optimizer is not None:
+            _update_optimizer(optimizer, earlier, _added(model_or_backbone))
+    return model_or_backbone
+
+
+def _only_root(model: nn.Module) -> Root:
+    """Where the one expansion in ``model`` hangs, whole and untouched."""
+    kind, found = type(model).__name__, expansions(model)
+    if not found:
+        raise RuntimeError(f"{kind} is not expanded: call dtme.expand(model, plan) first")
+    if len(found) > 1:
+        raise RuntimeError(f"{kind} holds {len(found)} backbones expanded by themselves: replan one after the other")
+    root = root_of(model, found[0])
+    if root is None:
+        raise RuntimeError(f"{kind} is a part of what was expanded: replan the whole")
+    root.check()
+    modules = dict(root.module[0].named_modules())
+    for adapter in adapters(model):
+        if modules.get(f"{adapter.name}.dtme") is not adapter:
+            raise RuntimeError(
+                f"block {adapter.name!r} of {type(root.module[0]).__name__} was wrapped, moved or replaced after it "
+                "was expanded: undo that first"
+            )
+    return root
+
+
+def _exchange(backbone: nn.Module, planned: PlannedBlocks, old: Expansion, new: Expansion, gate_tokens: bool) -> None:
+    """The adapters of ``new`` for those of ``old``, with the parameters that both have."""
+    before = {adapter.name: adapter for adapter in adapters(backbone)}
+    detach(backbone, old)
+    attach(backbone, planned, new)
+    for adapter in adapters(backbone):
+        earlier = before.get(adapter.name)
+        if earlier is not None:
+            adopt(adapter, earlier)
+        if gate_tokens:
+            kept = {id(tokens) for tokens in earlier.tokens.values()} if earlier is not None else set()
+            add_gates(adapter, [owner for owner, tokens in adapter.tokens.items() if id(tokens) not in kept])
+    new.has_warned_of_rows = old.has_warned_of_rows
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def _added(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if is_added(name)}
+
+
+def _check_optimizer(optimizer: Optimizer, model: nn.Module, earlier: dict[str, nn.Parameter]) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer must not be LBFGS, whose state is of all parameters together: make a new one")
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise ValueError(f"optimizer ({kind}) holds none of the model's parameters: give the one that trains it")
+    for name, parameter in earlier.items():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise ValueError(
+                f"optimizer ({kind}) does not hold {name!r}, which expand added: give the one that trains it"
+            )
+
+
+def _update_optimizer(optimizer: Optimizer, earlier: dict[str, nn.Parameter], now: dict[str, nn.Parameter]) -> None:
+    known, kept = {id(p) for p in earlier.values()}, {id(p) for p in now.values()}
+    gone = {id(p): p for p in earlier.values() if id(p) not in kept}
+    names = {id(p): name for name, p in earlier.items()}
+    new: dict[int, dict[str, nn.Parameter]] = {}
+    for name, parameter in now.items():
+        if id(parameter) not in known:
+            new.setdefault(_group_for(name, optimizer.param_groups, names), {})[name] = parameter
+    for parameter in gone.values():
+        optimizer.state.pop(parameter, None)
+    for group in optimizer.param_groups:
+        stay = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in gone]
+        for key in ("params", "param_names") if "param_names" in group else ("params",):
+            group[key][:] = [group[key][i] for i in stay]
+    for index, parameters in new.items():
+        _join(optimizer, index, parameters)
+
+
+def _group_for(name: str, groups: list[dict[str, Any]], names: dict[int, str]) -> int:
+    """Which group a new parameter joins: one of added parameters, best of its own task and kind; -1 for none.
+
+    Groups may be by task, or by kind. One that an earlier replan emptied held such parameters.
+    """
+    kind, owner = _kind_and_owner(name)
+    best, found = -1, -1
+    for i, group in enumerate(groups):
+        others = [_kind_and_owner(names[id(p)]) for p in group["params"] if id(p) in names]
+        score = max((1 + (k == kind) + 2 * (o == owner) for k, o in others), default=-1 if group["params"] else 0)
+        if score > best:
+            best, found = score, i
+    return found
+
+
+def _kind_and_owner(name: str) -> tuple[str, str]:
+    kind, _, owner = name.rpartition(ADDED)[2].partition(".")
+    return kind, owner
+
+
+def _join(optimizer: Optimizer, index: int, parameters: dict[str, nn.Parameter]) -> None:
+    named = any("param_names" in group for group in optimizer.param_groups)
+    if index < 0:
+        added: list[Any] = list(parameters.items()) if named else list(parameters.values())
+        optimizer.add_param_group({"params": added, "weight_decay": 0.0})
+        return
+    group = optimizer.param_groups[index]
+    group["params"].extend(parameters.values())
+    if named:
+        group["param_names"].extend(parameters)
+
+
+# --- all or nothing ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _undone_on_error(backbone: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+    """On any error every module of ``backbone``, ``optimizer`` and the random state are as before."""
+    modules = [(module, dict(vars(module))) for module in backbone.modules()]
+    containers = [value for _, attributes in modules for value in attributes.values()]
+    if optimizer is not None:
+        containers += [optimizer.state, optimizer.param_groups, *optimizer.param_groups]
+        containers += [value for group in optimizer.param_groups for value in group.values()]
+    # hooks, children and groups are kept in containers that others hold on to: they get their contents back
+    contents = [(one, one.copy()) for one in containers if type(one) in (dict, OrderedDict, defaultdict, list, set)]
+    state = random_state()
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for container, content in contents:
+            container.clear()
+            getattr(container, "extend" if isinstance(container, list) else "update")(content)
+        wind_back(state)
+        raise
