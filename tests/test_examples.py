@@ -4,6 +4,7 @@ import copy
 import importlib
 import runpy
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,39 @@ from dtme.trees import map_tensors, tensors
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+LIKE = [name for name in NAMES if name.endswith("_like")]
+"""Models of images with decoders of their own."""
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_runs_as_a_script(name, capsys):
+def printed(name, capsys):
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-    out = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_runs_as_a_script(name, capsys):
+    out = printed(name, capsys)
     assert "range rate" in out and "reloaded: the same predictions" in out
+
+
+def test_text_goes_through_everything(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["text", str(tmp_path)])
+    out = printed("text", capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"conflicts.png", "sentence.png", "model"}
+    assert "range rate" in out and "reloaded: the same predictions" in out
+    assert "6 analyses in 96 steps" in out and "failed" not in out and "pull apart most at" in out
+    first, last = (float(line.split()[1].rstrip(",")) for line in out.splitlines() if line.startswith("loss "))
+    assert last < first < 3
+
+
+def test_callbacks_run_in_the_libraries_that_are_here(capsys):
+    out = printed("callbacks", capsys)
+    for library, needed in (("transformers", "transformers"), ("lightning", "lightning")):
+        said = "is not installed: its callback was not run" if find_spec(needed) is None else ": "
+        assert f"{library}{said}" in out or f"{library} {said}" in out
+    ran = sum(find_spec(library) is not None for library in ("transformers", "lightning"))
+    assert out.count("3 analyses in 30 steps") == ran and "failed" not in out
+    assert set(NAMES) == {*LIKE, "text", "callbacks"}
 
 
 def mixed_plan(model, width, with_tokens):
@@ -68,7 +95,7 @@ def loss_of(predictions):
 
 
 @pytest.mark.parametrize("with_tokens", [False, True], ids=["modulation", "modulation and task tokens"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LIKE)
 def test_equals_the_plain_model_with_concatenated_task_tokens(name, with_tokens):
     example = importlib.import_module(f"examples.{name}")
     torch.manual_seed(0)

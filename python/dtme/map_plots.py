@@ -170,6 +170,8 @@ def _over_words(rows: Mapping[tuple[str, str], Tensor], tokens: Sequence[Any], r
     words = _words(tokens, row, num_tokens)
     if any(not values[len(words) :].isnan().all() for values in rows.values()):
         raise ValueError(f"tokens holds {len(words)} words for row {row}, where the maps have values for more")
+    known = torch.stack(list(rows.values())).isfinite().any(0).nonzero()
+    words = words[: int(known.max()) + 1] if len(known) else words  # without the padding at its end
     places, num_lines = _wrapped(words)
     panel = TITLE + num_lines * LINE + 0.12
     height = len(rows) * panel + FOOT
