@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .analysis import Step, _Analysis, _without_compiler
+from .analysis import prepared
+from .analysis.arguments import check_model
+from .analysis.losses import Step
+from .analysis.masks import TokenMask
+from .analysis.passes import Options
+from .analysis.ranks import Ranks
 from .blocks import find_blocks
-from .capture import Unchanged
-from .gradients import token_gradients
+from .interrupts import Deferred
 from .model import MultiTaskModel
 from .report import ConflictReport
 from .streams import is_expanded
 from .trees import to_device
 
 Maps = dict[tuple[str, str], Tensor]
-TokenMask = Callable[[Any], Tensor]
 
 
 def conflict_map(
@@ -53,16 +56,14 @@ def conflict_map(
     basis, rank = _space(report, block, space)
     if isinstance(losses, Mapping) and set(losses) != set(report.tasks):
         raise ValueError(f"losses must be of the report's tasks {list(report.tasks)}, got {list(losses)}")
-    tasks, gradients = _gradients_at(model, batch, losses, report, block)
+    tasks, gradients, counts = _gradients_at(model, batch, losses, report, block, token_mask)
     if set(tasks) != set(report.tasks):
-        raise ValueError(f"losses must be of the report's tasks {list(report.tasks)}, got {list(tasks)}")
-    gradients = gradients.flatten(2, -2) if gradients.ndim > 4 else gradients
+        raise ValueError(f"the batch has losses of {list(tasks)}, not of all of the report's {list(report.tasks)}")
     if gradients.shape[-1] != basis.shape[0]:
         raise ValueError(
             f"report is of another model: its basis of block {block!r} has {basis.shape[0]} channels, where the tokens "
             f"have {gradients.shape[-1]}"
         )
-    counts = _counting_tokens(batch, token_mask, gradients.shape[1:3])
     cosines = _cosines(gradients, basis, rank, space)
     found: Maps = {}
     for one, other in combinations(report.tasks, 2):
@@ -83,24 +84,22 @@ def _space(report: ConflictReport, block: str, space: str) -> tuple[Tensor, int]
 
 
 def _gradients_at(
-    model: nn.Module, batch: Any, losses: Any, report: ConflictReport, block: str
-) -> tuple[tuple[str, ...], Tensor]:
-    """The tasks, and their gradients (K, B, ..., p) at the input of ``block``."""
+    model: nn.Module, batch: Any, losses: Any, report: ConflictReport, block: str, token_mask: TokenMask | None
+) -> tuple[tuple[str, ...], Tensor, Tensor | None]:
+    """The tasks, their gradients (K, B, N, p) at the input of ``block``, and the tokens that count, on the CPU."""
+    check_model(model, losses)
     backbone = model.backbone if isinstance(model, MultiTaskModel) else model
     # which tasks share the tokens of a block depends on the blocks before it
     blocks = find_blocks(backbone, list(report.blocks) if is_expanded(backbone) else [block])
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    with Unchanged(model, False) as held, _without_compiler(), torch.inference_mode(False), torch.no_grad():
-        analysis = _Analysis(model, losses, blocks, held, report.ratio, False, device, None)
-        with torch.enable_grad(), analysis.inputs.record(gradients=True) as inputs:
-            with held.watch():
-                run = analysis._heads_first if isinstance(losses, Mapping) else analysis._step
-                outputs, seeds = run(to_device(batch, device))
-            analysis.inputs.check(inputs)
-            analysis.names = list(inputs)
-            entered = list(inputs.values())
-            gradients, _ = token_gradients(analysis.tasks, entered, outputs, seeds, analysis._sharing(entered))
-    return analysis.tasks, gradients[analysis.names.index(block)]
+    options = Options((report.ratio,), token_mask=token_mask, max_tasks=len(report.tasks))
+    with Deferred() as signals, prepared(model, losses, blocks, options, Ranks(None, signals, alone=True)) as analysis:
+        batch = to_device(batch, analysis.device)
+        mask = analysis.masks.of(batch)
+        found = analysis.gradients(batch)
+        d = found.names.index(block)
+        gradients = found.gradients[d]
+        counts = None if mask is None else analysis.masks.at(mask, block, gradients.shape[1:])
+    return found.started.tasks, gradients, None if counts is None else counts.cpu()
 
 
 def _cosines(gradients: Tensor, basis: Tensor, rank: int, space: str) -> Tensor:
@@ -113,16 +112,3 @@ def _cosines(gradients: Tensor, basis: Tensor, rank: int, space: str) -> Tensor:
     size = size.masked_fill(size <= rounding * rotated.norm(dim=-1), torch.nan)
     unit = part / size[..., None]
     return torch.einsum("ibnp,jbnp->ijbn", unit, unit).clamp(-1, 1).cpu()
-
-
-def _counting_tokens(batch: Any, token_mask: TokenMask | None, shape: torch.Size) -> Tensor | None:
-    """(B, N) bool on the CPU; None where all count."""
-    if token_mask is not None:
-        mask = token_mask(batch)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
-            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"token_mask must return a bool tensor {tuple(shape)}, got {got}")
-        return mask.cpu()
-    x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-    given = x.get("attention_mask") if isinstance(x, Mapping) else None
-    return given.bool().cpu() if isinstance(given, Tensor) and given.shape == shape else None

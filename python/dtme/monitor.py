@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .analysis import Step, _check_arguments, analyze
+from .analysis import analyze
+from .analysis.arguments import check_model, ratios_of
+from .analysis.losses import Step
 from .expansion import parallel_wrapper
 from .report import ConflictReport
 
@@ -108,7 +110,8 @@ class ConflictMonitor:
             raise ValueError(f"max_overhead must be None or a share in (0, 1], got {max_overhead!r}")
         if unknown := set(options) - (set(signature(analyze).parameters) - NOT_FORWARDED):
             raise TypeError(f"ConflictMonitor got {min(unknown)!r}, which it cannot hand to dtme.analyze")
-        _check_arguments(model, (), losses, ratio, None, None)
+        check_model(model, losses)
+        ratios_of(ratio)
         self.model, self.losses, self.every, self.ratio, self.writer = model, losses, every, ratio, writer
         self.batches, self.max_overhead, self.options = batches, max_overhead, options
         self.num_steps = 0

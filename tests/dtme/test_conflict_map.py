@@ -118,10 +118,10 @@ def test_what_does_not_fit_is_refused(problem, tmp_path):
         ({"report": loaded}, r"analyze again, or save\(path, bases=True\)"),
         ({"report": narrow}, "5 channels, where the tokens have 24"),
         ({"losses": {task: mse_loss for task in TASKS[:2]}}, "report's tasks"),
-        ({"token_mask": lambda batch: short}, r"bool tensor \(3, 5\), got torch.bool \(3, 4\)"),
+        ({"token_mask": lambda batch: short}, "token_mask has 3 rows and 4 columns"),
         ({"token_mask": lambda batch: None}, "got NoneType"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             dtme.conflict_map(**(call | arguments))
     same(before, snapshot(model))
     report.save(tmp_path / "report.json", bases=True)
@@ -193,6 +193,6 @@ def test_pictures_of_what_does_not_fit_are_refused(tmp_path):
         ((some_maps(3), {"images": torch.rand(2, 3, 8, 80)}), "give grid="),
         ((maps | {("a", "b"): torch.zeros(2, 3)}, {"tokens": words}), "same batch"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             dtme.plot_conflict_map(given[0], tmp_path / "map.png", **given[1])
     assert not list(tmp_path.iterdir())

@@ -118,31 +118,42 @@ def analyze(
                 backbone = model.backbone if isinstance(model, MultiTaskModel) else model
                 found = find_blocks(backbone, blocks)
             ranks.same("the names of the blocks", list(found))
+            streamed = method == "streamed"
             options = Options(
                 ratios,
                 count_zero_gradients,
                 train_mode,
                 token_mask,
                 autocast,
-                method == "streamed",
+                streamed,
                 max_tasks,
                 settle,
                 plan_options or {},
             )
-            at = torch.device(device or next((t.device for t in model.parameters()), torch.device("cpu")))
             first = max_batches if covariance_batches is None else covariance_batches
-            with (
-                Unchanged(model, train_mode) as held,
-                _without_compiler(),
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):
-                with ranks.together():
-                    analysis = Analysis(model, losses, found, held, options, at, ranks)
+            with prepared(model, losses, found, options, ranks, device) as analysis:
                 return _run(analysis, loader, (first, max_batches), folder, progress)
         except BlockError as error:
             error.named = blocks is not None
             raise
+
+
+@contextmanager
+def prepared(
+    model: nn.Module,
+    losses: Any,
+    blocks: dict[str, nn.Module],
+    options: Options,
+    ranks: Ranks,
+    device: torch.device | str | None = None,
+) -> Iterator[Analysis]:
+    """An analysis of a model that is held still meanwhile: frozen, in one mode, uncompiled, without gradients."""
+    at = torch.device(device or next((tensor.device for tensor in model.parameters()), torch.device("cpu")))
+    held = Unchanged(model, options.train_mode)
+    with held, _without_compiler(), torch.inference_mode(False), torch.no_grad():
+        with ranks.together():
+            analysis = Analysis(model, losses, blocks, held, options, at, ranks)
+        yield analysis
 
 
 def _run(

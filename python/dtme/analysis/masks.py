@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import BlockError
-
 TokenMask = Callable[[Any], Tensor]
 """``token_mask(batch) -> (B, N)`` bool, True where a token counts; ``batch`` is what the loader yields."""
 
@@ -49,7 +47,7 @@ class TokenMasks:
         """The mask for tokens (B, N, p) of one block.
 
         Raises:
-            BlockError: the function that was given returned another number of rows or columns.
+            ValueError: the function that was given returned another number of rows or columns.
         """
         if mask is None or mask.shape == shape[:2]:
             return mask
@@ -58,7 +56,7 @@ class TokenMasks:
             f"{shape[1]} tokens"
         )
         if self.given is not None:
-            raise BlockError(f"token_mask {problem}")
+            raise ValueError(f"token_mask {problem}")
         if not self._warned:
             self._warned = True
             warnings.warn(f"the attention_mask {problem}: all of them count. Give token_mask=", stacklevel=2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +29,27 @@ class Options(NamedTuple):
     """What an analysis was asked for, and its sums depend on."""
 
     ratios: tuple[float, ...]
-    count_zero_gradients: bool
-    train_mode: bool
-    token_mask: TokenMask | None
-    autocast: torch.dtype | None
-    streamed: bool
-    max_tasks: int
-    settle: float | None
-    plan_options: Mapping[str, Any]
+    count_zero_gradients: bool = False
+    train_mode: bool = False
+    token_mask: TokenMask | None = None
+    autocast: torch.dtype | None = None
+    streamed: bool = False
+    max_tasks: int = 64
+    settle: float | None = None
+    plan_options: Mapping[str, Any] = MappingProxyType({})
+
+
+class Gradients(NamedTuple):
+    """Of the tasks of one batch at the inputs of its blocks."""
+
+    names: list[str]
+    """The blocks in the order they ran."""
+    started: Started
+    entered: list[list[Entered]]
+    gradients: list[Tensor]
+    """(K', B, N, p) of every block."""
+    reached: Tensor
+    """(D, K') bool."""
 
 
 class Analysis:
@@ -107,20 +121,24 @@ class Analysis:
 
     # --- second pass ------------------------------------------------------------------------------------------------
 
-    def add_gradients(self, batch: Any) -> None:
-        batch = to_device(batch, self.device)
-        mask = self.masks.of(batch)
-        blocks = self.inputs.blocks
-        again: AbstractContextManager[Any] = recomputed(blocks) if self.options.streamed else nullcontext()
+    def gradients(self, batch: Any) -> Gradients:
+        """Of one batch, already on the device."""
+        again = recomputed(self.inputs.blocks) if self.options.streamed else nullcontext()
         with torch.enable_grad(), again, self.inputs.record(gradients=True) as inputs:
             with self.held.watch(), self._precision():
                 started = self.losses.start(batch, self._drawn())
             self.inputs.check(inputs)
-            entered = [inputs[name] for name in self.spaces.names]
+            names = self.spaces.names or list(inputs)
+            entered = [inputs[name] for name in names]
             with self.signals.allowed():
-                gradients, reached = token_gradients(
-                    started.tasks, entered, started.outputs, started.seeds, self._sharing(entered)
-                )
+                sharing = self._sharing(names, entered)
+                found = token_gradients(started.tasks, entered, started.outputs, started.seeds, sharing)
+        return Gradients(names, started, entered, *found)
+
+    def add_gradients(self, batch: Any) -> None:
+        batch = to_device(batch, self.device)
+        mask = self.masks.of(batch)
+        _, started, entered, gradients, reached = self.gradients(batch)
         with self.signals.allowed():
             range_, null, valid = self._count(gradients, reached, started, entered, mask)
             maps = [
@@ -202,13 +220,13 @@ class Analysis:
                 "or Inf"
             )
 
-    def _sharing(self, entered: list[list[Entered]]) -> list[Layout] | None:
+    def _sharing(self, names: list[str], entered: list[list[Entered]]) -> list[Layout] | None:
         """Which tasks share the tokens that enter each block of an expanded backbone, in the order the blocks ran."""
         tasks = [task for run in entered[0] for task in run.layout.tasks]
         if not tasks:
             return None
         layouts = [together(tasks)]
-        for name in self.spaces.names:
+        for name in names:
             adapter = self.inputs.blocks[name]._modules.get("dtme")
             layouts.append(layouts[-1].part(getattr(adapter, "own_tasks", {})))
         return layouts[:-1]

@@ -16,13 +16,14 @@ class Ranks:
 
     Args:
         signals: Ctrl-C comes through while one process waits for the others.
+        alone: this process does something by itself.
     """
 
-    def __init__(self, group: Any, signals: Deferred) -> None:
+    def __init__(self, group: Any, signals: Deferred, *, alone: bool = False) -> None:
         self.group, self.signals = group, signals
-        self.is_distributed = dist.is_available() and dist.is_initialized()
-        self.world = dist.get_world_size(group) if self.is_distributed else 1
-        self.rank = dist.get_rank(group) if self.is_distributed else 0
+        in_group = dist.is_available() and dist.is_initialized() and not alone
+        self.world = dist.get_world_size(group) if in_group else 1
+        self.rank = dist.get_rank(group) if in_group else 0
 
     def gather(self, value: Any) -> list[Any]:
         """What every process gives, in the order of ranks."""
