@@ -206,26 +206,22 @@ def holds_channels_first(block: nn.Module, tokens: Tensor, num_features: int | N
     return channels in convolved and width not in widths
 
 
-def check_channels(block: nn.Module, name: str, tokens: Tensor, num_features: int | None) -> None:
-    """Tokens are (B, ..., p): refuse maps (B, p, H, W), and tokens of another width than the block was expanded for.
+def channels_last(block: nn.Module, name: str, tokens: Tensor, num_features: int | None) -> Tensor:
+    """What enters a block, as (B, ..., p): maps (B, p, H, W) with their channels moved, anything else itself.
 
     Args:
         num_features: p, where it is known.
 
     Raises:
-        ValueError: names the block.
+        ValueError: tokens of another width than the block was expanded for; it names the block.
     """
-    width = tokens.shape[-1]
-    if holds_channels_first(block, tokens, num_features):
-        raise BlockError(
-            f"block {name!r} ({type(block).__name__}) takes maps {tuple(tokens.shape)}, whose channels are on the "
-            "second axis; dtme needs them on the last"
-        )
-    if num_features and width != num_features:
+    moved = tokens.movedim(1, -1) if holds_channels_first(block, tokens, num_features) else tokens
+    if num_features and moved.shape[-1] != num_features:
         raise ValueError(
-            f"block {name!r} ({type(block).__name__}) got tokens {tuple(tokens.shape)}, whose last axis is not the "
-            f"{num_features} channels it was expanded for"
+            f"block {name!r} ({type(block).__name__}) got tokens {tuple(tokens.shape)}, none of whose axes that may be "
+            f"channels has the {num_features} that it was expanded for"
         )
+    return moved
 
 
 def replace_argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: int | str, value: Any) -> Arguments:

@@ -245,7 +245,7 @@ class Maps(nn.Module):
         return x + self.mlp(self.attn(x).tanh())
 
 
-def test_blocks_of_maps_have_their_channels_on_the_second_axis():
+def test_blocks_of_maps_have_their_channels_on_the_second_axis(randomise):
     torch.manual_seed(0)
     model = dtme.MultiTaskModel(
         nn.Sequential(Maps(), Maps()),
@@ -266,6 +266,18 @@ def test_blocks_of_maps_have_their_channels_on_the_second_axis():
     counts = dtme_kernels.count_conflicts(torch.stack(grads), space.basis, space.rank)
     assert report.ranks[1] == space.rank and torch.equal(report.range_counts[1], counts.range)
     assert torch.equal(report.null_counts[1], counts.null) and torch.equal(report.valid_counts[1], counts.valid)
+
+    dtme.expand(model, report.plan(modulation=1.0, expansion=0))
+    randomise(model)
+    for task, prediction in model(x).items():
+        hidden = x
+        for block in model.backbone:
+            weight, bias = (getattr(block.dtme, name)[task][:, None, None] for name in ("weight", "bias"))
+            hidden = hidden * weight + bias
+            hidden = hidden + block.mlp(block.attn(hidden).tanh())
+        torch.testing.assert_close(prediction, model.heads[task](hidden))
+    with pytest.raises(ValueError, match=r"block '0' \(Maps\) got tokens \(2, 7, 3, 2\)"):
+        model(torch.randn(2, 7, 3, 2).double())
 
 
 # --- gains ------------------------------------------------------------------------------------------------------------

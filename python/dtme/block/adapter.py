@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import dtme_kernels
 
-from ..blocks import Arguments, check_channels, find_tokens, replace_argument
+from ..blocks import Arguments, channels_last, find_tokens, replace_argument
 from ..expanded import Expansion
 from ..seams import KeysValues
 from ..streams import (
@@ -227,8 +227,7 @@ class BlockAdapter(nn.Module):
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Split the streams that part here, modulate, and repeat what else comes by image (a mask, say)."""
         where, tokens = find_tokens(args, kwargs, self.name)
-        if self.num_features is not None and (tokens.ndim == 4 or tokens.shape[-1] != self.num_features):
-            check_channels(block, self.name, tokens, self.num_features)
+        last = tokens if self.num_features is None else channels_last(block, self.name, tokens, self.num_features)
         is_whole = block is self._block[0] and block._modules.get("dtme") is self
         check_whole(self.name, is_whole, (self.weight, self.bias, self.tokens, self.gate), self._watched)
         run = self._enter(tokens)
@@ -239,7 +238,8 @@ class BlockAdapter(nn.Module):
             run.half, changed = half, half.modulated
         else:
             run.half = None
-            changed = self.modulate(run, tokens) if modulated and self.weight else run.repeat(tokens)
+            changed = self.modulate(run, last) if modulated and self.weight else run.repeat(last)
+            changed = changed if last is tokens else changed.movedim(-1, 1)
         if not recomputing() and self.site is not None:
             self._keep(changed, run)
             feeds.note(run, changed, self.training)
