@@ -1,13 +1,15 @@
-"""``python -m benchmarks.many_tasks``: what a training step costs with many tasks, each by itself and in groups.
+"""``python -m benchmarks.many_tasks``: what many tasks cost in training and analysis, each by itself and in groups.
 
-Forward and backward of all tasks at once, of a model whose last half of blocks is modulated and expanded for every
-task. Writes ``benchmarks/results/many_tasks.json`` and prints it.
+A step is forward and backward of all tasks at once, of a model whose last half of blocks is modulated and expanded for
+every task; an analysis is ``dtme.analyze`` of the same model on two batches of that size. Writes
+``benchmarks/results/many_tasks.json`` and prints it.
 """
 
 import argparse
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,20 +44,29 @@ def plan_for(tasks: Sequence[str], shape: Shape, num_groups: int | None) -> dtme
     )
 
 
-class Step:
-    """A training step of all tasks on one batch."""
+class Subject:
+    """A model and a batch, for a training step or an analysis of all tasks."""
 
     def __init__(self, model: dtme.MultiTaskModel, x: torch.Tensor) -> None:
         self.model, self.x = model, x
-        self.cpu_seconds: list[float] = []
+        self.cpu_seconds: dict[str, list[float]] = {"step": [], "analysis": []}
         """Of every run, what the process took on all its cores: right on a busy machine too."""
 
-    def run(self) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
         start = time.process_time()
         loss = torch.stack([prediction.square().mean() for prediction in self.model(self.x).values()]).sum()
         loss.backward()
-        self.cpu_seconds.append(time.process_time() - start)
+        self.cpu_seconds["step"].append(time.process_time() - start)
         return loss.detach()
+
+    def analysis(self) -> torch.Tensor:
+        start = time.process_time()
+        losses = {task: lambda prediction, target: prediction.square().mean() for task in self.model.tasks}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* tasks have")  # of more than 64, so many are drawn for each batch
+            report = dtme.analyze(self.model, [(self.x, dict.fromkeys(losses))] * 2, losses, progress=False)
+        self.cpu_seconds["analysis"].append(time.process_time() - start)
+        return report.range_rates
 
     def check(self) -> None:
         """That a few tasks predict among each other what they predict alone."""
@@ -64,8 +75,8 @@ class Step:
         assert error < 1e-3, f"tasks at once and alone differ by {error:.1e}"
 
 
-def steps(shape: Shape, num_groups: int) -> dict[str, tuple[dtme.ExpansionPlan, Step]]:
-    """A step ungrouped and a step grouped, with the plans they are by."""
+def subjects(shape: Shape, num_groups: int) -> dict[str, tuple[dtme.ExpansionPlan, Subject]]:
+    """A model ungrouped and a model grouped, with the plans they are by."""
     torch.manual_seed(0)
     x = torch.randn(shape.images, shape.tokens, shape.channels, device=DEVICE)
     found = {}
@@ -80,49 +91,57 @@ def steps(shape: Shape, num_groups: int) -> dict[str, tuple[dtme.ExpansionPlan, 
         model.to(DEVICE)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)  # there before and after, and so in nobody's peak
-        found[name] = plan, Step(model, x)
+        found[name] = plan, Subject(model, x)
     return found
 
 
 def measure(shape: Shape, num_groups: int) -> list[dict[str, Any]]:
-    """Time and memory of both steps, interleaved: one row each."""
-    found = steps(shape, num_groups)
-    results = race({name: Rival(step.run, step.check) for name, (_, step) in found.items()}, DEVICE, rounds=9)
-    return [_row(shape, *found[name], result) for name, result in results.items()]
+    """Time and memory of both, interleaved: one row each."""
+    found = subjects(shape, num_groups)
+    rows = {name: _row(shape, plan) for name, (plan, _) in found.items()}
+    for kind, rounds in (("step", 9), ("analysis", 5)):
+        rivals = {name: Rival(getattr(one, kind), one.check) for name, (_, one) in found.items()}
+        for name, result in race(rivals, DEVICE, rounds=rounds).items():
+            rows[name][kind] = _cost(shape, found[name][1].cpu_seconds[kind], result)
+    return list(rows.values())
 
 
-def _row(shape: Shape, plan: dtme.ExpansionPlan, step: Step, result: Result) -> dict[str, Any]:
-    if result.error:
-        raise RuntimeError(f"{shape.tasks} tasks: {result.error}")
-    times = torch.tensor(result.seconds, dtype=torch.float64)
-    low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+def _row(shape: Shape, plan: dtme.ExpansionPlan) -> dict[str, Any]:
     return {
         "tasks": shape.tasks,
         "groups": len(plan.groups) or None,
         "streams": len(plan.owners(plan.tasks)),
         "compute": plan.compute(),
         "added parameters": plan.added_parameters(),
-        "step": {
-            "median": median,
-            "p20": low,
-            "p80": high,
-            "rounds": len(times),
-            "cpu": statistics.median(step.cpu_seconds[1:]),  # the first allocates what the others find
-            "peak MB": None if result.peak_bytes is None else result.peak_bytes / 1e6,
-        },
+    }
+
+
+def _cost(shape: Shape, cpu_seconds: Sequence[float], result: Result) -> dict[str, Any]:
+    if result.error:
+        raise RuntimeError(f"{shape.tasks} tasks: {result.error}")
+    times = torch.tensor(result.seconds, dtype=torch.float64)
+    low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return {
+        "median": median,
+        "p20": low,
+        "p80": high,
+        "rounds": len(times),
+        "cpu": statistics.median(cpu_seconds[1:]),  # the first allocates what the others find
+        "peak MB": None if result.peak_bytes is None else result.peak_bytes / 1e6,
     }
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
+    head = f"{'tasks':>6}{'groups':>8}{'streams':>9}{'compute':>9}"
     print(
-        f"{'tasks':>6}{'groups':>8}{'streams':>9}{'compute':>9}{'step s':>10}{'20-80 %':>18}{'CPU s':>9}{'peak MB':>10}"
+        head + "".join(f"{kind + ' s':>13}{'20-80 %':>16}{'CPU s':>8}{'peak MB':>9}" for kind in ("step", "analysis"))
     )
     for row in rows:
-        step, groups = row["step"], row["groups"] or "-"
-        spread, peak = f"{step['p20']:.3f}-{step['p80']:.3f}", step["peak MB"]
-        line = f"{row['tasks']:>6}{groups:>8}{row['streams']:>9}{row['compute']:>9.2f}"
-        line += f"{step['median']:>10.3f}{spread:>18}{step['cpu']:>9.3f}"
-        print(line + ("" if peak is None else f"{peak:>10.0f}"))
+        line = f"{row['tasks']:>6}{row['groups'] or '-':>8}{row['streams']:>9}{row['compute']:>9.2f}"
+        for cost in (row["step"], row["analysis"]):
+            spread, peak = f"{cost['p20']:.3f}-{cost['p80']:.3f}", cost["peak MB"]
+            line += f"{cost['median']:>13.3f}{spread:>16}{cost['cpu']:>8.3f}{'-' if peak is None else f'{peak:.0f}':>9}"
+        print(line)
 
 
 def main() -> None:

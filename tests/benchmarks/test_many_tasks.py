@@ -28,7 +28,7 @@ def test_a_row_is_written_for_each_way(monkeypatch, tmp_path, capsys):
         5,
         2,
     )
-    assert grouped["step"]["median"] > 0 and "peak MB" in capsys.readouterr().out
+    assert grouped["step"]["median"] > 0 and grouped["analysis"]["median"] > 0 and "peak MB" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_no_row(monkeypatch):
