@@ -77,7 +77,7 @@ def best_within(items: Sequence[Item], budget: Budget) -> list[Item]:
         items: those of each kind with the best first, which is how equals are decided.
     """
     items = [item for item in items if item.value >= 0]  # leaving out what has a negative value adds to the sum
-    if budget.max_compute is None or budget.affords(budget.num_blocks * budget.num_owners):
+    if not items or budget.max_compute is None or budget.affords(budget.num_blocks * budget.num_owners):
         return _cheapest(items, budget)
     if len({item.owners for item in items}) <= 1:  # the first chosen block decides
         return _cheapest([item for item in items if budget.affords(budget.runs([item]))], budget)
@@ -90,7 +90,7 @@ def _best_of_splits(items: list[Item], budget: Budget) -> list[Item]:
     Every way of letting them leave that the budget affords is tried: an item may be chosen where all its owners have
     left. What cannot be better than the best so far is not looked at.
     """
-    order = {item: place for place, item in enumerate(items)}
+    order = {item: position for position, item in enumerate(items)}
     at = [[item for item in items if item.block == d] for d in range(budget.num_blocks)]
     later = [[item for item in items if item.block >= d] for d in range(budget.num_blocks + 1)]
     stack: list[tuple[int, int, int, list[Item]]] = [(0, 0, 0, [])]

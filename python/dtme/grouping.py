@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .resampling import LEVEL, MIN_UNITS, rate_intervals
+from .resampling import CHANCE, LEVEL, MIN_UNITS, rate_intervals
 
 if TYPE_CHECKING:
     from .report import ConflictReport
 
-CHANCE = 0.5
-"""The rate of gradients that have nothing to do with each other."""
 LONGEST_NAME = 24
 
 

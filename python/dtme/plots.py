@@ -1,5 +1,7 @@
 """The picture of a conflict report."""
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +23,11 @@ TOP_HEIGHT = 4.5
 """Inches of what is above the heat maps."""
 
 
-def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
+def plot_report(report: "ConflictReport", plan: ExpansionPlan, shares: Mapping[str, Tensor] | None = None) -> Any:
     """A matplotlib figure: rates per block, the plan's choices underneath, and the rates of every pair of tasks.
 
     Many pairs are shown side by side for the two spaces; too many for a row each as matrices of the tasks, over the
-    blocks that the plan touches.
+    blocks that the plan touches. ``shares``, of ``ConflictReport.stability``, are written on the plan's choices.
     """
     try:
         from matplotlib.figure import Figure
@@ -51,7 +53,7 @@ def plot_report(report: "ConflictReport", plan: ExpansionPlan) -> Any:
         maps = [figure.add_subplot(grid[2, k]) for k in (0, 1)]
         labelled = [choice, *maps] if num_pairs <= MOST_PAIRS else [choice]
     _rates(top, report)
-    _choice(choice, report, plan)
+    _choice(choice, report, plan, shares)
     _heat_maps(figure, maps, report, plan, num_pairs)
     for axes in labelled:
         _name_blocks(axes, report.blocks, width - 1.5 if len(labelled) < 3 or axes is choice else width / 2 - 1.5)
@@ -100,22 +102,24 @@ def _rates(axes: Any, report: "ConflictReport") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _choice(axes: Any, report: "ConflictReport", plan: ExpansionPlan) -> None:
+def _choice(axes: Any, report: "ConflictReport", plan: ExpansionPlan, shares: Mapping[str, Tensor] | None) -> None:
     shared = set(report.shared_blocks)
-    for row, (blocks, color) in enumerate(((plan.modulation, RANGE), (plan.expansion, NULL))):
+    few = len(report.blocks) <= 24
+    for row, (kind, color) in enumerate((("modulation", RANGE), ("expansion", NULL))):
+        blocks = getattr(plan, kind)
         for d, block in enumerate(report.blocks):
             if block not in shared:
                 continue
-            share = len(blocks.get(block, ())) / len(plan.tasks)
-            axes.barh(
-                row,
-                0.9,
-                left=d - 0.45,
-                height=0.8,
-                color=color if share else EMPTY,
-                alpha=0.35 + 0.65 * share if share else 1,
-            )
+            members = len(blocks.get(block, ())) / len(plan.tasks)
+            fill = {"color": color, "alpha": 0.35 + 0.65 * members} if members else {"color": EMPTY}
+            axes.barh(row, 0.9, left=d - 0.45, height=0.8, **fill)
+            share = math.nan if shares is None else 100 * shares[kind][d].item()
+            if share >= 1:  # in how many of the resamples the block is chosen
+                style = {"color": "white" if members > 0.5 else TEXT, "fontsize": 8 if few else 6}
+                axes.text(d, row, f"{share:.0f}%" if few else f"{share:.0f}", ha="center", va="center", **style)
     axes.set_yticks([0, 1], ["modulation", "expansion"], fontsize=8)
+    if shares is not None and not shares["modulation"].isnan().any():
+        axes.set_title("% of resamples that choose the block", loc="right", fontsize=8, color=CHANCE, pad=2)
     axes.set_ylim(1.5, -0.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -138,13 +142,13 @@ def _heat_maps(figure: Any, maps: list[Any], report: "ConflictReport", plan: Exp
     names = [f"{report.tasks[i]} · {report.tasks[j]}" for i, j in zip(first.tolist(), second.tolist(), strict=True)]
     if num_pairs > MOST_PAIRS:
         names = list(report.tasks)
-    for place, (axes, rates, space) in enumerate(zip(maps, values, ("range", "null"), strict=True)):
+    for column, (axes, rates, space) in enumerate(zip(maps, values, ("range", "null"), strict=True)):
         image = axes.imshow(rates.numpy(), aspect="auto", interpolation="nearest", **scale)
         axes.set_facecolor(EMPTY)  # where a pair has no rate
         step = 1 if num_pairs <= MOST_PAIRS else -(-len(names) // MOST_LABELS)
         side_by_side = num_pairs > STACKED_PAIRS
         rows = range(0, len(names), step)
-        shown = [names[row] for row in rows] if place == 0 or not side_by_side else []
+        shown = [names[row] for row in rows] if column == 0 or not side_by_side else []
         axes.set_yticks(rows if shown else [], shown, fontsize=8 if num_pairs <= STACKED_PAIRS else 6.5)
         what = "by pair of tasks"
         if num_pairs > MOST_PAIRS:

@@ -61,15 +61,15 @@ class ConflictReport:
     eigenvalues: Tensor | list[Tensor]
     num_samples: int
     ratio: float = field(default=100.0)
-    units: Units | None = None
+    units: Units | None = field(default=None, repr=False)
     num_batches: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
     settled: bool | None = None
     reached: Tensor | None = None
     gains: Tensor = None  # type: ignore[assignment]  # NaNs are filled in below
-    gain_resamples: Tensor | None = None
-    bases: tuple[Tensor, ...] | None = None
-    alternatives: Mapping[float, Split] = field(default_factory=dict)
+    gain_resamples: Tensor | None = field(default=None, repr=False)
+    bases: tuple[Tensor, ...] | None = field(default=None, repr=False)
+    alternatives: Mapping[float, Split] = field(default_factory=dict, repr=False)
     _said: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,9 +109,9 @@ class ConflictReport:
         if ratio not in self.alternatives:
             raise ValueError(f"this report has the ratios {[*map(float, self.ratios)]}, got {ratio!r}")
         units, split = self.units, self.alternatives[ratio]
-        own = Split(self.ranks, self.range_counts, self.null_counts)
+        this = Split(self.ranks, self.range_counts, self.null_counts)
         if units is not None:
-            own = own._replace(range_units=units.range, null_units=units.null)
+            this = this._replace(range_units=units.range, null_units=units.null)
             if split.range_units is None or split.null_units is None:
                 units = None
             else:
@@ -123,7 +123,7 @@ class ConflictReport:
             range_counts=split.range_counts,
             null_counts=split.null_counts,
             units=units,
-            alternatives={self.ratio: own} | {r: other for r, other in self.alternatives.items() if r != ratio},
+            alternatives={self.ratio: this} | {r: other for r, other in self.alternatives.items() if r != ratio},
         )
 
     def pair_rates(self, space: str) -> Tensor:
@@ -230,10 +230,15 @@ class ConflictReport:
         return summary(self)
 
     def plot(self, path: str | os.PathLike[str], plan: ExpansionPlan | None = None) -> None:
-        """Draw both rates per block, and mark where ``plan`` (by default ``self.plan()``) modulates and expands."""
+        """Draw both rates per block with their intervals, and mark where ``plan`` modulates and expands.
+
+        Args:
+            path: of a picture in a format that matplotlib writes.
+            plan: None for ``self.plan()``, whose choices are marked with their stability.
+        """
         from .plots import plot_report
 
-        figure = plot_report(self, plan or self.plan())
+        figure = plot_report(self, self.plan(), self.stability()) if plan is None else plot_report(self, plan)
         write_beside(Path(path), lambda beside: figure.savefig(beside, dpi=150))
 
     def save(self, path: str | os.PathLike[str], *, bases: bool = False) -> None:

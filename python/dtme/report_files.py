@@ -134,8 +134,8 @@ def check_report(report: "ConflictReport") -> None:
     if any(values.ndim != 1 or len(values) < 2 for values in report.eigenvalues):
         raise ValueError("eigenvalues must be a list of numbers a block")
     _check_counts(report, "valid_counts", report.valid_counts)
-    own = Split(report.ranks, report.range_counts, report.null_counts)
-    for where, split in {"": own, **{f"alternatives[{r}].": s for r, s in report.alternatives.items()}}.items():
+    this = Split(report.ranks, report.range_counts, report.null_counts)
+    for where, split in {"": this, **{f"alternatives[{r}].": s for r, s in report.alternatives.items()}}.items():
         for name in COUNTS[:2]:
             _check_counts(report, where + name, getattr(split, name))
         _check_ranks(report, f"{where}ranks", split.ranks)
@@ -155,6 +155,8 @@ def check_units(report: "ConflictReport") -> None:
     shape = (len(units.batches), len(report.blocks), len(first))
     pieces = {"units.range": (units.range, report.range_counts), "units.null": (units.null, report.null_counts)}
     for ratio, split in report.alternatives.items():
+        if (split.range_units is None) != (split.null_units is None):
+            raise ValueError(f"alternatives[{ratio}] must have range_units and null_units or neither")
         for name, per_unit, counts in (
             ("range_units", split.range_units, split.range_counts),
             ("null_units", split.null_units, split.null_counts),
@@ -165,6 +167,8 @@ def check_units(report: "ConflictReport") -> None:
     for name, (per_unit, counts) in pieces.items():
         if tuple(per_unit.shape) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(per_unit.shape)}")
+        if tuple(counts.shape) != (len(report.blocks), num_tasks, num_tasks):
+            raise ValueError(f"{name} adds up to counts of another shape, {tuple(counts.shape)}")
         if (per_unit < 0).any() or (per_unit > units.valid).any():
             raise ValueError(f"{name} must be counts, none above units.valid")
         if not torch.equal(per_unit.sum(0), counts[:, first, second]):

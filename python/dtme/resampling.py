@@ -12,6 +12,8 @@ MIN_UNITS = 8
 """Fewer units say too little of how much units differ: there are no intervals then."""
 LEVEL = 0.95
 """The level that is shown, and at which resamples are stretched where a plan is made of every one of them."""
+CHANCE = 0.5
+"""The rate of gradients that have nothing to do with each other."""
 CHUNK = 1024  # columns at a time: the pairs of a hundred tasks would take a resample of gigabytes
 
 

@@ -149,13 +149,13 @@ class Candidates:
         """(R, S) rates or gains."""
         report, shared = self.report, self.shared
         if source == "gain":
-            own = report.gains[shared][None]
-            return own if weights is None else own + scale * gain_deviations(report)[: len(weights), shared]
-        own = (report.range_rates if source == "range" else report.null_rates)[shared][None]
+            estimate = report.gains[shared][None]
+            return estimate if weights is None else estimate + scale * gain_deviations(report)[: len(weights), shared]
+        estimate = (report.range_rates if source == "range" else report.null_rates)[shared][None]
         if weights is None:
-            return own
+            return estimate
         counts, valid = report.units_of(source)
-        return own + scale * deviations(counts.sum(2)[:, shared], valid.sum(2)[:, shared], weights)
+        return estimate + scale * deviations(counts.sum(2)[:, shared], valid.sum(2)[:, shared], weights)
 
     def _order(self, scores: Tensor) -> Tensor:
         """(R, S): the blocks of each resample, best first; equals go to the earlier, under ``max_compute`` the later.
@@ -187,10 +187,10 @@ class Candidates:
         rows = torch.arange(len(first))
         touches = torch.zeros(len(first), len(report.tasks))
         touches[rows, first] = touches[rows, second] = 1
-        own = report.pair_rates(space)[:, first, second]
+        estimate = report.pair_rates(space)[:, first, second]
         members = []
         for s, d in enumerate(self.shared):  # block by block: the pairs of many tasks are many
-            rates = own[d][None]
+            rates = estimate[d][None]
             if weights is not None:
                 counts, valid = report.units_of(space)
                 rates = rates + scale * deviations(counts[:, d], valid[:, d], weights)

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .plan import ExpansionPlan
-from .resampling import LEVEL, MIN_UNITS
+from .resampling import CHANCE, LEVEL, MIN_UNITS, informative_units
 from .stability import MOST_TIMES, agreement, batches_to_settle, stability
 
 if TYPE_CHECKING:
@@ -124,20 +125,31 @@ def _parameters_of(plan: ExpansionPlan, task: str) -> int:
 
 def _warnings(report: "ConflictReport") -> list[str]:
     lines: list[str] = []
-    if not has_units(report):
+    if report.units is None or not has_units(report):
         return lines
-    known = [edges[~edges.isnan().any(1)] for edges in (report.intervals("range"), report.intervals("null"))]
-    if any(map(len, known)) and all(((edges[:, 0] <= 0.5) & (edges[:, 1] >= 0.5)).all() for edges in known):
+    # one of many intervals misses the rate by chance: all of them together are to hold theirs at LEVEL
+    level = 1 - (1 - LEVEL) / (2 * max(1, len(report.shared_blocks)))
+    edges = torch.cat([report.intervals("range", level), report.intervals("null", level)])
+    edges = edges[~edges.isnan().any(1)]
+    if len(edges) and ((edges[:, 0] <= CHANCE) & (edges[:, 1] >= CHANCE)).all():
         lines.append(
-            "warning: every interval holds 50 %, the rate of gradients that have nothing to do with each other: train "
-            "the heads first"
+            "warning: no rate is surely other than 50%, that of gradients that have nothing to do with each other: "
+            "train the heads first"
         )
     share = agreement(report)
+    if math.isnan(share):
+        rare = informative_units(report.units.valid.sum(2)) < MIN_UNITS
+        names = [block for block, few in zip(report.blocks, rare.tolist(), strict=True) if few]
+        block = next(block for block in names if block in report.shared_blocks)
+        lines.append(
+            f"warning: how stable the plan is cannot be said, because fewer than {MIN_UNITS} batches had anything to "
+            f"count in block {block!r}"
+        )
     if share < LEVEL:
         more = batches_to_settle(report)
-        advice = f"read about {more:,} more batches"
-        if more is None:
-            advice = f"{MOST_TIMES:,} times as many batches would not settle it, so its blocks are about equal"
+        advice = f"{MOST_TIMES:,} times as many batches would not settle it, so its blocks are about equal"
+        if more is not None:
+            advice = f"read about {more:,} more batches"
         lines.append(f"warning: only {share:.0%} of the resamples make this plan: {advice}")
     return lines
 

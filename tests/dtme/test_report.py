@@ -127,7 +127,7 @@ def test_paper_counts_of_added_parameters():
     ids=["NYUD-v2", "PASCAL-Context"],
 )
 def test_vit_tiny_grows_by_what_the_paper_prints(image_size, channels, added, percent):
-    """12 blocks of 192 channels and a 1×1 head a task: 5.689 M parameters on NYUD-v2 (method.md, section 4)."""
+    """12 blocks of 192 channels and a 1×1 head a task: 5.689 M parameters on NYUD-v2."""
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(
