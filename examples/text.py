@@ -130,7 +130,7 @@ def main(folder: Path) -> None:
     optimizer = torch.optim.Adam(model.parameter_groups(lr=2e-3))
     monitor = dtme.ConflictMonitor(model, LOSSES, every=16)
     for half in range(2):
-        for _ in range(3):
+        for _ in range(2):
             loss = train(model, optimizer, loader, monitor)
         print(f"loss {loss:.3f}, held-out accuracy", {t: f"{v:.0%}" for t, v in accuracy(model, held_out).items()})
         if half == 0:  # the heads are trained now, so that the analysis says more: go on with its plan

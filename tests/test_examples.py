@@ -35,7 +35,7 @@ def test_text_goes_through_everything(tmp_path, capsys, monkeypatch):
     out = printed("text", capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"conflicts.png", "sentence.png", "model"}
     assert "range rate" in out and "reloaded: the same predictions" in out
-    assert "6 analyses in 96 steps" in out and "failed" not in out and "pull apart most at" in out
+    assert "4 analyses in 64 steps" in out and "failed" not in out and "pull apart most at" in out
     first, last = (float(line.split()[1].rstrip(",")) for line in out.splitlines() if line.startswith("loss "))
     assert last < first < 3
 

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from .block.adapter import ADDED, is_added
 from .block.handover import add_gates, adopt
 from .entry import Root
+from .expanded import Expansion
 from .expansion import PlannedBlocks, attach, detach, refuse_wrapped, root_of
 from .plan import ExpansionPlan
 from .randomness import random_state, wind_back
-from .streams import Expansion, adapters, expansions
+from .streams import adapters, expansions
 
 
 def replan(
@@ -28,16 +29,17 @@ def replan(
     """Let an expanded model go on with another plan, in place, as after a second analysis in the middle of training.
 
     Modulator, shared prefix and freezing stay what ``expand`` was told. What is in both plans (the same kind of module
-    of the same task in the same block) keeps its very parameters, and so its optimizer state, and its statistics. What
-    is new starts as in ``expand``: modulations as the identity, task tokens drawn. Where ``num_tokens`` differs all
-    tokens are new. What left the plan leaves the model.
+    of the same task, or of a group of the same name, in the same block) keeps its very parameters, and so its optimizer
+    state, and its statistics. What is new starts as in ``expand``: modulations as the identity, task tokens drawn.
+    Where ``num_tokens`` differs all tokens are new. What left the plan leaves the model.
 
     Args:
         model_or_backbone: what ``expand`` was given, or a ``MultiTaskModel`` around it.
-        plan: the new one, for the same blocks and tasks.
+        plan: the new one, for the same model; it may change other blocks.
         optimizer: the one that trains the model. Parameters that leave the model leave it and its state; new ones join
             the group of the earlier added ones, so that schedulers go on; where there is none, they get a group of
-            their own without weight decay. The state of all others stays. None where there is no optimizer yet.
+            their own without weight decay, which a scheduler made before does not know. The state of all others stays.
+            None where there is no optimizer yet.
         gate_tokens: begin new task tokens without effect, so that the model's function does not change by them: what
             the attention puts out is that without them plus ``gate`` times what they change in it, ``gate`` being
             ``<block>.dtme.gate.<task>``, a learnable scalar that starts at 0. Its gradient is there at once, that of
@@ -50,7 +52,8 @@ def replan(
         The same object.
 
     Raises:
-        RuntimeError: it is not expanded, or not as a whole; or it is wrapped by DDP, FSDP or ``torch.compile``.
+        RuntimeError: it is not expanded, or not as a whole; or it is wrapped by DDP, FSDP or ``torch.compile``, which
+            know its parameters as they are: replan what is inside, and wrap that anew.
         ValueError: the plan is for another model (a missing block, another width, an unknown task); a block's attention
             cannot take task tokens correctly; or the optimizer does not hold the model's parameters.
         TypeError: ``plan`` or ``optimizer`` is of another class.

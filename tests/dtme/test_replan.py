@@ -117,7 +117,7 @@ def test_what_is_in_both_plans_keeps_parameters_and_optimizer_state(trained):
     assert all(optimizer.state[p]["step"] == 3 + 3 * (name in kept) for name, p in now.items())
 
 
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("client", [name for name in CLIENTS if "DINOv2" not in name and "qk" not in name])
 def test_gated_tokens_and_new_modulations_leave_the_function_as_it_was(build, randomise, client):
     model, x = build(client)
     old, new = plans(model)
