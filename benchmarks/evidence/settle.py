@@ -23,14 +23,13 @@ CONFIGURATIONS: dict[str, dict[str, float]] = {
     "half, half": {"modulation": 0.5, "expansion": 0.5},
     "third, third": {"modulation": 0.34, "expansion": 0.34},
     "sixth, sixth": {"modulation": 0.17, "expansion": 0.17},
-    "half, none": {"modulation": 0.5, "expansion": 0.0},
     "sixth, none": {"modulation": 0.17, "expansion": 0.0},
 }
 """Shares of the blocks that are modulated, and expanded."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sizes = {"scenes": 2048, "size": 32, "patch": 8, "depth": 6, "width": 64, "steps": 400, "batch": 4}
+    sizes = {"scenes": 8192, "size": 32, "patch": 8, "depth": 6, "width": 64, "steps": 400, "batch": 16}
     add_common(parser, seeds=20, out="benchmarks/results/settle.json", **sizes)
     parser.add_argument("--models", type=int, default=5, help="trained models, which the seeds take in turn")
 
