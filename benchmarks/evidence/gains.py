@@ -35,15 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, seeds=10, out="benchmarks/results/gains.json", **sizes)
     parser.add_argument("--map-steps", type=int, default=50, help="training steps of a block's maps")
     parser.add_argument("--map-batch", type=int, default=32, help="images per such step")
-    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["adam", "sgd"])
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 1e-2], help="of each of the optimizers")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 1e-2], help="of the maps, each tried by itself")
 
 
 def run(args: argparse.Namespace) -> None:
     check_positive(args, *("seeds", "scenes", "size", "patch", "depth", "width", "steps", "batch"))
     check_positive(args, "map_steps", "map_batch")
-    if len(args.lr) != len(args.optimizer):
-        raise SystemExit(f"--lr needs one rate for each of --optimizer {' '.join(args.optimizer)}")
     results = Results(args.out, settings_of(args), args.fresh)
     missing = results.missing(args.seeds)
     data = scenes(args) if missing else None
@@ -70,19 +68,21 @@ def one_seed(args: argparse.Namespace, data: Any, seed: int) -> Row:
         "range rate": report.range_rates.tolist(),
         "null rate": report.null_rates.tolist(),
         "position": [*range(len(report.blocks))],
-        "optimizers": {name: {"own": [], "shared": []} for name in args.optimizer},
+        "falls": {run_name(args, lr): {"own": [], "shared": []} for lr in args.lr},
     }
-    bar = tqdm(list(itertools.product(report.blocks, args.optimizer)), desc=f"seed {seed}", unit="block")
-    for block, name in bar:
-        lr = args.lr[args.optimizer.index(name)]
-        for kind in ("own", "shared"):
+    for block, lr in tqdm([*itertools.product(report.blocks, args.lr)], desc=f"seed {seed}", unit="block"):
+        for kind, falls in row["falls"][run_name(args, lr)].items():
             dtme.expand(model, plan_of(report, block, kind), freeze_backbone=True)
             try:
-                train_maps(args, model, data, OPTIMIZERS[name], lr, seed)
-                row["optimizers"][name][kind].append(before - total_loss(model, whole))
+                train_maps(args, model, data, lr, seed)
+                falls.append(before - total_loss(model, whole))
             finally:
                 dtme.collapse(model)
     return row
+
+
+def run_name(args: argparse.Namespace, lr: float) -> str:
+    return f"{args.optimizer}, lr {lr:g}"
 
 
 def plan_of(report: dtme.ConflictReport, block: str, kind: str) -> dtme.ExpansionPlan:
@@ -91,12 +91,10 @@ def plan_of(report: dtme.ConflictReport, block: str, kind: str) -> dtme.Expansio
     return dtme.ExpansionPlan(report.tasks, 1, {block: report.tasks}, {}, report.num_features, groups)
 
 
-def train_maps(
-    args: argparse.Namespace, model: dtme.MultiTaskModel, data: Any, optimizer: Any, lr: float, seed: int
-) -> None:
+def train_maps(args: argparse.Namespace, model: dtme.MultiTaskModel, data: Any, lr: float, seed: int) -> None:
     """Train nothing but what ``expand`` added. The batches depend on the seed alone."""
     maps = [parameter for name, parameter in model.named_parameters() if ".dtme." in name]
-    stepper = optimizer(maps, lr=lr)
+    stepper = OPTIMIZERS[args.optimizer](maps, lr=lr)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(args.map_steps):
         index = torch.randperm(args.scenes, generator=generator)[: args.map_batch].to(args.device)
@@ -143,43 +141,42 @@ def interval(values: list[float]) -> list[float]:
     return x[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
-def effect_of(row: Row, optimizer: str, effect: str) -> list[float]:
-    falls = row["optimizers"][optimizer]
+def effect_of(row: Row, name: str, effect: str) -> list[float]:
+    falls = row["falls"][name]
     if effect == "own":
         return falls["own"]
     return [own - shared for own, shared in zip(falls["own"], falls["shared"], strict=True)]
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """{optimizer: {effect: {"mean": over blocks and models, "spread": over blocks, predictor: its correlations}}}."""
-    found: dict[str, Any] = {}
-    for optimizer in rows[0]["optimizers"]:
-        found[optimizer] = {}
-        for effect in EFFECTS:
-            falls = [effect_of(row, optimizer, effect) for row in rows]
-            shares = [[fall / row["loss"] for fall in some] for row, some in zip(rows, falls, strict=True)]
-            found[optimizer][effect] = {
-                "mean fall, share of the loss": statistics.fmean(itertools.chain(*shares)),
-                "standard deviation over blocks": statistics.fmean(statistics.pstdev(some) for some in shares),
-            }
-            for predictor in PREDICTORS:
-                each = [spearman(row[predictor], some) for row, some in zip(rows, falls, strict=True)]
-                found[optimizer][effect][predictor] = {
-                    "mean": statistics.fmean(each),
-                    "interval": interval(each),
-                    "models": each,
-                }
+    """{optimizer and rate: {effect: {"fall", "over blocks", predictor: its rank correlations}}}."""
+    return {
+        name: {effect: correlations(rows, [effect_of(row, name, effect) for row in rows]) for effect in EFFECTS}
+        for name in rows[0]["falls"]
+    }
+
+
+def correlations(rows: list[Row], effects: list[list[float]]) -> dict[str, Any]:
+    """``effects`` are falls of the losses, by model and block."""
+    shares = [[fall / row["loss"] for fall in some] for row, some in zip(rows, effects, strict=True)]
+    found: dict[str, Any] = {
+        "fall": statistics.fmean(itertools.chain(*shares)),
+        "over blocks": statistics.fmean(statistics.pstdev(some) for some in shares),
+    }
+    for predictor in PREDICTORS:
+        each = [spearman(row[predictor], some) for row, some in zip(rows, effects, strict=True)]
+        found[predictor] = {"mean": statistics.fmean(each), "interval": interval(each), "models": each}
     return found
 
 
 def show(found: dict[str, Any]) -> str:
     lines = [["fall of the losses", "mean", "± blocks", *PREDICTORS]]
-    for optimizer, effects in found.items():
+    for name, effects in found.items():
         for effect, row in effects.items():
-            cells = [f"{row['mean fall, share of the loss']:.2%}", f"{row['standard deviation over blocks']:.2%}"]
+            cells = [f"{row['fall']:.2%}", f"{row['over blocks']:.2%}"]
             for predictor in PREDICTORS:
                 low, high = row[predictor]["interval"]
                 cells.append(f"{row[predictor]['mean']:+.2f} [{low:+.2f}, {high:+.2f}]")
-            lines.append([f"{optimizer}, {effect}", *cells])
+            lines.append([f"{name}, {effect}", *cells])
     title = "Rank correlations over the blocks of a model, mean over models and its 95 % interval"
     return f"{title}\n\n{table(lines)}"

@@ -70,12 +70,12 @@ def test_gains_compares_every_block_and_goes_on(tmp_path: Path) -> None:
     content = run("gains", tmp_path, *options, "--seeds", "2")
     assert content["rows"][0] == first[0] and len(content["rows"]) == 2
     for row in content["rows"]:
-        for falls in row["optimizers"].values():
+        for falls in row["falls"].values():
             assert len(falls["own"]) == len(falls["shared"]) == len(row["gain"]) == len(row["null rate"]) == 2
             assert falls["own"] != falls["shared"] and all(map(math.isfinite, falls["own"] + falls["shared"]))
-    adam = content["summary"]["adam"]["own - shared"]
-    assert adam["gain"]["models"] == [
-        spearman(row["gain"], [a - b for a, b in zip(*row["optimizers"]["adam"].values(), strict=True)])
+    found = content["summary"]["adam, lr 0.01"]["own - shared"]
+    assert found["gain"]["models"] == [
+        spearman(row["gain"], [a - b for a, b in zip(*row["falls"]["adam, lr 0.01"].values(), strict=True)])
         for row in content["rows"]
     ]
 
