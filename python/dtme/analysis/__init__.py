@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..stability import agreement
 from .arguments import check_counts, check_loader, check_method, check_model, check_settle, ratios_of
 from .capture import Unchanged
 from .folder import Folder, checksum
-from .loop import Pass
+from .loop import Pass, length_of
 from .losses import Step
 from .masks import TokenMask
 from .passes import Analysis, Options
@@ -73,8 +73,9 @@ def analyze(
         max_batches: stop each pass after so many; None for all.
         covariance_batches: the same for the first pass alone; by default ``max_batches``.
         settle: a confidence in (0.5, 1): end each pass as soon as the plan would, at that confidence, not change. It is
-            looked at when 2, 4, 8, ... batches have been read, by resampling them, the error being spent over the
-            looks. The first pass ends when the rank changed by less than 1 % of the channels at the last doubling and
+            looked at when 8, 16, 32, ... batches have been read and at the end, by resampling them, each look getting
+            an equal share of the error (half of what is left, where the loader has no length). The first pass ends
+            when, from one doubling of what was read to the next, the rank changed by less than 1 % of the channels and
             the range basis keeps within 1 % as much of the new tokens. Give a shuffled loader: batches are taken as
             they come. ``report.settled`` says whether it was.
         plan_options: of ``report.plan``, the plan that is to settle.
@@ -183,7 +184,8 @@ def _run(
     with ranks.together():
         analysis.split_spaces()
     _say_what_pairs_cost(analysis)
-    look = _look_at_plan(analysis) if may_settle else None
+    horizon = _horizon(analysis, loader, limits[1]) if may_settle else None
+    look = _look_at_plan(analysis, horizon) if may_settle else None
     conflicts = Pass(1, analysis, folder, analysis.add_gradients, look, limits[1], progress)
     conflicts.run(loader, saved if saved is not None and saved["pass"] == 1 else None)
     with ranks.together():
@@ -191,7 +193,7 @@ def _run(
         conflicts.write()
     if options.settle is not None and not conflicts.settled:
         share = _agreement(analysis, report)
-        conflicts.settled = share >= 1 - (1 - options.settle) / 2 ** _number_of_looks(conflicts.rounds * ranks.world)
+        conflicts.settled = share >= _wanted(options.settle, conflicts.rounds * ranks.world, horizon)
     return report if options.settle is None else _with_settled(report, conflicts.settled)
 
 
@@ -211,7 +213,7 @@ def _look_at_spaces(analysis: Analysis) -> Callable[[int], tuple[bool, str]]:
     return look
 
 
-def _look_at_plan(analysis: Analysis) -> Callable[[int], tuple[bool, str]]:
+def _look_at_plan(analysis: Analysis, horizon: int | None) -> Callable[[int], tuple[bool, str]]:
     def look(rounds: int) -> tuple[bool, str]:
         batches = rounds * analysis.ranks.world
         if batches < LEAST_BATCHES:
@@ -219,7 +221,7 @@ def _look_at_plan(analysis: Analysis) -> Callable[[int], tuple[bool, str]]:
         with analysis.ranks.together():
             share = _agreement(analysis, analysis.report(is_last=False))
         assert analysis.options.settle is not None
-        wanted = 1 - (1 - analysis.options.settle) / 2 ** _number_of_looks(batches)
+        wanted = _wanted(analysis.options.settle, batches, horizon)
         return share >= wanted, f"the plan holds in {share:.1%} of resamples, {wanted:.1%} are needed"
 
     return look
@@ -232,9 +234,30 @@ def _agreement(analysis: Analysis, report: ConflictReport) -> float:
     return analysis.ranks.gather(share)[0]
 
 
+def _horizon(analysis: Analysis, loader: Iterable[Any], limit: int | None) -> int | None:
+    """The most batches that all ranks together can read, the same on all; None where a loader has no length."""
+    with analysis.ranks.together():
+        length = length_of(loader)
+    own = limit if length is None else min(length, limit or length)
+    found = analysis.ranks.gather(own)
+    return None if None in found else max(found) * analysis.ranks.world
+
+
+def _wanted(settle: float, batches: int, horizon: int | None) -> float:
+    """In which share of the resamples the plan has to hold at one of the looks, so that all may err as often as one.
+
+    Every look, at 8, 16, 32, ... batches and at the end, gets an equal share of the error; where the end is not known,
+    the first gets a half, the next a quarter, then an eighth ...
+    """
+    error = 1 - settle
+    if horizon is not None and batches <= horizon:
+        return 1 - error / _number_of_looks(horizon)
+    return 1 - error / 2 ** _number_of_looks(batches)
+
+
 def _number_of_looks(batches: int) -> int:
-    """At 8, 16, 32, ... batches: an error of half, a quarter, an eighth ... of what is allowed is spent on each."""
-    return max(1, int(math.log2(max(batches, LEAST_BATCHES) / LEAST_BATCHES)) + 1)
+    """Up to so many batches, the last look being at the end, whether it is at a doubling or not."""
+    return max(0, (batches - 1) // LEAST_BATCHES).bit_length() + 1
 
 
 def _say_what_pairs_cost(analysis: Analysis) -> None:
@@ -256,7 +279,7 @@ def _fingerprint(analysis: Analysis, loader: Iterable[Any], limits: Sequence[int
         "tasks": list(analysis.tasks),
         "ratio": list(options.ratios),
         "max_batches": list(limits),
-        "batches in the loader": len(loader) if isinstance(loader, Sized) else None,
+        "batches in the loader": length_of(loader),
         "count_zero_gradients": options.count_zero_gradients,
         "train_mode": options.train_mode,
         "token_mask": options.token_mask is not None,

@@ -13,6 +13,14 @@ FIRST_LOOK = 2
 _END = object()
 
 
+def length_of(loader: Iterable[Any]) -> int | None:
+    """Batches in the loader, where it tells."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # as torch's loader of a data set that has no length
+        return None
+
+
 class Pass:
     """One of the two passes.
 
@@ -123,7 +131,7 @@ class Pass:
             return None
         from tqdm.auto import tqdm
 
-        total = len(loader) if isinstance(loader, Sized) else None
+        total = length_of(loader)
         total = self.limit if total is None else min(total, self.limit or total)
         name = ("token space", "conflicts")[self.number]
         return tqdm(desc=f"{name:11}", total=total, initial=self.rounds, unit="batch")
