@@ -61,6 +61,22 @@ def test_the_example(printed, tmp_path, capsys):
     torch.testing.assert_close(names["single"](names["x"]), names["model"].eval()(names["x"], "depth")["depth"])
 
 
+def test_how_sure_an_analysis_is(printed, tmp_path):
+    loader = [batch for _ in range(4) for batch in batches(3, 16, 16)]
+    heads = {task: nn.Linear(WIDTH, c) for task, c in CHANNELS.items()}
+    names = printed(
+        "How sure an analysis is, and what it costs",
+        model=dtme.MultiTaskModel(CLIENTS["transformers ViT"](), heads),
+        losses=dict.fromkeys(CHANNELS, F.mse_loss),
+        loader=loader,
+        batch=loader[0],
+    )
+    assert (names["low"] < names["high"]).all() and names["chosen"].sum() > 0
+    assert names["cheap"].compute() <= 2 and names["cheap"].added_parameters() <= 20_000
+    assert len(names["plan"].groups) == len(names["groups"]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"run3", "where.png"}
+
+
 def test_a_whole_model_with_its_own_decoder(printed):
     backbone, loader = OwnTransformer(), batches(5, WIDTH)
     plain, x = copy.deepcopy(backbone), loader[0][0]

@@ -97,7 +97,8 @@ class Pass:
             self.settled, waits = self.look(self.rounds)
             if bar is not None and waits:
                 with signals.allowed():
-                    bar.set_postfix_str(f"{waits}; next look at {2 * self.rounds}")
+                    more = bar.total is None or 2 * self.rounds <= bar.total
+                    bar.set_postfix_str(f"{waits}; next look at {2 * self.rounds}" if more else waits)
         if is_due:
             self.write(begun)
         return not self.settled
