@@ -98,7 +98,7 @@ def _gradients_at(
         found = analysis.gradients(batch)
         d = found.names.index(block)
         gradients = found.gradients[d]
-        counts = None if mask is None else analysis.masks.at(mask, block, gradients.shape[1:])
+        counts = analysis.masks.at(mask, block, gradients.shape[1:])
     return found.started.tasks, gradients, None if counts is None else counts.cpu()
 
 

@@ -31,6 +31,7 @@ class Deferred:
         self._handlers: dict[int, Any] = {}
         self._waiting: list[tuple[int, Any]] = []
         self._open = False
+        self._is_over = False
         self._outer: Deferred | None = None
         self._outer_was_open = False
 
@@ -58,6 +59,7 @@ class Deferred:
                 self._outer._deliver()
             return
         self._restore()
+        self._is_over = True
         self._deliver()
 
     @contextmanager
@@ -74,6 +76,9 @@ class Deferred:
             self._open = was_open
 
     def _handle(self, number: int, frame: Any) -> None:
+        if self._is_over:  # somebody set a handler meanwhile that goes on to this one
+            self._handlers[number](number, frame)
+            return
         self._waiting.append((number, frame))
         if self._open:
             self._deliver()
@@ -87,9 +92,15 @@ class Deferred:
         self._open = was_open
 
     def _restore(self) -> None:
-        for number, handler in reversed(self._handlers.items()):
-            if signal.getsignal(number) == self._handle:  # else somebody has set another one meanwhile
-                signal.signal(number, handler)
+        numbers = list(self._handlers)
+        try:
+            while numbers:
+                if signal.getsignal(numbers[-1]) == self._handle:  # else somebody has set another one meanwhile
+                    signal.signal(numbers[-1], self._handlers[numbers[-1]])
+                numbers.pop()
+        finally:
+            if numbers:  # one that was given back raised already
+                self._restore()
 
 
 def all_or_nothing(function: Callable[P, T]) -> Callable[P, T]:

@@ -61,9 +61,16 @@ def batches_to_settle(report: "ConflictReport", confidence: float = LEVEL, **pla
 
 def candidates_of(report: "ConflictReport", plan_options: Mapping[str, Any]) -> Candidates:
     """What ``report.plan(**plan_options)`` chooses from."""
-    asked = inspect.signature(type(report).plan).bind(report, **plan_options)  # defaults and names are those of plan
+    return Candidates(report, rules_of(plan_options))
+
+
+def rules_of(plan_options: Mapping[str, Any]) -> Rules:
+    """The options of ``ConflictReport.plan``, checked as far as they can be without a report."""
+    from .report import ConflictReport
+
+    asked = inspect.signature(ConflictReport.plan).bind(None, **plan_options)  # defaults and names are those of plan
     asked.apply_defaults()
-    return Candidates(report, Rules(**{name: value for name, value in asked.arguments.items() if name != "self"}))
+    return Rules(**{name: value for name, value in asked.arguments.items() if name != "self"})
 
 
 def _weights(candidates: Candidates) -> Tensor | None:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,17 @@ from ..interrupts import Deferred
 from ..model import MultiTaskModel
 from ..report import ConflictReport
 from ..stability import agreement
-from .arguments import check_counts, check_loader, check_method, check_model, check_settle, ratios_of
+from .arguments import (
+    check_counts,
+    check_loader,
+    check_max_tasks,
+    check_method,
+    check_model,
+    check_settle,
+    ratios_of,
+)
 from .capture import Unchanged
-from .folder import Folder, checksum
+from .folder import Folder, function_name, model_name
 from .loop import Pass, length_of
 from .losses import Step
 from .masks import TokenMask
@@ -93,8 +102,8 @@ def analyze(
             state.
         progress: show two progress bars.
         device: where batches are moved; by default the model's.
-        process_group: under ``torch.distributed``, whose sums and counts are reduced; every rank brings its own shard
-            (``dataset[rank::world]``) and returns the same report. What stops one rank stops all.
+        process_group: under ``torch.distributed``, whose sums and counts are reduced; every rank calls this with its
+            own shard (``dataset[rank::world]``) and returns the same report. What stops one rank stops all.
 
     Returns:
         The report. The model and whatever else ran, buffers, modes, hooks and the random state are as before, also
@@ -113,7 +122,8 @@ def analyze(
                 ratios = ratios_of(ratio)
                 check_model(model, losses)
                 check_loader(loader)
-                check_counts(max_batches=max_batches, covariance_batches=covariance_batches, max_tasks=max_tasks)
+                check_counts(max_batches=max_batches, covariance_batches=covariance_batches)
+                check_max_tasks(max_tasks)
                 check_settle(settle, plan_options)
                 check_method(method, autocast, folder)
                 backbone = model.backbone if isinstance(model, MultiTaskModel) else model
@@ -132,6 +142,8 @@ def analyze(
                 plan_options or {},
             )
             first = max_batches if covariance_batches is None else covariance_batches
+            asked = {name: str(value) for name, value in options._asdict().items() if name != "token_mask"}
+            ranks.same("what is asked for", asked | {"max_batches": max_batches, "folder": folder is not None})
             with prepared(model, losses, found, options, ranks, device) as analysis:
                 return _run(analysis, loader, (first, max_batches), folder, progress)
         except BlockError as error:
@@ -167,46 +179,50 @@ def _run(
     ranks, options = analysis.ranks, analysis.options
     with ranks.together():
         folder = Folder(path, _fingerprint(analysis, loader, limits) if path is not None else {}, ranks)
-    with ranks.together():
-        saved = folder.read()
-        if saved is not None:
-            analysis.load(saved["state"])
+    saved = _read(analysis, folder)
     may_settle = options.settle is not None
-    at_first = saved if saved is not None and saved["pass"] == 0 else None
-    spaces = Pass(
-        0, analysis, folder, analysis.add_tokens, _look_at_spaces(analysis) if may_settle else None, limits[0], progress
-    )
+    look_at_spaces = _look_at_spaces(analysis) if may_settle else None
+    spaces = Pass(0, analysis, folder, analysis.add_tokens, look_at_spaces, limits[0], progress)
     if saved is None or saved["pass"] == 0:
-        spaces.run(loader, at_first)
+        spaces.run(loader, saved)
         with ranks.together():
             analysis.end_first_pass()
-            spaces.write()
-    with ranks.together():
-        analysis.split_spaces()
+            spaces.write(over=True)
+    analysis.check_masks()
+    analysis.split_spaces()
     _say_what_pairs_cost(analysis)
     horizon = _horizon(analysis, loader, limits[1]) if may_settle else None
-    look = _look_at_plan(analysis, horizon) if may_settle else None
-    conflicts = Pass(1, analysis, folder, analysis.add_gradients, look, limits[1], progress)
+    look_at_plan = _look_at_plan(analysis, horizon) if may_settle else None
+    conflicts = Pass(1, analysis, folder, analysis.add_gradients, look_at_plan, limits[1], progress)
     conflicts.run(loader, saved if saved is not None and saved["pass"] == 1 else None)
-    with ranks.together():
-        report = analysis.report()
-        conflicts.write()
+    report = analysis.report()
     if options.settle is not None and not conflicts.settled:
         share = _agreement(analysis, report)
         conflicts.settled = share >= _wanted(options.settle, conflicts.rounds * ranks.world, horizon)
-    return report if options.settle is None else _with_settled(report, conflicts.settled)
+    with ranks.together():
+        conflicts.write(over=True)
+    return report if options.settle is None else replace(report, settled=conflicts.settled)
 
 
-def _with_settled(report: ConflictReport, settled: bool) -> ConflictReport:
-    from dataclasses import replace
-
-    return replace(report, settled=settled)
+def _read(analysis: Analysis, folder: Folder) -> dict[str, Any] | None:
+    """The last sums that every rank has in the folder; the analysis goes on from them."""
+    ranks = analysis.ranks
+    names = [{file.name.removeprefix(folder.prefix) for file in folder.files()}]
+    common = set.intersection(*[some[0] for some in ranks.gather(names)])
+    if not common:
+        return None
+    with ranks.together():
+        saved = folder.read(max(common))
+        analysis.load(saved["state"])
+    analysis.spaces.prepare()
+    return saved
 
 
 def _look_at_spaces(analysis: Analysis) -> Callable[[int], tuple[bool, str]]:
     def look(rounds: int) -> tuple[bool, str]:
         with analysis.ranks.together():
-            settled = analysis.spaces.look()
+            analysis.end_first_pass()  # one that has no batch at all
+        settled = analysis.spaces.look()
         unsettled = analysis.spaces.unsettled
         return settled, f"the space of {len(unsettled)} of {len(analysis.spaces.names)} blocks still moves"
 
@@ -218,8 +234,7 @@ def _look_at_plan(analysis: Analysis, horizon: int | None) -> Callable[[int], tu
         batches = rounds * analysis.ranks.world
         if batches < LEAST_BATCHES:
             return False, ""
-        with analysis.ranks.together():
-            share = _agreement(analysis, analysis.report(is_last=False))
+        share = _agreement(analysis, analysis.report(is_last=False))
         assert analysis.options.settle is not None
         wanted = _wanted(analysis.options.settle, batches, horizon)
         return share >= wanted, f"the plan holds in {share:.1%} of resamples, {wanted:.1%} are needed"
@@ -274,7 +289,8 @@ def _fingerprint(analysis: Analysis, loader: Iterable[Any], limits: Sequence[int
     """What a folder's sums must be of to be gone on from."""
     options = analysis.options
     return {
-        "model": f"{type(analysis.model).__name__} {checksum(analysis.model):08x}",
+        "model": model_name(analysis.model),
+        "losses": analysis.losses.names(),
         "blocks": list(analysis.inputs.blocks),
         "tasks": list(analysis.tasks),
         "ratio": list(options.ratios),
@@ -282,7 +298,7 @@ def _fingerprint(analysis: Analysis, loader: Iterable[Any], limits: Sequence[int
         "batches in the loader": length_of(loader),
         "count_zero_gradients": options.count_zero_gradients,
         "train_mode": options.train_mode,
-        "token_mask": options.token_mask is not None,
+        "token_mask": function_name(options.token_mask),
         "autocast": str(options.autocast),
         "method": "streamed" if options.streamed else "joint",
         "max_tasks": options.max_tasks,

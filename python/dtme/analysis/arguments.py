@@ -10,6 +10,7 @@ from torch import nn
 
 from ..model import MultiTaskModel
 from ..plan import check_tasks
+from ..stability import rules_of
 
 METHODS = ("joint", "streamed")
 
@@ -48,6 +49,11 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"{name} must be None or a positive integer, got {value!r}")
 
 
+def check_max_tasks(max_tasks: int) -> None:
+    if isinstance(max_tasks, bool) or not isinstance(max_tasks, int) or max_tasks < 2:
+        raise ValueError(f"max_tasks must be an integer of at least 2, got {max_tasks!r}")
+
+
 def ratios_of(ratio: float | Sequence[float]) -> tuple[float, ...]:
     """One or several, the one of the report first."""
     ratios = tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio,)
@@ -56,7 +62,7 @@ def ratios_of(ratio: float | Sequence[float]) -> tuple[float, ...]:
             raise ValueError(f"ratio must be a positive number, or several, got {ratio!r}")
     if not ratios or len(set(ratios)) != len(ratios):
         raise ValueError(f"ratio must be one or more different numbers, got {ratio!r}")
-    return ratios
+    return tuple(float(one) for one in ratios)
 
 
 def check_settle(settle: float | None, plan_options: Mapping[str, Any] | None) -> None:
@@ -66,6 +72,7 @@ def check_settle(settle: float | None, plan_options: Mapping[str, Any] | None) -
         raise TypeError(f"plan_options must map options of report.plan() to values, got {plan_options!r}")
     if plan_options is not None and settle is None:
         raise ValueError("plan_options say which plan is to settle: give settle= too")
+    rules_of(plan_options or {})
 
 
 def check_method(method: str, autocast: Any, folder: Any) -> None:

@@ -184,7 +184,10 @@ class Unchanged:
                     self._saved[part] = Saved(part)
                     self._hooks[part] = {n: dict(v) for n, v in vars(part).items() if n.endswith("_hooks")}
             self._nested += nested_tensors.switch_off(module)
-            module.train(self.train_mode)
+            if self.train_mode:
+                module.train()  # which may keep a part of it, frozen statistics say, in evaluation mode
+            for part in module.modules() if not self.train_mode else ():
+                part.training = False  # and no more: train(False) of some merge weights
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     self._trained.append(parameter)

@@ -3,15 +3,17 @@
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import write_beside
 from ..randomness import State, random_state, wind_back
+from ..trees import leaves
 from .ranks import Ranks
 
 EVERY = 60.0
@@ -24,12 +26,28 @@ class Folder:
     Args:
         path: None keeps nothing.
         analysis: what the analysis is of: the sums of another one are refused.
+
+    Raises:
+        ValueError: ``path`` cannot be written to, or holds sums of another number of ranks.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, analysis: Mapping[str, Any], ranks: Ranks) -> None:
         self.path, self.analysis, self.ranks = None if path is None else Path(path), dict(analysis), ranks
         self.prefix = f"sums-{ranks.rank}-of-{ranks.world}-"
         self._written = time.monotonic()
+        if self.path is None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.path.glob(f".{self.prefix}*"):  # of a process that was killed while it wrote
+                unfinished.unlink(missing_ok=True)
+            write_beside(self.path / f"{self.prefix}probe", lambda beside: beside.touch())
+            (self.path / f"{self.prefix}probe").unlink()
+        except OSError as error:
+            raise ValueError(f"folder {self.path} cannot be written to: {error}") from error
+        for file in self.path.glob("sums-*.pt"):
+            if f"-of-{ranks.world}-" not in file.name:
+                raise ValueError(f"folder {self.path} holds {file.name}, of an analysis with another number of ranks")
 
     def is_due(self) -> bool:
         return self.path is not None and time.monotonic() - self._written >= EVERY
@@ -40,77 +58,91 @@ class Folder:
             return
         content = {"analysis": self.analysis, "pass": number, "batches": batches, **state}
         write_beside(self.path / f"{self.prefix}{number}-{batches:09}.pt", lambda beside: torch.save(content, beside))
-        for old in self._files()[:-2]:
+        for old in self.files()[:-2]:
             old.unlink(missing_ok=True)
         self._written = time.monotonic()
 
-    def read(self) -> dict[str, Any] | None:
-        """The last sums that every rank has.
+    def files(self) -> list[Path]:
+        """Of this rank, the oldest first."""
+        return [] if self.path is None else sorted(self.path.glob(f"{self.prefix}*.pt"))
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The sums in the file of that name, behind the prefix.
 
         Raises:
-            ValueError: a file is damaged, or of another analysis; the message says what differs.
+            ValueError: the file is damaged, or of another analysis; the message says what differs.
         """
-        if self.path is None:
-            return None
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"folder must be a folder, got the file {self.path}")
-        self._refuse_other_worlds()
-        names = {file.name.removeprefix(self.prefix): file for file in self._files()}
-        common = set.intersection(*map(set, self.ranks.gather(list(names))))
-        if not common:
-            return None
-        file = names[max(common)]
+        assert self.path is not None
+        file = self.path / f"{self.prefix}{name}"
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
             saved = content["analysis"]
         except Exception as error:  # whatever torch finds wrong with it
             raise ValueError(f"{file} is damaged: {error}. Delete it to begin anew") from error
-        for name, value in self.analysis.items():
-            if saved.get(name) != value:
+        for key, value in self.analysis.items():
+            if saved.get(key) != value:
                 raise ValueError(
-                    f"folder {self.path} holds the sums of another analysis: its {name} is {saved.get(name)!r}, not "
+                    f"folder {self.path} holds the sums of another analysis: its {key} is {saved.get(key)!r}, not "
                     f"{value!r}. Give another folder, or delete that one"
                 )
         return content
 
-    def _files(self) -> list[Path]:
-        assert self.path is not None
-        return sorted(self.path.glob(f"{self.prefix}*.pt"))
 
-    def _refuse_other_worlds(self) -> None:
-        assert self.path is not None
-        for file in self.path.glob("sums-*.pt"):
-            if f"-of-{self.ranks.world}-" not in file.name:
-                raise ValueError(f"folder {self.path} holds {file.name}, of an analysis with another number of ranks")
-
-
-def checksum(model: nn.Module) -> int:
-    """Of all parameters and buffers."""
+def checksum(values: Iterable[Any]) -> int:
+    """Of tensors, and of whatever else there is by how it is written."""
     total = 0
-    for name, value in model.state_dict().items():
-        total = zlib.crc32(name.encode(), total)
-        if isinstance(value, torch.Tensor) and value.numel():
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            total = zlib.crc32(flat.numpy().tobytes(), total)
+    for value in values:
+        if isinstance(value, Tensor) and not value.is_meta:
+            plain = value.detach().cpu().contiguous()
+            total = zlib.crc32(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"", total)
+            value = tuple(value.shape)
+        if isinstance(value, (bool, int, float, str, tuple)):
+            total = zlib.crc32(repr(value).encode(), total)
     return total
 
 
-def random_as_saved() -> dict[str, Any]:
-    """Where random numbers are, in types that a file of weights may hold."""
+def model_name(model: nn.Module) -> str:
+    """Its class, and a checksum of all parameters and buffers."""
+    state = model.state_dict()
+    return f"{type(model).__name__} {checksum([*state, *leaves(state)]):08x}"
+
+
+def function_name(function: Any) -> str | None:
+    """Tells functions apart, as far as their names, code and constants do."""
+    if function is None:
+        return None
+    if isinstance(function, nn.Module):
+        return model_name(function)
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if not isinstance(code, CodeType):
+        return name
+    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
+    return f"{name} {zlib.crc32(code.co_code + repr(constants).encode()):08x}"
+
+
+def random_as_saved(loader: Any = None) -> dict[str, Any]:
+    """Where random numbers are, in types that a file of weights may hold; also those of a loader's own generator."""
     state = random_state()
     if state is None:
         return {}
     kind, keys, *rest = state.numpy
+    own = getattr(loader, "generator", None)
     return {
         "python": state.python,
         "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
         "cpu": state.cpu,
         "cuda": list(state.cuda),
+        "loader": own.get_state() if isinstance(own, torch.Generator) else None,
     }
 
 
-def wind_back_to_saved(saved: Mapping[str, Any]) -> None:
-    if saved:
-        kind, keys, *rest = saved["numpy"]
-        numpy = (kind, keys.numpy().astype("uint32"), *rest)
-        wind_back(State(saved["python"], numpy, saved["cpu"], tuple(saved["cuda"])))
+def wind_back_to_saved(saved: Mapping[str, Any], loader: Any = None) -> None:
+    if not saved:
+        return
+    kind, keys, *rest = saved["numpy"]
+    numpy = (kind, keys.numpy().astype("uint32"), *rest)
+    wind_back(State(saved["python"], numpy, saved["cpu"], tuple(saved["cuda"])))
+    own = getattr(loader, "generator", None)
+    if saved["loader"] is not None and isinstance(own, torch.Generator):
+        own.set_state(saved["loader"])

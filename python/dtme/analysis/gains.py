@@ -24,12 +24,17 @@ MOST_NUMBERS = 2**27
 """In the resampled gradients of one block: with many tasks, there are fewer resamples."""
 
 
-def map_gradients(gradients: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-    """(K, B, N, p) and the tokens of each task (B, N, p) → (K, 2 p) float64: gradients of W and b at the identity."""
+def map_gradients(gradients: Tensor, tokens: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """(K, B, N, p) and the tokens of each task (B, N, p) → (K, 2 p) float64: gradients of W and b at the identity.
+
+    Args:
+        mask: (B, N) bool, the tokens that count.
+    """
     rows = []
     for gradient, x in zip(gradients, tokens, strict=True):
+        gradient, x = (y.flatten(0, 1) if mask is None else y[mask] for y in (gradient, x))
         gradient = gradient.float() if gradient.element_size() < 4 else gradient
-        rows.append(torch.cat([(gradient * x).sum((0, 1)), gradient.sum((0, 1))]))
+        rows.append(torch.cat([(gradient * x).sum(0), gradient.sum(0)]))
     return torch.stack(rows).double()
 
 
@@ -64,7 +69,9 @@ def estimate(sums: Sequence[Tensor], widths: Sequence[int]) -> tuple[Tensor, Ten
     losses, present = losses[..., 0], present[..., 0]
     mean_loss = ((weights @ losses) / (weights @ present)).nan_to_num(0.0).abs().sum(1)
     together = _products(weights, present[..., None])
-    found = torch.stack([_gain(_products(weights, part) / together) for part in parts], 1) / mean_loss[:, None]
+    # a pair of tasks that never met adds nothing
+    grams = (torch.where(together > 0, _products(weights, part) / together, 0.0) for part in parts)
+    found = torch.stack([_gain(gram) for gram in grams], 1) / mean_loss[:, None]
     return found[0], found[1:]
 
 
@@ -76,8 +83,7 @@ def _products(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def _gain(gram: Tensor) -> Tensor:
-    """(..., K, K) of inner products of the tasks' mean gradients, NaN for tasks that never met → (...)."""
-    gram = gram.nan_to_num(0.0, 0.0, 0.0)
+    """(..., K, K) of inner products of the tasks' mean gradients → (...)."""
     return _root(gram.diagonal(dim1=-2, dim2=-1)).sum(-1) - _root(gram.sum((-2, -1)))
 
 

@@ -61,7 +61,10 @@ def token_gradients(
             if not reached[d, i]:
                 found[d][i] = 0
         if not reached[:, i].any():
-            raise ValueError(f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them")
+            raise ValueError(
+                f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them. (Activation "
+                "checkpointing hides them with use_reentrant=True, and does not with use_reentrant=False.)"
+            )
     return found, reached
 
 

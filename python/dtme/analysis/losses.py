@@ -1,6 +1,7 @@
 """One batch through the model: each task's loss, and where its gradient starts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import isfinite, isnan
 from numbers import Real
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..interrupts import Deferred
 from ..plan import check_tasks
 from ..trees import map_tensors, tensors
+from .folder import function_name
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor | float]]
 """``step(model, batch) -> {task: scalar loss}``, for models that own their loop.
@@ -49,6 +51,10 @@ class ByTask:
         with self.signals.allowed():
             self.model.extract(_unpack(batch)[0], self.tasks)
 
+    def names(self) -> dict[str, str | None]:
+        """Of the functions, to tell an analysis from another one."""
+        return {task: function_name(loss) for task, loss in self.losses.items()}
+
     def start(self, batch: Any, tasks: Sequence[str]) -> Started:
         """Every head's own graph is walked once and freed; K gradients at the features then go through the encoder.
 
@@ -67,6 +73,12 @@ class ByTask:
             if not labelled:
                 return Started((), [], [], torch.zeros(0, dtype=torch.float64))
             leaves = list({id(leaf): leaf for leaf in tensors(features) if leaf.requires_grad}.values())
+            if not leaves:
+                kinds = ", ".join(dict.fromkeys(type(value).__name__ for value in features.values()))
+                raise ValueError(
+                    f"features returned a {kinds}, in which no tensor was seen that depends on the blocks: return a "
+                    "tensor, or tuples, lists and dicts of tensors"
+                )
             cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
             parts = map_tensors(lambda leaf: cut.get(id(leaf), leaf), features)
             predictions = model.predict(parts, labelled)
@@ -77,6 +89,7 @@ class ByTask:
             for task in labelled:
                 if task not in present:
                     self._check_labels(task, predictions[task], targets[task], numbers[task])
+                    self.last_problem[task] = _not_finite(task, numbers[task])
             seeds: list[list[Tensor | None]] = [
                 list(
                     torch.autograd.grad(
@@ -91,17 +104,21 @@ class ByTask:
         return Started(tuple(present), leaves, seeds, _stack(numbers, present))
 
     def _check_labels(self, task: str, prediction: Any, target: Any, value: float) -> None:
-        """That a loss is not finite is the labels' doing, all being ignored, unless another prediction mends it.
+        """A loss of 0 / 0 is a mean over no labels, if it stays so whatever is predicted.
 
         Raises:
-            ValueError: it is the prediction's.
+            ValueError: a prediction is not finite, or another one mends it: the labels are not what is wrong.
         """
-        said = f"the loss of task {task!r} is not finite: {value}"
-        with torch.no_grad():
-            other = self.losses[task](map_tensors(torch.zeros_like, prediction), target)
-        if bool(torch.as_tensor(other).isfinite().all()):
-            raise ValueError(f"{said}, though it is {float(other)} for a prediction of zeros")
-        self.last_problem[task] = said
+        said = _not_finite(task, value)
+        if not isnan(value):
+            raise ValueError(said)
+        if not all(bool(leaf.isfinite().all()) for leaf in tensors(prediction)):
+            raise ValueError(f"{said}, and so is its prediction")
+        for number in (0.0, 1.0):
+            with torch.no_grad():
+                other = self.losses[task](map_tensors(partial(torch.full_like, fill_value=number), prediction), target)
+            if bool(torch.as_tensor(other).isfinite().all()):
+                raise ValueError(f"{said}, though it is {float(other)} where {number} is predicted everywhere")
 
 
 class ByStep:
@@ -115,7 +132,10 @@ class ByStep:
 
     def forward(self, batch: Any) -> None:
         with self.signals.allowed():
-            self.step(self.model, batch)
+            self._check_tasks(self.step(self.model, batch))
+
+    def names(self) -> dict[str, str | None]:
+        return {"step": function_name(self.step)}
 
     def start(self, batch: Any, tasks: Sequence[str]) -> Started:
         with self.signals.allowed():
@@ -125,13 +145,13 @@ class ByStep:
         for task, value in values.items():
             if _is_number(value):
                 if not isfinite(value):
-                    raise ValueError(f"the loss of task {task!r} is not finite: {value}")
+                    raise ValueError(_not_finite(task, value))
                 self.last_problem[task] = f"step returned the number {value} for task {task!r}"
         check_losses(given, _NO_LABELS)
         numbers = _numbers(given)
         for task, number in numbers.items():
             if not isfinite(number):
-                self.last_problem[task] = f"the loss of task {task!r} is not finite: {number}"
+                self.last_problem[task] = _not_finite(task, number)
                 if not isnan(number):  # 0 / 0 is a mean over no labels
                     raise ValueError(self.last_problem[task])
         present = [task for task in given if isfinite(numbers[task])]
@@ -148,6 +168,10 @@ class ByStep:
             before = f"in the first batch of {list(self.tasks)}"
             raise ValueError(f"step returned losses of {list(tasks)}, {before}{_NO_LABELS}")
         self.tasks = self.tasks or tasks
+
+
+def _not_finite(task: str, value: float) -> str:
+    return f"the loss of task {task!r} is not finite: {value}"
 
 
 def check_losses(values: Mapping[str, Any], hint: str) -> None:

@@ -24,7 +24,8 @@ class Sums:
         self.reached = torch.zeros(len(widths), len(tasks), dtype=torch.bool)
         self.alive = torch.zeros(len(tasks), dtype=torch.bool)
         """Tasks that had a gradient that is not zero."""
-        self.skipped = dict.fromkeys(self.tasks, 0)
+        self.drawn, self.skipped = dict.fromkeys(self.tasks, 0), dict.fromkeys(self.tasks, 0)
+        """Batches in which a task was to be looked at, and those of them in which it had no loss."""
         self.num_batches = 0
 
     def state(self) -> dict[str, Any]:
@@ -33,6 +34,7 @@ class Sums:
             "gains": self.gains.bundles.state(),
             "reached": self.reached,
             "alive": self.alive,
+            "drawn": self.drawn,
             "skipped": self.skipped,
             "num_batches": self.num_batches,
         }
@@ -41,7 +43,8 @@ class Sums:
         self.tally.bundles.load(state["tally"])
         self.gains.bundles.load(state["gains"])
         self.reached, self.alive = state["reached"], state["alive"]
-        self.skipped, self.num_batches = dict(state["skipped"]), state["num_batches"]
+        self.drawn, self.skipped = dict(state["drawn"]), dict(state["skipped"])
+        self.num_batches = state["num_batches"]
 
     def in_order(self, tasks: Sequence[str]) -> "Sums":
         """The same with the tasks in another order; itself where they are in it already."""
@@ -133,6 +136,11 @@ def _check(
 ) -> None:
     tasks, alive = sums[0].tasks, torch.stack([part.alive for part in sums]).any(0)
     for i, task in enumerate(tasks):
+        if not any(part.drawn[task] for part in sums):
+            raise ValueError(
+                f"task {task!r} was never among the tasks drawn: read more batches than "
+                f"{sum(part.num_batches for part in sums)}, or more tasks in each by max_tasks"
+            )
         if not reached[:, i].any() and task in problems:
             raise ValueError(f"task {task!r} was in no batch; of the last one: {problems[task]}")
         if not alive[i]:

@@ -17,7 +17,7 @@ from .capture import BlockInputs, Entered, Unchanged
 from .gains import map_gradients
 from .gradients import any_gradient, token_gradients, tokens_of_tasks
 from .losses import ByStep, ByTask, Started
-from .masks import TokenMask, TokenMasks
+from .masks import Mask, TokenMask, TokenMasks
 from .outcome import Sums, report_of
 from .ranks import Ranks
 from .recompute import recomputed
@@ -75,7 +75,7 @@ class Analysis:
         by = ByTask if isinstance(losses, Mapping) else ByStep
         self.losses: ByTask | ByStep = by(model, losses, self.signals)
         self.inputs = BlockInputs(blocks)
-        self.masks = TokenMasks(options.token_mask)
+        self.masks = TokenMasks(options.token_mask, blocks)
         self.spaces = TokenSpaces(options.ratios, ranks)
         self.split: dict[str, Space] = {}
         self.num_samples = 0
@@ -99,13 +99,15 @@ class Analysis:
         self.spaces.add(tokens)
         self.masks.note(mask)
 
-    def _tokens(self, name: str, runs: list[Entered], mask: Tensor | None) -> Tensor:
+    def _tokens(self, name: str, runs: list[Entered], mask: Mask) -> Tensor:
         """(B, n, p) of all streams."""
         num_tasks = sum(len(run.layout.tasks) for run in runs) or 1
         return torch.cat([run.by_image(num_tasks, self._mask_at(name, run, mask)) for run in runs], 1)
 
-    def _mask_at(self, name: str, run: Entered, mask: Tensor | None) -> Tensor | None:
-        return None if mask is None else self.masks.at(mask, name, run.in_streams(run.tokens).shape[1:])
+    def _mask_at(self, name: str, run: Entered, mask: Mask) -> Tensor | None:
+        """None too where all of the tokens count, so that none has to be picked out."""
+        found = self.masks.at(mask, name, run.in_streams(run.tokens).shape[1:])
+        return None if found is None or bool(found.all()) else found.to(run.tokens.device)
 
     def _precision(self) -> AbstractContextManager[Any]:
         dtype = self.options.autocast
@@ -114,7 +116,10 @@ class Analysis:
     def end_first_pass(self) -> None:
         if not self.spaces.num_samples:
             raise ValueError("loader yielded no batch")
-        self.masks.check()
+
+    def check_masks(self) -> None:
+        counted, masked = zip(*self.ranks.gather((self.masks.num_counted, self.masks.num_masked)), strict=True)
+        self.masks.check(sum(counted), sum(masked))
 
     def split_spaces(self) -> None:
         self.split, self.num_samples = self.spaces.split()
@@ -140,10 +145,11 @@ class Analysis:
         mask = self.masks.of(batch)
         _, started, entered, gradients, reached = self.gradients(batch)
         with self.signals.allowed():
-            range_, null, valid = self._count(gradients, reached, started, entered, mask)
+            masks = [self._mask_at(name, runs[0], mask) for name, runs in zip(self.spaces.names, entered, strict=True)]
+            range_, null, valid = self._count(gradients, reached, started, masks)
             maps = [
-                map_gradients(gradient, tokens_of_tasks(started.tasks, runs)) if started.tasks else gradient
-                for gradient, runs in zip(gradients, entered, strict=True)
+                map_gradients(gradient, tokens_of_tasks(started.tasks, runs), at) if started.tasks else gradient
+                for gradient, runs, at in zip(gradients, entered, masks, strict=True)
             ]
             alive = any_gradient(gradients, reached).cpu() if started.tasks else torch.zeros(0, dtype=torch.bool)
             if isinstance(self.losses, ByStep):
@@ -160,9 +166,9 @@ class Analysis:
         sums.gains.add(maps, index, started.losses)
         sums.reached[:, index] |= reached
         sums.alive[index] |= alive
-        for task in self._drawn() or self.tasks:
-            if task not in started.tasks:
-                sums.skipped[task] += 1
+        for task in self._drawn():
+            sums.drawn[task] += 1
+            sums.skipped[task] += task not in started.tasks
         sums.num_batches += 1
 
     def _sums(self) -> Sums:
@@ -171,33 +177,35 @@ class Analysis:
         return self.sums
 
     def _drawn(self) -> tuple[str, ...]:
-        """The tasks that are looked at in the next batch: all, or as many as may be, drawn at random."""
-        count = self.options.max_tasks
-        if len(self.tasks) <= count:
+        """The tasks that are looked at in the next batch: all, or as many as may be.
+
+        They are drawn at random, in rounds in which each task has its turn: every pair meets equally often in the mean.
+        """
+        count, num_tasks = self.options.max_tasks, len(self.tasks)
+        if num_tasks <= count:
             return self.tasks
-        number = 0 if self.sums is None else self.sums.num_batches
-        generator = torch.Generator().manual_seed(number * self.ranks.world + self.ranks.rank)
-        drawn = torch.randperm(len(self.tasks), generator=generator)[:count].sort().values.tolist()
+        number = (0 if self.sums is None else self.sums.num_batches) * self.ranks.world + self.ranks.rank
+        a_round, turn = divmod(number, -(-num_tasks // count))
+        order = torch.randperm(num_tasks, generator=torch.Generator().manual_seed(a_round)).tolist()
+        drawn = sorted(order[(turn * count + i) % num_tasks] for i in range(count))
         return tuple(self.tasks[i] for i in drawn)
 
     def _count(
-        self, gradients: list[Tensor], reached: Tensor, started: Started, entered: list[list[Entered]], mask: Any
+        self, gradients: list[Tensor], reached: Tensor, started: Started, masks: list[Tensor | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Range and null counts (D, R, K, K) and valid ones (D, K, K) of one batch, of the tasks that reach a block."""
-        num_blocks, num_ratios, num_tasks = len(entered), len(self.options.ratios), len(self.tasks)
+        num_blocks, num_ratios, num_tasks = len(masks), len(self.options.ratios), len(self.tasks)
         index = torch.tensor([self.tasks.index(task) for task in started.tasks], dtype=torch.int64)
         counts = torch.zeros(
             num_blocks, 2 * num_ratios + 1, num_tasks, num_tasks, dtype=torch.int64, device=self.device
         )
         nonfinite = torch.zeros(num_blocks, dtype=torch.int64, device=self.device)
-        for d, (name, runs) in enumerate(zip(self.spaces.names, entered, strict=True)):
+        for d, (name, mask) in enumerate(zip(self.spaces.names, masks, strict=True)):
             some = reached[d].nonzero().flatten()
             if len(some) < 2:
                 continue
             grads = gradients[d] if len(some) == len(started.tasks) else gradients[d][some.to(gradients[d].device)]
-            at = self._mask_at(name, runs[0], mask)
-            if at is not None and not at.all():
-                grads = grads[:, at.to(grads.device)]
+            grads = grads if mask is None else grads[:, mask]
             space = self.split[name]
             found = count_conflicts(
                 grads, space.basis, space.ranks, count_zero_gradients=self.options.count_zero_gradients
@@ -268,13 +276,14 @@ class Analysis:
             "masked": [self.masks.num_counted, self.masks.num_masked],
             "sums": None if self.sums is None else self.sums.state(),
             "tasks": list(self.tasks),
+            "problems": self.losses.last_problem,
             "totals": None if self.totals is None else self.totals.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.spaces.load(state["spaces"], self.device)
         self.masks.num_counted, self.masks.num_masked = state["masked"]
-        self.losses.tasks = tuple(state["tasks"])
+        self.losses.tasks, self.losses.last_problem = tuple(state["tasks"]), dict(state["problems"])
         if state["sums"] is not None:
             self._sums().load(state["sums"])
         if state["totals"] is not None:

@@ -96,6 +96,7 @@ class TokenSpaces:
     def _reduced(self) -> dict[int, StreamingCovariance]:
         """The sums over all ranks; copies."""
         found: dict[int, StreamingCovariance] = {}
+        self.ranks.same("the widths of the blocks", dict(zip(self.names, self.widths, strict=True)))
         for p, moment in self.moments.items():
             found[p] = StreamingCovariance(p, len(moment.accumulator), device=moment.accumulator.device)
             found[p].merge_(moment)
@@ -136,6 +137,9 @@ class TokenSpaces:
         self.moments, self._before = (
             {p: _moment(device, *sums) for p, sums in state[name].items()} for name in ("sums", "before")
         )
+
+    def prepare(self) -> None:
+        """What a look compares with, of sums that were loaded."""
         if self._before:
             self._spaces, _ = self._split(self._before)
 
