@@ -83,9 +83,42 @@ def test_the_same_call_goes_on_and_ends_in_the_same_numbers(tmp_path, monkeypatc
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_shuffling_loader_with_a_generator_of_its_own_goes_on_too(tmp_path):
+    def call(path, loss=F.mse_loss):
+        generator = torch.Generator().manual_seed(5)
+        loader = DataLoader(make_loader().dataset, batch_size=2, shuffle=True, generator=generator)
+        torch.manual_seed(3)
+        return dtme.analyze(make_model(), loader, {"a": loss, "b": F.l1_loss}, folder=path, progress=False)
+
+    want = call(None)
+    with pytest.raises(Killed):
+        call(tmp_path, Loss(kill_at=8))
+    assert torch.equal(call(tmp_path, Loss()).range_counts, want.range_counts)
+
+
+@pytest.mark.parametrize("end", ["killed", "over"])
+def test_another_order_or_other_data_are_noticed(tmp_path, end):
+    if end == "killed":
+        with pytest.raises(Killed):
+            run(tmp_path, Loss(kill_at=8))
+    else:
+        run(tmp_path, Loss())
+    loader = make_loader()
+    loader.dataset[:] = [(x + 1, y) for x, y in loader.dataset]
+    torch.manual_seed(3)
+    with pytest.raises(ValueError, match="does not yield the batches whose sums are in folder"):
+        dtme.analyze(make_model(), loader, LOSSES | {"a": Loss()}, folder=tmp_path, **OPTIONS)
+
+
+def test_what_did_not_settle_has_not_settled_when_it_is_asked_again(tmp_path):
+    first, again = (run(tmp_path, settle=0.99, train_mode=False) for _ in range(2))
+    assert first.settled is again.settled is False and torch.equal(first.range_counts, again.range_counts)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"loss": lambda p, y: (p - y).abs().sum()}, "its losses is"),
         ({"ratio": 5.0}, "its ratio is"),
         ({"max_batches": 3}, "its max_batches is"),
         ({"model": "other"}, "its model is"),
@@ -111,7 +144,7 @@ def test_damaged_files_and_no_folder(tmp_path):
     with pytest.raises(ValueError, match=r"sums-0-of-1-.*pt is damaged"):
         run(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="folder must be a folder"):
+    with pytest.raises(ValueError, match=r"folder .*file cannot be written to"):
         run(tmp_path / "file")
     with pytest.raises(TypeError, match="folder must be None or a path"):
         run(3)

@@ -130,6 +130,22 @@ def test_bad_input_names_the_culprit_and_leaves_the_model(problem, change, error
     same(before, snapshot(arguments["model"]))
 
 
+def test_a_train_method_that_changes_weights_is_not_called(problem):
+    """Low-rank adapters of some libraries merge their weights in it."""
+    model, loader = problem()
+
+    class Merging(nn.Linear):
+        def train(self, mode=True):
+            if not mode:
+                self.weight.data += 1
+            return super().train(mode)
+
+    model.heads["depth"] = Merging(24, model.heads["depth"].out_features).double()
+    before = snapshot(model)
+    dtme.analyze(model, loader, LOSSES, progress=False)
+    same(before, snapshot(model))
+
+
 def test_unknown_transformers(problem):
     model, loader = problem()
     with pytest.raises(ValueError, match=r"recognised in Linear.*blocks='encoder\.layers'"):

@@ -1,6 +1,7 @@
 """What an analysis reads and what of it counts: padding, missing labels, an early end, many tasks, other layouts."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -85,6 +86,53 @@ def test_masks_that_cannot_be_used(mask, error, says):
         analyze(make_model(), [make_batch()], token_mask=mask)
 
 
+def test_nan_in_tokens_that_do_not_count_is_in_no_gain_either():
+    model, batches = make_model(), [make_batch(seed=i) for i in range(8)]
+    hide = torch.tensor([True, True, True, True, False])
+    mask = {"token_mask": lambda batch: hide.expand(len(batch[0]), 5)}
+
+    class Skipping(nn.Module):
+        """Attends to the first four tokens, and hands the last on as it is."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return torch.cat([self.inner(x[:, :4]), x[:, 4:]], 1)
+
+    for block in model.backbone.layers:
+        block.attn = Skipping(block.attn)
+    losses = dict.fromkeys(TASKS, lambda p, y: F.mse_loss(p[:, :4], y[:, :4]))
+    want = analyze(model, batches, losses, **mask)
+    for x, _ in batches:
+        x[:, 4] = float("nan")
+    same(analyze(model, batches, losses, **mask), want)
+
+
+def test_a_decoder_has_a_mask_of_its_own():
+    """The encoder's would fit by its length alone."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = OwnTransformer(1), OwnTransformer(1)
+
+        def forward(self, inputs, attention_mask=None, decoder_attention_mask=None):
+            return self.decoder(self.encoder(inputs))
+
+    torch.manual_seed(0)
+    model = dtme.MultiTaskModel(Pair(), {task: nn.Linear(WIDTH, 2) for task in TASKS}).double()
+    x, y = make_batch(rows=2)
+    hidden, shorter = (torch.tensor([[1] * n + [0] * (5 - n)] * 2) for n in (3, 2))
+    valid = []
+    for masks in ({}, {"attention_mask": hidden}, {"attention_mask": hidden, "decoder_attention_mask": shorter}):
+        report = analyze(model, [({"inputs": x, **masks}, y)] * 8)
+        assert report.blocks == ("encoder.layers.0", "decoder.layers.0")
+        valid.append((report.valid_counts[:, 0, 1] // 16).tolist())
+    assert valid == [[5, 5], [3, 5], [3, 2]]
+
+
 # --- labels that are there --------------------------------------------------------------------------------------------
 
 
@@ -121,6 +169,18 @@ def test_a_loss_that_the_prediction_breaks_is_no_missing_label():
     broken = {**dict.fromkeys(TASKS, F.mse_loss), "depth": lambda p, y: F.mse_loss((p - p.max()).log(), y)}
     with pytest.raises(ValueError, match="loss of task 'depth' is not finite"):
         analyze(model, batches, broken)
+    lost = {**dict.fromkeys(TASKS, F.mse_loss), "depth": lambda p, y: F.mse_loss(F.normalize(p, dim=-1, eps=0), y)}
+    with torch.no_grad():
+        model.heads["depth"].weight.zero_(), model.heads["depth"].bias.zero_()
+    with pytest.raises(ValueError, match="loss of task 'depth' is not finite"):
+        analyze(model, batches, lost)
+    model.heads["depth"].bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="'depth' is not finite: nan, and so is its prediction"):
+        analyze(model, batches)
+    batches[1][1]["semseg"][0] = torch.inf
+    with pytest.raises(ValueError, match="loss of task 'semseg' is not finite: inf"):
+        analyze(make_model(), batches)
+    model, batches = make_model(), [make_batch(seed=i) for i in range(3)]
     infinite = {**dict.fromkeys(TASKS, F.mse_loss), "depth": lambda p, y: (p / 0).abs().sum()}
     with pytest.raises(ValueError, match="loss of task 'depth' is not finite"):
         analyze(model, batches, infinite)
@@ -179,12 +239,34 @@ def test_what_does_not_settle_says_so():
         ({"ratio": [1.0, -1]}, ValueError, "ratio must be a positive"),
         ({"method": "fast"}, ValueError, "method must be one of"),
         ({"autocast": torch.float32}, ValueError, "autocast must be"),
-        ({"max_tasks": 0}, ValueError, "max_tasks"),
+        ({"max_tasks": 1}, ValueError, "max_tasks must be an integer of at least 2"),
     ],
 )
-def test_bad_options(options, error, says):
+def test_bad_options_are_found_before_a_batch_is_read(options, error, says):
+    read = []
+
+    class Loader(list):
+        def __iter__(self):
+            read.append(self)
+            return super().__iter__()
+
     with pytest.raises(error, match=says):
-        analyze(make_model(), [make_batch(seed=i) for i in range(8)], **options)
+        analyze(make_model(), Loader(make_batch(seed=i) for i in range(8)), **options)
+    assert not read
+
+
+def test_features_that_nobody_sees_into_are_refused_by_name():
+    @dataclass
+    class Features:
+        tokens: torch.Tensor
+
+    model = make_model()
+    model.features = lambda backbone, x: Features(backbone(x))
+    with pytest.raises(ValueError, match="features returned a Features"):
+        analyze(model, [make_batch()])
+    model.features = lambda backbone, x: backbone(x).detach()
+    with pytest.raises(ValueError, match=r"features \(Tensor\) are not connected to the blocks.*use_reentrant"):
+        analyze(model, [make_batch()])
 
 
 # --- several ratios, one block at a time, many tasks, maps ------------------------------------------------------------
@@ -232,6 +314,14 @@ def test_of_many_tasks_each_batch_counts_some_drawn_at_random():
     low, high = drawn.intervals("range").unbind(1)
     assert ((low < full.range_rates) & (full.range_rates < high)).all()
     assert drawn.skipped == dict.fromkeys(tasks, 0)
+
+    def step(model, batch):
+        return {t: F.mse_loss(p, batch[1][t]) for t, p in model(batch[0]).items()}
+
+    with pytest.warns(UserWarning, match="12 tasks have 66 pairs"):
+        same(dtme.analyze(model, batches, step, max_tasks=6, progress=False), drawn)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="never among the tasks drawn: read more batches"):
+        analyze(model, batches[:3], tasks=tasks, max_tasks=2)
 
 
 class Maps(nn.Module):

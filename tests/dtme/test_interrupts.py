@@ -96,6 +96,46 @@ def test_other_handlers_and_threads_are_left_alone():
     assert handler == [signal.default_int_handler]
 
 
+def test_one_that_is_over_hands_signals_on():
+    """A handler that was set meanwhile, by torch's workers say, goes on to the one it found."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("user"))
+    try:
+        with Deferred():
+            found = signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *args: (heard.append("new"), found(*args)))
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == ["new", "user"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_all_handlers_are_given_back_though_one_of_them_raises(monkeypatch):
+    """The one of SIGTERM, given back first, is called before that of SIGINT is given back."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    before = signal.signal(signal.SIGTERM, stop)
+    set_handler = signal.signal
+
+    def raising(number, handler):
+        set_handler(number, handler)
+        if handler is stop:
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        with pytest.raises(Stop), Deferred():
+            monkeypatch.setattr("dtme.interrupts.signal.signal", raising)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_an_analysis_leaves_the_model_whenever_it_is_interrupted(problem, interrupt):
     model, loader = problem()
     losses = dict.fromkeys(model.tasks, F.mse_loss)

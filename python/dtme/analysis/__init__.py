@@ -128,7 +128,7 @@ def analyze(
                 check_method(method, autocast, folder)
                 backbone = model.backbone if isinstance(model, MultiTaskModel) else model
                 found = find_blocks(backbone, blocks)
-            ranks.same("the names of the blocks", list(found))
+            ranks.same({"the names of the blocks": list(found)})
             streamed = method == "streamed"
             options = Options(
                 ratios,
@@ -143,7 +143,7 @@ def analyze(
             )
             first = max_batches if covariance_batches is None else covariance_batches
             asked = {name: str(value) for name, value in options._asdict().items() if name != "token_mask"}
-            ranks.same("what is asked for", asked | {"max_batches": max_batches, "folder": folder is not None})
+            ranks.same(asked | {"max_batches": max_batches, "whether there is a folder": folder is not None})
             with prepared(model, losses, found, options, ranks, device) as analysis:
                 return _run(analysis, loader, (first, max_batches), folder, progress)
         except BlockError as error:

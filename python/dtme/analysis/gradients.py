@@ -8,6 +8,11 @@ from torch import Tensor
 from ..streams import Layout
 from .capture import Entered
 
+NO_GRADIENT = (
+    "no gradient reaches them. (Activation checkpointing hides them with use_reentrant=True, and does not with "
+    "use_reentrant=False.)"
+)
+
 
 def token_gradients(
     tasks: Sequence[str],
@@ -61,10 +66,7 @@ def token_gradients(
             if not reached[d, i]:
                 found[d][i] = 0
         if not reached[:, i].any():
-            raise ValueError(
-                f"the loss of task {task!r} is not connected to the blocks: no gradient reaches them. (Activation "
-                "checkpointing hides them with use_reentrant=True, and does not with use_reentrant=False.)"
-            )
+            raise ValueError(f"the loss of task {task!r} is not connected to the blocks: {NO_GRADIENT}")
     return found, reached
 
 

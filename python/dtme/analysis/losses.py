@@ -13,6 +13,7 @@ from ..interrupts import Deferred
 from ..plan import check_tasks
 from ..trees import map_tensors, tensors
 from .folder import function_name
+from .gradients import NO_GRADIENT
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor | float]]
 """``step(model, batch) -> {task: scalar loss}``, for models that own their loop.
@@ -75,10 +76,9 @@ class ByTask:
             leaves = list({id(leaf): leaf for leaf in tensors(features) if leaf.requires_grad}.values())
             if not leaves:
                 kinds = ", ".join(dict.fromkeys(type(value).__name__ for value in features.values()))
-                raise ValueError(
-                    f"features returned a {kinds}, in which no tensor was seen that depends on the blocks: return a "
-                    "tensor, or tuples, lists and dicts of tensors"
-                )
+                if any(True for _ in tensors(features)):
+                    raise ValueError(f"the features ({kinds}) are not connected to the blocks: {NO_GRADIENT}")
+                raise ValueError(f"features returned a {kinds}: return a tensor, or tuples, lists and dicts of tensors")
             cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
             parts = map_tensors(lambda leaf: cut.get(id(leaf), leaf), features)
             predictions = model.predict(parts, labelled)

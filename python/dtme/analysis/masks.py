@@ -32,8 +32,8 @@ class TokenMasks:
         if given is not None and not callable(given):
             raise TypeError(f"token_mask must be None or a function of a batch, got {type(given).__name__}")
         self.given = given
-        decoder = {name for name in blocks if "decoder" in name.lower()}
-        self.decoder = decoder if any("encoder" in name.lower() for name in blocks if name not in decoder) else set()
+        decoder = {name for name in blocks if _is_part_of(name, "dec")}
+        self.decoder = decoder if any(_is_part_of(name, "enc") for name in blocks) else set()
         self.num_counted = 0
         """Tokens of all batches that count, where there was a mask."""
         self.num_masked = 0
@@ -82,6 +82,10 @@ class TokenMasks:
         if num_masked and not num_counted:
             name = "the attention_mask" if self.given is None else "token_mask"
             raise ValueError(f"{name} hides every token of every batch: True, or 1, is for tokens that count")
+
+
+def _is_part_of(block: str, side: str) -> bool:
+    return any(part.lower().startswith(side) for part in block.split("."))
 
 
 def _mask_in(inputs: Any, name: str) -> Tensor | None:

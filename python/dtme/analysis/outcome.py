@@ -141,11 +141,8 @@ def _check(
                 f"task {task!r} was never among the tasks drawn: read more batches than "
                 f"{sum(part.num_batches for part in sums)}, or more tasks in each by max_tasks"
             )
-        if not reached[:, i].any() and task in problems:
-            raise ValueError(f"task {task!r} was in no batch; of the last one: {problems[task]}")
         if not alive[i]:
-            raise ValueError(
-                f"task {task!r} has no gradient anywhere: are all its labels ignored, or did step return numbers?"
-            )
+            hint = problems.get(task, "are all its labels ignored, or did step return numbers?")
+            raise ValueError(f"task {task!r} has no gradient anywhere: {hint}")
     if not any(bool(row[-1].any()) for row in rows):
         raise ValueError(nothing_shared(list(spaces), tasks, reached))

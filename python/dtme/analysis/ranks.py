@@ -1,6 +1,6 @@
 """The processes of a distributed analysis, kept in step: what stops one of them stops all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,12 +34,14 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def same(self, what: str, value: Any) -> None:
-        """ValueError, in all processes, unless every one gives the same ``value``."""
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise ValueError(f"{what} must be the same on all ranks: rank 0 has {values[0]}, rank {rank} {other}")
+    def same(self, values: Mapping[str, Any]) -> None:
+        """ValueError, in all processes, unless every one gives the same values under their names."""
+        first, *others = self.gather(dict(values))
+        for rank, other in enumerate(others, 1):
+            for name in first | other:
+                if first.get(name) != other.get(name):
+                    said = f"rank 0 has {first.get(name)}, rank {rank} {other.get(name)}"
+                    raise ValueError(f"{name} must be the same on all ranks: {said}")
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors if self.world > 1 else ():

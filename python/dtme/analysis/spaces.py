@@ -96,7 +96,7 @@ class TokenSpaces:
     def _reduced(self) -> dict[int, StreamingCovariance]:
         """The sums over all ranks; copies."""
         found: dict[int, StreamingCovariance] = {}
-        self.ranks.same("the widths of the blocks", dict(zip(self.names, self.widths, strict=True)))
+        self.ranks.same({"the width of every block": dict(zip(self.names, self.widths, strict=True))})
         for p, moment in self.moments.items():
             found[p] = StreamingCovariance(p, len(moment.accumulator), device=moment.accumulator.device)
             found[p].merge_(moment)
