@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--map-steps", type=int, default=50, help="training steps of a block's maps")
     parser.add_argument("--map-batch", type=int, default=16, help="images per such step")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 1e-2], help="of the maps, each tried by itself")
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3], help="of the maps, each tried by itself")
 
 
 def run(args: argparse.Namespace) -> None:
