@@ -31,12 +31,12 @@ RESAMPLES = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sizes = {"scenes": 512, "size": 32, "patch": 8, "depth": 10, "width": 64, "steps": 300, "batch": 8}
+    sizes = {"scenes": 512, "size": 32, "patch": 8, "depth": 8, "width": 64, "steps": 200, "batch": 8}
     add_common(parser, seeds=10, out="benchmarks/results/gains.json", **sizes)
     parser.add_argument("--map-steps", type=int, default=50, help="training steps of a block's maps")
-    parser.add_argument("--map-batch", type=int, default=32, help="images per such step")
+    parser.add_argument("--map-batch", type=int, default=16, help="images per such step")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 1e-2], help="of the maps, each tried by itself")
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3], help="of the maps, each tried by itself")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -73,9 +73,9 @@ def test_gains_compares_every_block_and_goes_on(tmp_path: Path) -> None:
         for falls in row["falls"].values():
             assert len(falls["own"]) == len(falls["shared"]) == len(row["gain"]) == len(row["null rate"]) == 2
             assert falls["own"] != falls["shared"] and all(map(math.isfinite, falls["own"] + falls["shared"]))
-    found = content["summary"]["adam, lr 0.01"]["own - shared"]
+    found = content["summary"]["adam, lr 0.001"]["own - shared"]
     assert found["gain"]["models"] == [
-        spearman(row["gain"], [a - b for a, b in zip(*row["falls"]["adam, lr 0.01"].values(), strict=True)])
+        spearman(row["gain"], [a - b for a, b in zip(*row["falls"]["adam, lr 0.001"].values(), strict=True)])
         for row in content["rows"]
     ]
 

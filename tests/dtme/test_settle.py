@@ -7,6 +7,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import dtme
 from dtme.analysis import LEAST_BATCHES, _wanted
+from dtme.analysis.ranks import Ranks
+from dtme.analysis.spaces import TokenSpaces
+from dtme.interrupts import Deferred
 from tests.dtme.clients import TASKS
 
 LOSSES = {task: F.mse_loss for task in TASKS}
@@ -65,3 +68,21 @@ def test_labels_of_noise_never_settle(problem):
     noise = [(x, {task: torch.randn_like(y) for task, y in labels.items()}) for x, labels in batches * 16][:32]
     report = dtme.analyze(model, noise, LOSSES, settle=0.99, progress=False)
     assert report.settled is False and report.num_batches == len(noise)
+
+
+@pytest.mark.parametrize(("last", "settled"), [(0.05, True), (0.13, False)])
+def test_both_halves_need_the_rank_that_they_have_together(last: float, settled: bool) -> None:
+    """What came since the last look hardly counts in the sum of both: its rank may differ from that of the sum."""
+
+    def tokens(energies: list[float]) -> dict[str, torch.Tensor]:
+        return {"block": torch.diag(torch.tensor(energies).sqrt())[None]}
+
+    with Deferred() as signals:
+        spaces = TokenSpaces((100.0,), Ranks(None, signals))
+        spaces.add(tokens([1000.0, 50.0, 5.0]))
+        assert not spaces.look()
+        before = spaces.split()[0]["block"].ranks
+        spaces.add(tokens([10.0, 0.55 - last, last]))  # 10.42 / 0.13 is less than the ratio: two channels
+        now = spaces.split()[0]["block"].ranks
+        assert before == now == (1,)
+        assert spaces.look() is settled

@@ -84,8 +84,8 @@ def analyze(
         settle: a confidence in (0.5, 1): end each pass as soon as the plan would, at that confidence, not change. It is
             looked at when 8, 16, 32, ... batches have been read and at the end, by resampling them, each look getting
             an equal share of the error (half of what is left, where the loader has no length). The first pass ends
-            when, from one doubling of what was read to the next, the rank changed by less than 1 % of the channels and
-            the range basis keeps within 1 % as much of the new tokens. Give a shuffled loader: batches are taken as
+            when, at a doubling, both halves of what was read have the same rank, to 1 % of the channels, and the range
+            basis of the first keeps within 1 % as much of the second. Give a shuffled loader: batches are taken as
             they come. ``report.settled`` says whether it was.
         plan_options: of ``report.plan``, the plan that is to settle.
         token_mask: ``token_mask(batch) -> (B, N)`` bool, the tokens that count, those that pad a sentence not among

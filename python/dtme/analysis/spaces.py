@@ -71,22 +71,25 @@ class TokenSpaces:
     def look(self) -> bool:
         """Whether the spaces are settled: compared with the last look, when half as many batches had been read.
 
-        The rank changed by less than 1 % of the channels, and of the energy of the tokens that came since, the last
-        range space keeps a share that differs by less than 1 % from what it kept of its own.
+        Both halves, what the last look had and what came since, have by themselves the rank that they have together, to
+        1 % of the channels; and of the energy of the second half, the range space of the first keeps a share that
+        differs by less than 1 % from what it kept of its own.
         """
         now = self._reduced()
         spaces, _ = self._split(now)
         self.unsettled = list(self.names)
         if self._before:
-            new = {p: now[p].accumulator - self._before[p].accumulator for p in now}
+            new = {p: _since(now[p], self._before[p]) for p in now}
+            rest, _ = self._split(new)
             rows = dict.fromkeys(now, 0)
             for name, p in zip(self.names, self.widths, strict=True):
                 index, rows[p] = rows[p], rows[p] + 1
-                last, space = self._spaces[name], spaces[name]
-                moved = max(abs(a - b) for a, b in zip(last.ranks, space.ranks, strict=True)) / p
+                last = self._spaces[name]
+                ranks = zip(last.ranks, rest[name].ranks, spaces[name].ranks, strict=True)
+                moved = max(max(three) - min(three) for three in ranks) / p
                 basis = last.basis[:, : last.ranks[0]]
                 kept = torch.stack(
-                    [_energy(basis, moment[index]) for moment in (self._before[p].accumulator, new[p])]
+                    [_energy(basis, half[p].accumulator[index]) for half in (self._before, new)]
                 ).tolist()
                 if moved < SETTLED and abs(kept[0] - kept[1]) < SETTLED:
                     self.unsettled.remove(name)
@@ -149,6 +152,16 @@ def _moment(device: torch.device, accumulator: Tensor, samples: int, tokens: int
     moment.accumulator += accumulator.to(device)
     moment.num_samples, moment.num_tokens = samples, tokens
     return moment
+
+
+def _since(now: StreamingCovariance, before: StreamingCovariance) -> StreamingCovariance:
+    """What was added between the two."""
+    found = StreamingCovariance(now.accumulator.shape[-1], len(now.accumulator), device=now.accumulator.device)
+    found.merge_(now)
+    found.accumulator -= before.accumulator
+    found.num_samples -= before.num_samples
+    found.num_tokens -= before.num_tokens
+    return found
 
 
 def _energy(basis: Tensor, moment: Tensor) -> Tensor:
