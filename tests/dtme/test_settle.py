@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 import dtme
-from dtme.analysis import LEAST_BATCHES, _wanted
+from dtme.analysis import _wanted
 from dtme.analysis.ranks import Ranks
 from dtme.analysis.spaces import TokenSpaces
 from dtme.interrupts import Deferred
+from dtme.resampling import MIN_UNITS
 from tests.dtme.clients import TASKS
 
 LOSSES = {task: F.mse_loss for task in TASKS}
@@ -19,7 +20,7 @@ ALL = {"modulation": 1.0, "expansion": 1.0}  # of all blocks: a plan that no res
 @pytest.mark.parametrize("horizon", [8, 9, 64, 100, 1000])
 @pytest.mark.parametrize("known", [True, False])
 def test_all_looks_together_may_err_as_often_as_one(horizon: int, known: bool) -> None:
-    looks = [n for n in (LEAST_BATCHES * 2**k for k in range(10)) if n <= horizon]
+    looks = [n for n in (MIN_UNITS * 2**k for k in range(10)) if n <= horizon]
     looks += [horizon] if horizon not in looks else []
     errors = [1 - _wanted(0.9, n, horizon if known else None) for n in looks]
     assert sum(errors) == pytest.approx(0.1 if known else 0.1 * (1 - 0.5 ** len(looks)))
@@ -41,7 +42,7 @@ def test_it_ends_where_the_plan_is_settled_and_not_before(problem, capsys):
     model, batches = problem()
     loader = batches * -(-24 // len(batches))
     report = dtme.analyze(model, loader, LOSSES, settle=0.9, plan_options=ALL, progress=False)
-    assert report.settled is True and report.num_batches == LEAST_BATCHES < len(loader)
+    assert report.settled is True and report.num_batches == MIN_UNITS < len(loader)
     assert dtme.analyze(model, loader, LOSSES, progress=False).settled is None
 
 
@@ -51,15 +52,15 @@ def test_a_loader_without_a_length_settles_too(problem, capsys):
     with pytest.raises(TypeError):
         len(loader)
     report = dtme.analyze(model, loader, LOSSES, settle=0.9, plan_options=ALL, covariance_batches=4)
-    assert report.settled and report.num_batches == LEAST_BATCHES
+    assert report.settled and report.num_batches == MIN_UNITS
     assert "conflicts" in capsys.readouterr().err
 
 
 def test_few_batches_settle_nothing(problem):
     model, batches = problem()
-    few = (batches * LEAST_BATCHES)[: LEAST_BATCHES - 1]
+    few = (batches * MIN_UNITS)[: MIN_UNITS - 1]
     report = dtme.analyze(model, few, LOSSES, settle=0.9, plan_options=ALL, progress=False)
-    assert report.settled is False and report.num_batches == LEAST_BATCHES - 1
+    assert report.settled is False and report.num_batches == MIN_UNITS - 1
 
 
 def test_labels_of_noise_never_settle(problem):

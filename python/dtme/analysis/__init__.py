@@ -15,6 +15,7 @@ from ..blocks import BlockError, find_blocks
 from ..interrupts import Deferred
 from ..model import MultiTaskModel
 from ..report import ConflictReport
+from ..resampling import MIN_UNITS
 from ..stability import agreement
 from .arguments import (
     check_counts,
@@ -34,9 +35,6 @@ from .passes import Analysis, Options
 from .ranks import Ranks
 
 __all__ = ["analyze"]
-
-LEAST_BATCHES = 8
-"""With fewer, nothing is known of how sure a rate is."""
 
 
 def analyze(
@@ -232,7 +230,7 @@ def _look_at_spaces(analysis: Analysis) -> Callable[[int], tuple[bool, str]]:
 def _look_at_plan(analysis: Analysis, horizon: int | None) -> Callable[[int], tuple[bool, str]]:
     def look(rounds: int) -> tuple[bool, str]:
         batches = rounds * analysis.ranks.world
-        if batches < LEAST_BATCHES:
+        if batches < MIN_UNITS:
             return False, ""
         share = _agreement(analysis, analysis.report(is_last=False))
         assert analysis.options.settle is not None
@@ -272,7 +270,7 @@ def _wanted(settle: float, batches: int, horizon: int | None) -> float:
 
 def _number_of_looks(batches: int) -> int:
     """Up to so many batches, the last look being at the end, whether it is at a doubling or not."""
-    return max(0, (batches - 1) // LEAST_BATCHES).bit_length() + 1
+    return max(0, (batches - 1) // MIN_UNITS).bit_length() + 1
 
 
 def _say_what_pairs_cost(analysis: Analysis) -> None:

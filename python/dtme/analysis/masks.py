@@ -17,6 +17,8 @@ class Mask(NamedTuple):
     tokens: Tensor | None
     decoder: Tensor | None
     """For the decoder's blocks of an encoder-decoder model."""
+    hides: bool
+    """Whether there is any token that does not count."""
 
 
 class TokenMasks:
@@ -43,22 +45,22 @@ class TokenMasks:
         """For one batch."""
         if self.given is None:
             inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-            return Mask(_mask_in(inputs, "attention_mask"), _mask_in(inputs, "decoder_attention_mask"))
+            return _mask(_mask_in(inputs, "attention_mask"), _mask_in(inputs, "decoder_attention_mask"))
         mask = self.given(batch)
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
             got = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"token_mask must return a (B, N) bool tensor, True where a token counts, got {got}")
-        return Mask(mask != 0, mask != 0)
+        return _mask(mask != 0, mask != 0)
 
     def at(self, mask: Mask, block: str, shape: torch.Size) -> Tensor | None:
-        """The mask for tokens (B, N, p) of one block.
+        """The mask for tokens (B, N, p) of one block; None where all of them count.
 
         Raises:
             ValueError: the function that was given returned another number of rows or columns.
         """
         counts = mask.decoder if block in self.decoder else mask.tokens
         if counts is None or counts.shape == shape[:2]:
-            return counts
+            return counts if mask.hides else None
         problem = (
             f"has {counts.shape[0]} rows and {counts.shape[1]} columns, but block {block!r} takes {shape[0]} rows of "
             f"{shape[1]} tokens"
@@ -72,7 +74,7 @@ class TokenMasks:
 
     def note(self, mask: Mask) -> None:
         """A batch was read."""
-        for counts in dict.fromkeys(one for one in mask if one is not None):
+        for counts in [one for one in (mask.tokens, mask.decoder) if one is not None]:
             counted = int(counts.sum())
             self.num_counted += counted
             self.num_masked += counts.numel() - counted
@@ -82,6 +84,10 @@ class TokenMasks:
         if num_masked and not num_counted:
             name = "the attention_mask" if self.given is None else "token_mask"
             raise ValueError(f"{name} hides every token of every batch: True, or 1, is for tokens that count")
+
+
+def _mask(tokens: Tensor | None, decoder: Tensor | None) -> Mask:
+    return Mask(tokens, decoder, any(not bool(one.all()) for one in (tokens, decoder) if one is not None))
 
 
 def _is_part_of(block: str, side: str) -> bool:

@@ -67,7 +67,6 @@ def report_of(
     spaces: Mapping[str, Space],
     ratios: Sequence[float],
     num_samples: int,
-    settled: bool | None,
     problems: Mapping[str, str],
     is_last: bool,
 ) -> ConflictReport:
@@ -115,7 +114,6 @@ def report_of(
         units=of_first,
         num_batches=sum(part.num_batches for part in sums),
         skipped={task: sum(part.skipped[task] for part in sums) for task in first.tasks},
-        settled=settled,
         reached=reached,
         gains=gains,
         gain_resamples=resamples,

@@ -105,9 +105,8 @@ class Analysis:
         return torch.cat([run.by_image(num_tasks, self._mask_at(name, run, mask)) for run in runs], 1)
 
     def _mask_at(self, name: str, run: Entered, mask: Mask) -> Tensor | None:
-        """None too where all of the tokens count, so that none has to be picked out."""
         found = self.masks.at(mask, name, run.in_streams(run.tokens).shape[1:])
-        return None if found is None or bool(found.all()) else found.to(run.tokens.device)
+        return None if found is None else found.to(run.tokens.device)
 
     def _precision(self) -> AbstractContextManager[Any]:
         dtype = self.options.autocast
@@ -218,7 +217,7 @@ class Analysis:
         return range_, null, valid[:, 0]
 
     def _check_finite(self, nonfinite: Tensor, gradients: list[Tensor], started: Started) -> None:
-        bad_blocks = nonfinite.nonzero().flatten().tolist()  # the one wait for the device
+        bad_blocks = nonfinite.nonzero().flatten().tolist()
         if bad_blocks:
             d = bad_blocks[-1]  # nearest to the loss, where it began
             finite = gradients[d].isfinite().flatten(1).all(1).tolist()
@@ -261,12 +260,10 @@ class Analysis:
 
     # --- result -----------------------------------------------------------------------------------------------------
 
-    def report(self, *, settled: bool | None = None, is_last: bool = True) -> ConflictReport:
+    def report(self, *, is_last: bool = True) -> ConflictReport:
         """Of all that the ranks have read so far."""
-        parts = self.ranks.gather(self.sums)
-        return report_of(
-            parts, self.split, self.options.ratios, self.num_samples, settled, self.losses.last_problem, is_last
-        )
+        parts, problems = self.ranks.gather(self.sums), self.losses.last_problem
+        return report_of(parts, self.split, self.options.ratios, self.num_samples, problems, is_last)
 
     # --- kept in a file ---------------------------------------------------------------------------------------------
 

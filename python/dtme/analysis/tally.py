@@ -56,7 +56,7 @@ class Tally:
     """
 
     def __init__(self, num_blocks: int, num_tasks: int, num_ratios: int) -> None:
-        self.num_tasks, self.num_ratios = num_tasks, num_ratios
+        self.num_ratios = num_ratios
         self.pairs = torch.triu_indices(num_tasks, num_tasks, 1)
         self.shape = (2 * num_ratios + 1, num_blocks, self.pairs.shape[1])
         self.bundles = Bundles(most_units(num_blocks * self.pairs.shape[1]))
@@ -73,7 +73,7 @@ def most_units(counts: int) -> int:
     return max(LEAST_UNITS, min(MOST_UNITS, MOST_COUNTS // max(counts, 1) // 2 * 2))
 
 
-def units(sums: Sequence[Tensor], batches: Sequence[int], shape: Sequence[int], ratio: int = 0) -> Units:
+def units(sums: Sequence[Tensor], batches: Sequence[int], shape: Sequence[int], ratio: int) -> Units:
     """The units of one of the ratios."""
     stacked = torch.stack(list(sums)) if sums else torch.zeros(0, *shape, dtype=torch.int64)
     num_ratios = (shape[0] - 1) // 2
