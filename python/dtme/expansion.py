@@ -1,11 +1,12 @@
 """``expand`` a model by a plan and ``collapse`` it again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .block import BlockAdapter
+from .block.handover import adopt, draw_tokens
 from .block.site import Site, find_attention
 from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
 from .entry import Root
@@ -53,7 +54,9 @@ def expand(
         ValueError: the plan is for another model (a missing block, another width, an unknown task, a group with the
             name of another task), or a block's attention cannot take task tokens correctly. The model is then as it
             was.
+        TypeError: the model is no module, or ``plan`` no plan.
     """
+    check_module(model_or_backbone)
     if not isinstance(plan, ExpansionPlan):
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
     if modulator not in MODULATORS:
@@ -81,7 +84,9 @@ def collapse(model_or_backbone: nn.Module) -> Any:
 
     Raises:
         RuntimeError: it is not expanded.
+        TypeError: it is no module.
     """
+    check_module(model_or_backbone)
     backbone, _ = _parts(model_or_backbone)
     found = expansions(backbone)
     if not found:
@@ -113,8 +118,16 @@ class PlannedBlocks(NamedTuple):
         return cls(blocks, {name: _width(name, blocks[name], plan) for name in plan.blocks})
 
 
-def attach(backbone: nn.Module, planned: PlannedBlocks, expansion: Expansion) -> None:
-    """Hang the modules of ``expansion`` on a backbone that has none of it, or leave it as it is and raise."""
+def attach(
+    backbone: nn.Module,
+    planned: PlannedBlocks,
+    expansion: Expansion,
+    earlier: Mapping[str, BlockAdapter] | None = None,
+) -> None:
+    """Hang the modules of ``expansion`` on a backbone that has none of it, or leave it as it is and raise.
+
+    What blocks of ``earlier`` had too, they go on with; random numbers are drawn for new task tokens only.
+    """
     blocks, widths = planned
     # every block is probed before any is changed: probing calls it
     sites = {name: find_attention(name, blocks[name], widths[name]) for name in expansion.plan.expansion}
@@ -122,6 +135,12 @@ def attach(backbone: nn.Module, planned: PlannedBlocks, expansion: Expansion) ->
     state = random_state()
     try:
         _attach(blocks, sites, widths, expansion)
+        for adapter in adapters(backbone):
+            if adapter.expansion is expansion:
+                before = (earlier or {}).get(adapter.name)
+                if before is not None:
+                    adopt(adapter, before)
+                draw_tokens(adapter, before)
         Root(backbone, expansion, expansion.plan.blocks).attach()
     except BaseException:
         detach(backbone, expansion)
@@ -137,6 +156,12 @@ def fold(backbone: nn.Module, task: str) -> None:
             root.detach()
     for adapter in adapters(backbone):
         adapter.fold(task)
+
+
+def check_module(model: Any) -> None:
+    """TypeError where a model is asked for, and something else is given."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
