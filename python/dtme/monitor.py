@@ -64,7 +64,8 @@ class ConflictMonitor:
     ``batches`` ones before every ``every``-th step go through ``dtme.analyze``, which leaves the model, gradients,
     modes and random numbers as they were: the training is the same as without the monitor. An analysis that fails, as
     where a task has no label in these few batches, or a writer that does, is recorded with its error, and the first of
-    them warned of; it does not end the training. Rates of so few batches are rough: look at their course, and plan by an analysis of more.
+    them warned of; it does not end the training. Rates of so few batches are rough: look at their course, and plan by
+    an analysis of more.
 
     >>> monitor = dtme.ConflictMonitor(model, losses, writer=SummaryWriter())
     >>> for batch in loader:

@@ -203,11 +203,9 @@ def _add_group(optimizer: Optimizer, backbone: nn.Module) -> int:
     """An empty group with the values of that of most of the backbone, as a schedule has left them, but no decay."""
     like = _of_most(optimizer, backbone, range(len(optimizer.param_groups)))
     assert like is not None  # an optimizer that holds parameters has a group
-    values = {
-        k: copy.deepcopy(v) for k, v in optimizer.param_groups[like].items() if k not in ("params", "param_names")
-    }
-    names = {"param_names": []} if "param_names" in optimizer.param_groups[like] else {}
-    optimizer.add_param_group({**values, **names, "params": [], "weight_decay": 0.0})
+    lists = ("params", "param_names")
+    group = {k: [] if k in lists else copy.deepcopy(v) for k, v in optimizer.param_groups[like].items()}
+    optimizer.add_param_group({**group, "weight_decay": 0.0})
     return len(optimizer.param_groups) - 1
 
 

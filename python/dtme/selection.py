@@ -174,7 +174,7 @@ class Candidates:
         return scores.shape[1] - 1 - best_first.flip(1).argsort(dim=1, descending=True, stable=True)
 
     def _values(self, source: str, order: Tensor, scores: Tensor) -> Tensor:
-        """(R, S): what a budget's choice maximises the sum of; only a gain can be negative, and is then never chosen."""
+        """(R, S): what a budget's choice maximises the sum of. Only gains can be negative, and are then not chosen."""
         if self.rules.strategy == "random":  # the earlier drawn, the better
             return torch.linspace(1, 0.5, order.shape[1], dtype=torch.float64)[order.argsort(1)]
         if source == "gain":

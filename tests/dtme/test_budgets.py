@@ -124,7 +124,7 @@ def test_a_budget_below_every_plan_says_what_is_needed():
     report = report_of_equals()
     for options, needed in (
         ({"max_parameters": 47}, {"max_parameters": 48}),
-        ({"max_parameters": -1, "modulation": 0}, {"max_parameters": 144}),
+        ({"max_parameters": 0, "modulation": 0}, {"max_parameters": 144}),
         ({"max_compute": 1.3}, {"max_compute": 8 / 6}),
         ({"max_compute": 0.5, "expansion": 0}, {"max_compute": 8 / 6}),
         ({"max_compute": 1.0, "groups": {"all": report.tasks}, "pair_threshold": 0.9}, None),
@@ -143,9 +143,9 @@ def test_a_budget_below_every_plan_says_what_is_needed():
 
 
 @pytest.mark.parametrize("name", ["max_parameters", "max_compute"])
-@pytest.mark.parametrize("value", ["many", float("nan"), True, [3]])
+@pytest.mark.parametrize("value", ["many", float("nan"), True, [3], -1, -0.5])
 def test_bad_budgets(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be None or a number"):
+    with pytest.raises(ValueError, match=f"{name} must be None or a number of at least 0"):
         report_of_equals().plan(**{name: value})
 
 

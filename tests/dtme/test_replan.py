@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -255,7 +256,8 @@ def test_without_a_group_of_added_parameters_one_is_made_and_an_emptied_one_used
     dtme.expand(model, dtme.ExpansionPlan(TASKS, 2))
     targets = {task: torch.randn_like(out) for task, out in model(x).items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
-    dtme.replan(model, NEW, optimizer)
+    with pytest.warns(UserWarning, match="new one with the present values of group 0"):
+        dtme.replan(model, NEW, optimizer)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     train(model, optimizer, x, targets)
     dtme.replan(model, dtme.ExpansionPlan(TASKS, 2), optimizer)
@@ -328,9 +330,10 @@ def test_an_error_half_way_leaves_everything_as_it_was(build, randomise, client,
     first.register_forward_hook(lambda *_: None)
     if how == "attention":
         monkeypatch.setattr("dtme.expansion.find_attention", refuse)
-    optimizer, want = Lost(model.parameters(), lr=1e-3), model(x)
+    optimizer, want = Lost(model.parameters(), lr=1e-3, weight_decay=0.1), model(x)
     before = everything(model, optimizer)
-    with pytest.raises(KeyboardInterrupt if how == "optimizer" else ValueError):
+    with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt if how == "optimizer" else ValueError):
+        warnings.simplefilter("ignore")  # of the new group
         dtme.replan(model, new, optimizer)
     assert is_same(before, everything(model, optimizer))
     assert same_predictions(model(x), want)
