@@ -1,6 +1,6 @@
 """``expand`` a model by a plan and ``collapse`` it again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -134,13 +134,11 @@ def attach(
     _refuse_shared(sites, blocks)
     state = random_state()
     try:
-        _attach(blocks, sites, widths, expansion)
-        for adapter in adapters(backbone):
-            if adapter.expansion is expansion:
-                before = (earlier or {}).get(adapter.name)
-                if before is not None:
-                    adopt(adapter, before)
-                draw_tokens(adapter, before)
+        for adapter in _attach(blocks, sites, widths, expansion):
+            before = (earlier or {}).get(adapter.name)
+            if before is not None:
+                adopt(adapter, before)
+            draw_tokens(adapter, before)
         Root(backbone, expansion, expansion.plan.blocks).attach()
     except BaseException:
         detach(backbone, expansion)
@@ -238,7 +236,9 @@ def _refuse_shared(sites: dict[str, Site], blocks: dict[str, nn.Module]) -> None
                 )
 
 
-def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], expansion: Expansion) -> None:
+def _attach(
+    blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], expansion: Expansion
+) -> Iterator[BlockAdapter]:
     """An adapter on every block from the first that the plan changes: later ones keep the streams apart too."""
     plan, names = expansion.plan, list(blocks)
     first = min((names.index(name) for name in plan.blocks), default=len(names) - 1)
@@ -251,6 +251,7 @@ def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[s
             if name in sites:
                 adapter.add_tokens(plan.expansion[name], plan.num_tokens, like, sites[name])
         adapter.train(block.training)
+        yield adapter
 
 
 def root_of(backbone: nn.Module, expansion: Expansion) -> Root | None:

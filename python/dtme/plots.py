@@ -105,7 +105,9 @@ def _rates(axes: Any, report: "ConflictReport") -> None:
     )
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     axes.set_ylabel("conflicting (token, pair)s")
-    axes.set_title("Token-space gradient conflicts by block", loc="left", fontsize=11, color=TEXT, pad=20 if notes else 6)
+    axes.set_title(
+        "Token-space gradient conflicts by block", loc="left", fontsize=11, color=TEXT, pad=20 if notes else 6
+    )
     axes.legend(frameon=False, ncols=2, loc="best", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
