@@ -53,7 +53,7 @@ class Budget(NamedTuple):
 def check_budget(items: Sequence[Item], budget: Budget) -> None:
     """ValueError saying the least that is needed, if not even one of ``items`` alone is within the budget."""
     if not items:
-        if budget.num_blocks and not budget.affords(budget.num_blocks):
+        if budget.max_compute is not None and budget.max_compute < 1:
             raise ValueError(f"max_compute={budget.max_compute!r} is below every plan: the plain model needs 1.0")
         return
     runs = [budget.runs([item]) for item in items]
@@ -76,7 +76,7 @@ def best_within(items: Sequence[Item], budget: Budget) -> list[Item]:
     Args:
         items: those of each kind with the best first, which is how equals are decided.
     """
-    items = [item for item in items if item.value >= 0]  # leaving out what has a negative value adds to the sum
+    items = [item for item in items if item.value >= 0]  # no plan is better for what has a negative value
     if not items or budget.max_compute is None or budget.affords(budget.num_blocks * budget.num_owners):
         return _cheapest(items, budget)
     if len({item.owners for item in items}) <= 1:  # the first chosen block decides

@@ -51,8 +51,11 @@ def conflict_map(
 
     Raises:
         ValueError: an unknown block or space; a report without bases, or of another model; losses of other tasks; a
-            mask of another shape; or as ``analyze`` for the batch.
+            mask of another shape, or that hides every token; or as ``analyze`` for the batch.
+        TypeError: ``report`` is none.
     """
+    if not isinstance(report, ConflictReport):
+        raise TypeError(f"report must be a ConflictReport, got {type(report).__name__}")
     basis, rank = _space(report, block, space)
     if isinstance(losses, Mapping) and set(losses) != set(report.tasks):
         raise ValueError(f"losses must be of the report's tasks {list(report.tasks)}, got {list(losses)}")
@@ -95,6 +98,8 @@ def _gradients_at(
     with Deferred() as signals, prepared(model, losses, blocks, options, Ranks(None, signals, alone=True)) as analysis:
         batch = to_device(batch, analysis.device)
         mask = analysis.masks.of(batch)
+        analysis.masks.note(mask)
+        analysis.check_masks()
         found = analysis.gradients(batch)
         d = found.names.index(block)
         gradients = found.gradients[d]

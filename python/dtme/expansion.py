@@ -1,11 +1,12 @@
 """``expand`` a model by a plan and ``collapse`` it again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .block import BlockAdapter
+from .block.handover import adopt, draw_tokens
 from .block.site import Site, find_attention
 from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
 from .entry import Root
@@ -29,7 +30,7 @@ def expand(
     freeze_backbone: bool = False,
     shared_prefix: bool | str = "auto",
 ) -> Any:
-    """Give the plan's blocks their tasks' modulations and tokens, in place (method.md, section 4).
+    """Give the plan's blocks their tasks' modulations and tokens, in place.
 
     Added parameters are ``<block>.dtme.{weight,bias}.<task>`` (p,), starting as the identity, and
     ``<block>.dtme.tokens.<task>`` (t, p), normal with std 0.02, in the dtype and on the device of their block. Those
@@ -53,7 +54,9 @@ def expand(
         ValueError: the plan is for another model (a missing block, another width, an unknown task, a group with the
             name of another task), or a block's attention cannot take task tokens correctly. The model is then as it
             was.
+        TypeError: the model is no module, or ``plan`` no plan.
     """
+    check_module(model_or_backbone)
     if not isinstance(plan, ExpansionPlan):
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
     if modulator not in MODULATORS:
@@ -81,7 +84,9 @@ def collapse(model_or_backbone: nn.Module) -> Any:
 
     Raises:
         RuntimeError: it is not expanded.
+        TypeError: it is no module.
     """
+    check_module(model_or_backbone)
     backbone, _ = _parts(model_or_backbone)
     found = expansions(backbone)
     if not found:
@@ -113,15 +118,27 @@ class PlannedBlocks(NamedTuple):
         return cls(blocks, {name: _width(name, blocks[name], plan) for name in plan.blocks})
 
 
-def attach(backbone: nn.Module, planned: PlannedBlocks, expansion: Expansion) -> None:
-    """Hang the modules of ``expansion`` on a backbone that has none of it, or leave it as it is and raise."""
+def attach(
+    backbone: nn.Module,
+    planned: PlannedBlocks,
+    expansion: Expansion,
+    earlier: Mapping[str, BlockAdapter] | None = None,
+) -> None:
+    """Hang the modules of ``expansion`` on a backbone that has none of it, or leave it as it is and raise.
+
+    What blocks of ``earlier`` had too, they go on with; random numbers are drawn for new task tokens only.
+    """
     blocks, widths = planned
     # every block is probed before any is changed: probing calls it
     sites = {name: find_attention(name, blocks[name], widths[name]) for name in expansion.plan.expansion}
     _refuse_shared(sites, blocks)
     state = random_state()
     try:
-        _attach(blocks, sites, widths, expansion)
+        for adapter in _attach(blocks, sites, widths, expansion):
+            before = (earlier or {}).get(adapter.name)
+            if before is not None:
+                adopt(adapter, before)
+            draw_tokens(adapter, before)
         Root(backbone, expansion, expansion.plan.blocks).attach()
     except BaseException:
         detach(backbone, expansion)
@@ -137,6 +154,12 @@ def fold(backbone: nn.Module, task: str) -> None:
             root.detach()
     for adapter in adapters(backbone):
         adapter.fold(task)
+
+
+def check_module(model: Any) -> None:
+    """TypeError where a model is asked for, and something else is given."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -213,7 +236,9 @@ def _refuse_shared(sites: dict[str, Site], blocks: dict[str, nn.Module]) -> None
                 )
 
 
-def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], expansion: Expansion) -> None:
+def _attach(
+    blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[str, int], expansion: Expansion
+) -> Iterator[BlockAdapter]:
     """An adapter on every block from the first that the plan changes: later ones keep the streams apart too."""
     plan, names = expansion.plan, list(blocks)
     first = min((names.index(name) for name in plan.blocks), default=len(names) - 1)
@@ -226,6 +251,7 @@ def _attach(blocks: dict[str, nn.Module], sites: dict[str, Site], widths: dict[s
             if name in sites:
                 adapter.add_tokens(plan.expansion[name], plan.num_tokens, like, sites[name])
         adapter.train(block.training)
+        yield adapter
 
 
 def root_of(backbone: nn.Module, expansion: Expansion) -> Root | None:

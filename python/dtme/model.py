@@ -107,7 +107,13 @@ class MultiTaskModel(nn.Module):
 
         Raises:
             ValueError: unknown tasks; tasks that nothing has named; a decoder that lacks a prediction.
+            TypeError: ``inputs`` beside ``x``.
         """
+        if x is not None and inputs:
+            raise TypeError(
+                f"model(x, tasks) takes nothing beside x, got {', '.join(map(repr, inputs))} too: what the backbone "
+                "takes by name goes without x, or in it, as a mapping"
+            )
         x = inputs if x is None else x
         if torch.compiler.is_compiling():
             selected, needed = self.tasks_for(tasks)
@@ -209,7 +215,11 @@ class MultiTaskModel(nn.Module):
         return dict.fromkeys(selected, self._features_of(x)) if opening is None else opening.carry_out(run)
 
     def parameter_groups(self, lr: float = 2e-5, weight_decay: float = 1e-6) -> list[dict[str, Any]]:
-        """Trainable parameters for an optimizer; what ``expand`` added is not decayed (its identity is not zero)."""
+        """Trainable parameters for an optimizer; what ``expand`` added is not decayed (its identity is not zero).
+
+        An expanded model has a group of added parameters even while its plan adds none: those of a later ``replan``
+        then join it, and a scheduler, which may not meet another number of groups, goes on.
+        """
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         base = [parameter for name, parameter in named if not is_added(name)]
         added = [parameter for name, parameter in named if is_added(name)]
@@ -217,7 +227,7 @@ class MultiTaskModel(nn.Module):
             {"params": base, "lr": lr, "weight_decay": weight_decay},
             {"params": added, "lr": lr, "weight_decay": 0.0},
         ]
-        return [group for group in groups if group["params"]]
+        return [group for group in groups if group["params"] or (group is groups[1] and expansions(self.backbone))]
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train and how many the plan added."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from math import isfinite
+from numbers import Real
 from statistics import fmean
 from time import perf_counter
 from typing import Any
@@ -15,13 +16,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .analysis import analyze
-from .analysis.arguments import check_model, ratios_of
+from .analysis.arguments import check_max_tasks, check_method, check_model, ratios_of
 from .analysis.losses import Step
-from .expansion import parallel_wrapper
+from .analysis.masks import TokenMasks
+from .blocks import find_blocks
+from .expansion import check_module, parallel_wrapper
+from .model import MultiTaskModel
 from .report import ConflictReport
 
-NOT_FORWARDED = {"model", "loader", "losses", "ratio", "max_batches", "covariance_batches", "progress"}
-"""What the monitor says to ``analyze`` itself."""
+NOT_FORWARDED = {
+    # what the monitor says itself
+    *("model", "loader", "losses", "ratio", "progress"),
+    # what a few batches of one process have no use for: there is nothing to stop early, to go on from or to share
+    *("max_batches", "covariance_batches", "settle", "plan_options", "folder", "process_group"),
+}
+"""Arguments of ``analyze`` that are no options of a monitor."""
 ROWS = 10
 
 
@@ -39,6 +48,8 @@ class Observation:
     null_rates: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     """Why the analysis failed."""
+    writer_error: str | None = None
+    """Why the writer failed."""
 
     def mean(self, space: str) -> float:
         """Over the blocks, of the ``"range"`` or the ``"null"`` rates; NaN where there is none."""
@@ -52,8 +63,9 @@ class ConflictMonitor:
     ``step(batch)`` is called once per training step, anywhere in it, with the batch as the loader yields it. The last
     ``batches`` ones before every ``every``-th step go through ``dtme.analyze``, which leaves the model, gradients,
     modes and random numbers as they were: the training is the same as without the monitor. An analysis that fails, as
-    where a task has no label in these few batches, is recorded with its error, and the first of them warned of; it does
-    not end the training. Rates of so few batches are rough: look at their course, and plan by an analysis of more.
+    where a task has no label in these few batches, or a writer that does, is recorded with its error, and the first of
+    them warned of; it does not end the training. Rates of so few batches are rough: look at their course, and plan by
+    an analysis of more.
 
     >>> monitor = dtme.ConflictMonitor(model, losses, writer=SummaryWriter())
     >>> for batch in loader:
@@ -64,14 +76,15 @@ class ConflictMonitor:
     Args:
         model, losses: as for ``analyze``; a loop of one's own gives its ``step(model, batch)`` for the losses.
         every: steps from one analysis to the next.
-        ratio: r, range energy over null energy.
+        ratio: r, range energy over null energy; one number.
         writer: anything with TensorBoard's ``add_scalar(tag, value, step)``; it is given ``dtme/range/<block>``,
             ``dtme/null/<block>``, ``dtme/range_mean``, ``dtme/null_mean`` and ``dtme/overhead``.
         batches: how many consecutive batches an analysis reads; by default 2, or ``every`` if that is less. With K
             tasks, a batch costs about as much as K training steps of one task and a forward or two.
         max_overhead: a share of the time, such as 0.03: an analysis that would bring ``overhead`` above it, going by
             what the last one took, is left out. None for no such limit.
-        options: other arguments of ``analyze``, such as ``blocks`` or ``train_mode``.
+        options: of ``analyze``: ``blocks``, ``token_mask``, ``max_tasks``, ``count_zero_gradients``, ``train_mode``,
+            ``autocast``, ``method`` and ``device``.
 
     Attributes:
         history: an ``Observation`` for each analysis.
@@ -79,9 +92,11 @@ class ConflictMonitor:
     Raises:
         RuntimeError: the model is wrapped by DDP, FSDP or DataParallel, or more than one process trains: the other
             processes would wait for gradients that never come. Watch one process's training, or analyse between epochs.
-        TypeError: a writer without ``add_scalar``; options that ``analyze`` does not have; or as ``analyze``.
+        TypeError: a writer without ``add_scalar``; other options; or as ``analyze``.
         ValueError: ``every`` or ``batches`` is not a positive integer, ``batches`` is more than ``every``, or
-            ``max_overhead`` no share; or as ``analyze``.
+            ``max_overhead`` no share; several ratios; or as ``analyze``.
+
+        All of these come at once, before the training has begun.
     """
 
     def __init__(
@@ -96,6 +111,7 @@ class ConflictMonitor:
         max_overhead: float | None = None,
         **options: Any,
     ) -> None:
+        check_module(model)
         _refuse_parallel(model)
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer must have add_scalar(tag, value, step), got {type(writer).__name__}")
@@ -106,12 +122,13 @@ class ConflictMonitor:
         batches = min(2, every) if batches is None else batches
         if batches > every:
             raise ValueError(f"batches must be at most every, as those before a step are read: {batches} > {every}")
-        if max_overhead is not None and (isinstance(max_overhead, bool) or not 0 < max_overhead <= 1):
+        is_number = isinstance(max_overhead, Real) and not isinstance(max_overhead, bool)
+        if max_overhead is not None and not (is_number and 0 < max_overhead <= 1):
             raise ValueError(f"max_overhead must be None or a share in (0, 1], got {max_overhead!r}")
-        if unknown := set(options) - (set(signature(analyze).parameters) - NOT_FORWARDED):
-            raise TypeError(f"ConflictMonitor got {min(unknown)!r}, which it cannot hand to dtme.analyze")
+        if ratios_of(ratio) != (ratio,):
+            raise ValueError(f"ratio must be one positive number, got {ratio!r}: a monitor shows the rates at one")
         check_model(model, losses)
-        ratios_of(ratio)
+        _check_options(model, options)
         self.model, self.losses, self.every, self.ratio, self.writer = model, losses, every, ratio, writer
         self.batches, self.max_overhead, self.options = batches, max_overhead, options
         self.num_steps = 0
@@ -152,7 +169,7 @@ class ConflictMonitor:
         self._spent += perf_counter() - begun
         if self.writer is not None:
             begun = perf_counter()
-            self._write(seen)
+            self.history[-1] = seen = self._written(seen)
             self._spent += perf_counter() - begun
         return seen
 
@@ -169,19 +186,33 @@ class ConflictMonitor:
         try:
             report = analyze(self.model, some, self.losses, ratio=self.ratio, progress=False, **self.options)
         except Exception as error:  # whatever it is, the training is worth more
-            said = f"{type(error).__name__}: {error}"
-            if not any(earlier.error for earlier in self.history):
-                warnings.warn(
-                    f"the conflict monitor's analysis at step {self.num_steps} failed, and the training goes on; later "
-                    f"failures are only recorded in its history: {said}",
-                    stacklevel=3,
-                )
-            return Observation(self.num_steps, perf_counter() - begun, error=said)
+            seconds, is_first = perf_counter() - begun, not any(earlier.error for earlier in self.history)
+            return Observation(self.num_steps, seconds, error=self._said("analysis", error, is_first))
         in_range, in_null = (
             {block: rate for block, rate in zip(report.blocks, rates.tolist(), strict=True) if isfinite(rate)}
             for rates in (report.range_rates, report.null_rates)
         )
         return Observation(self.num_steps, perf_counter() - begun, replace(report, bases=None), in_range, in_null)
+
+    def _said(self, what: str, error: Exception, is_first: bool) -> str:
+        """The error in words, which are warned of where it is the first of its kind."""
+        said = f"{type(error).__name__}: {error}"
+        if is_first:
+            warnings.warn(
+                f"the conflict monitor's {what} at step {self.num_steps} failed, and the training goes on; later "
+                f"failures are only recorded in its history: {said}",
+                stacklevel=4,
+            )
+        return said
+
+    def _written(self, seen: Observation) -> Observation:
+        """What was seen, given to the writer; a full disk or a lost connection must not end the training either."""
+        try:
+            self._write(seen)
+        except Exception as error:
+            is_first = not any(earlier.writer_error for earlier in self.history)
+            return replace(seen, writer_error=self._said("writer", error, is_first))
+        return seen
 
     def _write(self, seen: Observation) -> None:
         for space, rates in (("range", seen.range_rates), ("null", seen.null_rates)):
@@ -220,6 +251,22 @@ def _row(seen: Observation) -> list[str]:
     ]
     means = [f"{seen.mean(space):.1%}" for space in ("range", "null")]
     return [str(seen.step), *means, *highest, f"{seen.seconds:.2f}"]
+
+
+def _check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """What ``analyze`` would refuse at every step."""
+    known = [name for name in signature(analyze).parameters if name not in NOT_FORWARDED]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"ConflictMonitor got {unknown[0]!r}; its options for dtme.analyze are {known}")
+    blocks = find_blocks(model.backbone if isinstance(model, MultiTaskModel) else model, options.get("blocks"))
+    TokenMasks(options.get("token_mask"), blocks)
+    if "max_tasks" in options:
+        check_max_tasks(options["max_tasks"])
+    check_method(options.get("method", "joint"), options.get("autocast"), None)
+    try:
+        torch.device(options.get("device") or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be None or name a device, got {options['device']!r}: {error}") from error
 
 
 def _refuse_parallel(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from .files import load_json, save_json
 KIND = "dtme.ExpansionPlan"
 FIELDS, OPTIONAL = {"tasks", "num_tokens", "modulation", "expansion"}, {"num_features", "groups"}
 NUM_TOKENS = {"text": 6, "params": 1}
-"""Task tokens per block: six in the paper's text, one in its parameter counts (method.md, section 4)."""
+"""Task tokens per block: six in the paper's text, one in its parameter counts."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ class ExpansionPlan:
     def compute(self, tasks: str | Sequence[str] | None = None) -> float:
         """Blocks run in all streams of the expanded model, over the blocks of the plain one; 1.0 for one task.
 
+        A plan that changes nothing takes 1.0 too, whether it knows the model's blocks or not.
+
         Tasks share one stream until a block has modules of some of them. From there on these run in streams of their
         own, one for every group and for every task that is in none.
 
@@ -131,6 +133,8 @@ class ExpansionPlan:
                 own, because its ``num_features`` leave them out.
         """
         shared = set(self.owners(choose(tasks, self.tasks)))
+        if not self.blocks:
+            return 1.0
         if not self.num_features:
             raise ValueError(
                 "the compute of this plan is not known, because its num_features are empty: give the width of every "

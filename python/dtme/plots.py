@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .plan import ExpansionPlan
-from .tables import has_units
+from .tables import NEVER_MET, NOT_REACHED, has_units, why_unshared
 
 if TYPE_CHECKING:
     from .report import ConflictReport
@@ -19,7 +19,11 @@ STACKED_PAIRS = 12
 MOST_PAIRS = 150
 """Beyond, a row per pair would be too low to read: a matrix of the tasks is shown instead."""
 MOST_LABELS = 40
-TOP_HEIGHT = 4.5
+UNSHARED = {
+    NOT_REACHED: "blocks that fewer than two tasks reach",
+    NEVER_MET: "blocks where no two tasks have gradients at the same token",
+}
+TOP_HEIGHT = 4.6
 """Inches of what is above the heat maps."""
 
 
@@ -63,25 +67,29 @@ def plot_report(report: "ConflictReport", plan: ExpansionPlan, shares: Mapping[s
 def _rates(axes: Any, report: "ConflictReport") -> None:
     positions = torch.arange(len(report.blocks), dtype=torch.float64)
     size = 5 if len(report.blocks) <= 24 else 3.5
+    has_intervals = has_units(report) and not report.intervals("range").isnan().all()
     for values, space, color, marker, shift in (
         (report.range_rates, "range", RANGE, "o", -0.07),
         (report.null_rates, "null", NULL, "s", 0.07),
     ):
         style = {"color": color, "marker": marker, "markersize": size, "linewidth": 1.6, "label": f"{space} space"}
-        if not has_units(report):
+        if not has_intervals:
             axes.plot(positions, values.tolist(), **style)
             continue
         low, high = report.intervals(space).unbind(1)
         around = torch.stack([values - low, high - values]).clamp(min=0)
         axes.errorbar(positions + shift, values, around.numpy(), elinewidth=1, capsize=min(3, size - 2), **style)
-    shared = set(report.shared_blocks)
-    notes = ["bars: 95% intervals"] if has_units(report) else []
+    unshared = why_unshared(report)
     for d, block in enumerate(report.blocks):
-        if block not in shared:
+        if block in unshared:
             axes.axvspan(d - 0.5, d + 0.5, color=EMPTY, linewidth=0, zorder=0)
-    if len(shared) < len(report.blocks):
-        notes.append("grey: blocks that fewer than two tasks reach")
-    axes.set_title(" · ".join(notes), loc="right", fontsize=9, color=CHANCE)
+    notes = ["bars: 95% intervals"] if has_intervals else []
+    if unshared:
+        notes.append("grey: " + ", ".join(text for why, text in UNSHARED.items() if why in unshared.values()))
+    # a line of its own: beside the title it would lie over it in a narrow picture
+    axes.annotate(
+        " · ".join(notes), (0, 1), (0, 5), "axes fraction", "offset points", va="bottom", fontsize=9, color=CHANCE
+    )
     axes.set_xlim(-0.5, len(report.blocks) - 0.5)
     axes.axhline(0.5, color=CHANCE, linewidth=0.9, linestyle="--", zorder=0)
     # outside, where no curve runs
@@ -97,28 +105,32 @@ def _rates(axes: Any, report: "ConflictReport") -> None:
     )
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     axes.set_ylabel("conflicting (token, pair)s")
-    axes.set_title("Token-space gradient conflicts by block", loc="left", fontsize=11, color=TEXT)
+    axes.set_title(
+        "Token-space gradient conflicts by block", loc="left", fontsize=11, color=TEXT, pad=20 if notes else 6
+    )
     axes.legend(frameon=False, ncols=2, loc="best", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _choice(axes: Any, report: "ConflictReport", plan: ExpansionPlan, shares: Mapping[str, Tensor] | None) -> None:
-    shared = set(report.shared_blocks)
+    unshared, is_shown = why_unshared(report), False
     few = len(report.blocks) <= 24
     for row, (kind, color) in enumerate((("modulation", RANGE), ("expansion", NULL))):
         blocks = getattr(plan, kind)
         for d, block in enumerate(report.blocks):
-            if block not in shared:
+            if block in unshared:
+                axes.text(d, row, "–", ha="center", va="center", color=CHANCE, fontsize=8)
                 continue
             members = len(blocks.get(block, ())) / len(plan.tasks)
             fill = {"color": color, "alpha": 0.35 + 0.65 * members} if members else {"color": EMPTY}
             axes.barh(row, 0.9, left=d - 0.45, height=0.8, **fill)
             share = math.nan if shares is None else 100 * shares[kind][d].item()
+            is_shown |= not math.isnan(share)
             if share >= 1:  # in how many of the resamples the block is chosen
                 style = {"color": "white" if members > 0.5 else TEXT, "fontsize": 8 if few else 6}
                 axes.text(d, row, f"{share:.0f}%" if few else f"{share:.0f}", ha="center", va="center", **style)
     axes.set_yticks([0, 1], ["modulation", "expansion"], fontsize=8)
-    if shares is not None and not shares["modulation"].isnan().any():
+    if is_shown:
         axes.set_title("% of resamples that choose the block", loc="right", fontsize=8, color=CHANCE, pad=2)
     axes.set_ylim(1.5, -0.5)
     axes.tick_params(length=0)

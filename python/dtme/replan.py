@@ -1,7 +1,9 @@
 """Go on with another plan: ``replan`` an expanded model in the middle of its training."""
 
+import copy
+import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,15 +12,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .block.adapter import ADDED, is_added
-from .block.handover import add_gates, adopt
+from .block.handover import add_gates, new_tokens
 from .entry import Root
 from .expanded import Expansion
-from .expansion import PlannedBlocks, attach, detach, refuse_wrapped, root_of
+from .expansion import PlannedBlocks, attach, check_module, detach, refuse_wrapped, root_of
+from .interrupts import all_or_nothing
 from .plan import ExpansionPlan
 from .randomness import random_state, wind_back
 from .streams import adapters, expansions
 
 
+@all_or_nothing
 def replan(
     model_or_backbone: nn.Module,
     plan: ExpansionPlan,
@@ -36,10 +40,11 @@ def replan(
     Args:
         model_or_backbone: what ``expand`` was given, or a ``MultiTaskModel`` around it.
         plan: the new one, for the same model; it may change other blocks.
-        optimizer: the one that trains the model. Parameters that leave the model leave it and its state; new ones join
-            the group of the earlier added ones, so that schedulers go on; where there is none, they get a group of
-            their own without weight decay, which a scheduler made before does not know. The state of all others stays.
-            None where there is no optimizer yet.
+        optimizer: the one that trains the model. Parameters that leave the model leave it and its state; the state of
+            all others stays. New ones join a group that there is, so that schedulers go on: that of earlier added ones,
+            also one that is empty, or else one without weight decay. Where there is neither, they get a group of their
+            own without weight decay, with what else the group of most of the backbone has now, and a warning says how
+            to go on with a scheduler. None where there is no optimizer yet.
         gate_tokens: begin new task tokens without effect, so that the model's function does not change by them: what
             the attention puts out is that without them plus ``gate`` times what they change in it, ``gate`` being
             ``<block>.dtme.gate.<task>``, a learnable scalar that starts at 0. Its gradient is there at once, that of
@@ -56,10 +61,11 @@ def replan(
             know its parameters as they are: replan what is inside, and wrap that anew.
         ValueError: the plan is for another model (a missing block, another width, an unknown task); a block's attention
             cannot take task tokens correctly; or the optimizer does not hold the model's parameters.
-        TypeError: ``plan`` or ``optimizer`` is of another class.
+        TypeError: the model, ``plan`` or ``optimizer`` is of another class.
 
         The model, the optimizer and the random state are then as they were.
     """
+    check_module(model_or_backbone)
     if not isinstance(plan, ExpansionPlan):
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
@@ -72,10 +78,12 @@ def replan(
     earlier = _added(model_or_backbone)
     if optimizer is not None:
         _check_optimizer(optimizer, model_or_backbone, earlier)
+        if plan.blocks and _home(optimizer, backbone, earlier) is None:
+            _warn_of_new_group(optimizer, backbone)
     with _undone_on_error(backbone, optimizer):
         _exchange(backbone, planned, old, new, gate_tokens)
         if optimizer is not None:
-            _update_optimizer(optimizer, earlier, _added(model_or_backbone))
+            _update_optimizer(optimizer, backbone, earlier, _added(model_or_backbone))
     return model_or_backbone
 
 
@@ -104,14 +112,9 @@ def _exchange(backbone: nn.Module, planned: PlannedBlocks, old: Expansion, new: 
     """The adapters of ``new`` for those of ``old``, with the parameters that both have."""
     before = {adapter.name: adapter for adapter in adapters(backbone)}
     detach(backbone, old)
-    attach(backbone, planned, new)
-    for adapter in adapters(backbone):
-        earlier = before.get(adapter.name)
-        if earlier is not None:
-            adopt(adapter, earlier)
-        if gate_tokens:
-            kept = {id(tokens) for tokens in earlier.tokens.values()} if earlier is not None else set()
-            add_gates(adapter, [owner for owner, tokens in adapter.tokens.items() if id(tokens) not in kept])
+    attach(backbone, planned, new, before)
+    for adapter in adapters(backbone) if gate_tokens else ():
+        add_gates(adapter, new_tokens(adapter, before.get(adapter.name)))
     new.has_warned_of_rows = old.has_warned_of_rows
 
 
@@ -136,34 +139,38 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module, earlier: dict[str, 
             )
 
 
-def _update_optimizer(optimizer: Optimizer, earlier: dict[str, nn.Parameter], now: dict[str, nn.Parameter]) -> None:
+def _update_optimizer(
+    optimizer: Optimizer, backbone: nn.Module, earlier: dict[str, nn.Parameter], now: dict[str, nn.Parameter]
+) -> None:
     known, kept = {id(p) for p in earlier.values()}, {id(p) for p in now.values()}
     gone = {id(p): p for p in earlier.values() if id(p) not in kept}
-    names = {id(p): name for name, p in earlier.items()}
-    new: dict[int, dict[str, nn.Parameter]] = {}
-    for name, parameter in now.items():
-        if id(parameter) not in known:
-            new.setdefault(_group_for(name, optimizer.param_groups, names), {})[name] = parameter
+    if new := {name: parameter for name, parameter in now.items() if id(parameter) not in known}:
+        home = _home(optimizer, backbone, earlier)
+        if home is None:
+            home = _add_group(optimizer, backbone)
+        names = {id(p): name for name, p in earlier.items()}
+        groups = [_group_for(name, optimizer.param_groups, names) for name in new]
+        named = any("param_names" in group for group in optimizer.param_groups)
+        for (name, parameter), index in zip(new.items(), groups, strict=True):
+            group = optimizer.param_groups[home if index is None else index]
+            group["params"].append(parameter)
+            if named:
+                group["param_names"].append(name)
     for parameter in gone.values():
         optimizer.state.pop(parameter, None)
     for group in optimizer.param_groups:
         stay = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in gone]
         for key in ("params", "param_names") if "param_names" in group else ("params",):
             group[key][:] = [group[key][i] for i in stay]
-    for index, parameters in new.items():
-        _join(optimizer, index, parameters)
 
 
-def _group_for(name: str, groups: list[dict[str, Any]], names: dict[int, str]) -> int:
-    """Which group a new parameter joins: one of added parameters, best of its own task and kind; -1 for none.
-
-    Groups may be by task, or by kind. One that an earlier replan emptied held such parameters.
-    """
+def _group_for(name: str, groups: list[dict[str, Any]], names: dict[int, str]) -> int | None:
+    """Which of the groups with earlier added parameters a new one joins: best that of its own task and kind."""
     kind, owner = _kind_and_owner(name)
-    best, found = -1, -1
+    best, found = 0, None
     for i, group in enumerate(groups):
         others = [_kind_and_owner(names[id(p)]) for p in group["params"] if id(p) in names]
-        score = max((1 + (k == kind) + 2 * (o == owner) for k, o in others), default=-1 if group["params"] else 0)
+        score = max((1 + (k == kind) + 2 * (o == owner) for k, o in others), default=0)
         if score > best:
             best, found = score, i
     return found
@@ -174,16 +181,44 @@ def _kind_and_owner(name: str) -> tuple[str, str]:
     return kind, owner
 
 
-def _join(optimizer: Optimizer, index: int, parameters: dict[str, nn.Parameter]) -> None:
-    named = any("param_names" in group for group in optimizer.param_groups)
-    if index < 0:
-        added: list[Any] = list(parameters.items()) if named else list(parameters.values())
-        optimizer.add_param_group({"params": added, "weight_decay": 0.0})
-        return
-    group = optimizer.param_groups[index]
-    group["params"].extend(parameters.values())
-    if named:
-        group["param_names"].extend(parameters)
+def _home(optimizer: Optimizer, backbone: nn.Module, earlier: dict[str, nn.Parameter]) -> int | None:
+    """The group of added parameters, one that is empty and so kept for them, or one without weight decay, if any."""
+    groups, added = optimizer.param_groups, {id(p) for p in earlier.values()}
+    for i, group in enumerate(groups):
+        if any(id(p) in added for p in group["params"]):
+            return i
+    empty = [i for i, group in enumerate(groups) if not group["params"]]
+    free = [i for i, group in enumerate(groups) if group["params"] and not group.get("weight_decay", 0)]
+    return empty[0] if empty else _of_most(optimizer, backbone, free)
+
+
+def _of_most(optimizer: Optimizer, backbone: nn.Module, among: Iterable[int]) -> int | None:
+    """The one of the groups that holds most of the backbone; None where there is no group."""
+    own = {id(p): p.numel() for name, p in backbone.named_parameters() if not is_added(name)}
+    held = {i: sum(own.get(id(p), 0) for p in optimizer.param_groups[i]["params"]) for i in among}
+    return max(held, key=held.__getitem__, default=None)
+
+
+def _add_group(optimizer: Optimizer, backbone: nn.Module) -> int:
+    """An empty group with the values of that of most of the backbone, as a schedule has left them, but no decay."""
+    like = _of_most(optimizer, backbone, range(len(optimizer.param_groups)))
+    assert like is not None  # an optimizer that holds parameters has a group
+    lists = ("params", "param_names")
+    group = {k: [] if k in lists else copy.deepcopy(v) for k, v in optimizer.param_groups[like].items()}
+    optimizer.add_param_group({**group, "weight_decay": 0.0})
+    return len(optimizer.param_groups) - 1
+
+
+def _warn_of_new_group(optimizer: Optimizer, backbone: nn.Module) -> None:
+    like = _of_most(optimizer, backbone, range(len(optimizer.param_groups)))
+    warnings.warn(
+        f"no group of the optimizer ({type(optimizer).__name__}) is without weight decay: the added parameters get a "
+        f"new one with the present values of group {like}. A learning-rate scheduler made before has a value for each "
+        "of the earlier groups and fails at its next step: make a new one that goes on from there, such as "
+        "LambdaLR(optimizer, f, last_epoch=scheduler.last_epoch). To need none, give the optimizer an empty group for "
+        "them from the start, as MultiTaskModel.parameter_groups() of an expanded model does",
+        stacklevel=4,
+    )
 
 
 # --- all or nothing ---------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ class ConflictReport:
         ranks: (D,) int64, dimension m of the range space.
         range_counts, null_counts, valid_counts: (D, K, K) int64, symmetric, zero diagonal: (token, pair)s that
             conflict, and those that could. A block where no pair could is one that fewer than two tasks reach, such as
-            one of a task's own decoder: it has no rates, and no plan is made for it.
+            one of a task's own decoder, or where they never had gradients at the same token: it has no rates, and no
+            plan is made for it.
         eigenvalues: (D, p) float64, descending, of the uncentred second moment; a list of (p_d,) where widths differ.
         num_samples: images of the covariance pass.
         ratio: the r that split range from null.
@@ -47,7 +48,8 @@ class ConflictReport:
         reached: (D, K) bool: which task reaches which block; None: all of them all blocks.
         gains: (D,) float64: by how much more the losses fall, to first order, if every task has an affine map of its
             own in the block instead of all tasks sharing one; NaN where that is not known.
-        gain_resamples: (R, D) float64: the gains of the resamples of ``resampling.resample_weights``.
+        gain_resamples: (R, D) float64: the gains of resamples of bundles of batches. Bundles can be fewer and larger
+            than ``units``; where there are as many, these are the first R of the resamples of the units.
         bases: for each block its (p, p) eigenvectors as columns; None after loading a file that was saved without.
         alternatives: ``{ratio: Split}``, the same analysis at other ratios; ``at`` gives their reports.
     """
@@ -104,9 +106,9 @@ class ConflictReport:
 
     def at(self, ratio: float) -> "ConflictReport":
         """The report at another of ``ratios``: the same gradients in the same basis, split at other ranks."""
-        if ratio == self.ratio:
+        if isinstance(ratio, Real) and ratio == self.ratio:
             return self
-        if ratio not in self.alternatives:
+        if isinstance(ratio, bool) or not isinstance(ratio, Real) or ratio not in self.alternatives:
             raise ValueError(f"this report has the ratios {[*map(float, self.ratios)]}, got {ratio!r}")
         units, split = self.units, self.alternatives[ratio]
         this = Split(self.ranks, self.range_counts, self.null_counts)
@@ -137,7 +139,9 @@ class ConflictReport:
     def intervals(self, space: str, level: float = LEVEL) -> Tensor:
         """(D, 2) float64: where the rate of all data lies at confidence ``level``, by resampling batches.
 
-        NaN for blocks where fewer than 8 batches (or bundles of them) had anything to count.
+        NaN for blocks where fewer than 8 batches (or bundles of them) had anything to count. Resamples differ by as
+        much as batches do: where all of them have the same rate, such as exactly 0 or 1, the interval has no width,
+        though more data could bring another rate.
 
         Args:
             space: ``"range"`` or ``"null"``.
@@ -159,9 +163,15 @@ class ConflictReport:
     def stability(self, **plan_options: Any) -> dict[str, Tensor]:
         """In which share of the resamples ``plan(**plan_options)`` chooses each block.
 
+        Blocks that are equal in a resample are decided there as in ``plan``, by their place: of two that are equal in
+        all of them, the one that is chosen has a share of 1, which then says nothing about their rates.
+
         Returns:
             ``{"modulation": (D,), "expansion": (D,)}`` float64; NaN below 8 batches, or where a block that the plan is
             about has fewer with anything to count; with ``strategy="gain"`` also where the gains have no resamples.
+
+        Raises:
+            ValueError: ``plan(**plan_options)`` does.
         """
         return stability(self, plan_options)
 
@@ -201,11 +211,12 @@ class ConflictReport:
             modulation: share of the blocks that get modulations, those with the highest range rate; 0 for none.
             expansion: share of the blocks that get task tokens, those with the highest null rate; 0 for none.
             strategy: ``"conflict"``, or its controls ``"reverse"`` (lowest rates), ``"random"`` and ``"swap"``
-                (modulation by null, expansion by range), or ``"gain"`` (modulation by ``gains``).
+                (modulation by null, expansion by range), or ``"gain"`` (modulation by ``gains``; a block whose gain is
+                negative gets none, even if that leaves fewer than the share).
             num_tokens: task tokens per task and block, or ``"text"`` (6) or ``"params"`` (1), the paper's two figures.
             pair_threshold: give a module only to tasks in some pair whose rate in that block and space reaches this;
                 None gives one to every task that reaches the block.
-            seed: of ``"random"``.
+            seed: of ``"random"``, an integer.
             groups: ``{group name: tasks}`` that share modules and a stream, or True for those of ``groups()``. A group
                 gets a module if any of its tasks does.
             max_parameters: of all plans with at most as many blocks as the shares say, that add at most so many
@@ -215,7 +226,8 @@ class ConflictReport:
                 one is chosen, without ``max_compute`` the earlier.
 
         Raises:
-            ValueError: an argument is out of range; gains are not known; a budget is below every plan.
+            ValueError: an argument is out of range; gains that are asked for are not known; a budget is below every
+                plan.
         """
         rules = Rules(
             modulation, expansion, strategy, num_tokens, pair_threshold, seed, groups, max_parameters, max_compute

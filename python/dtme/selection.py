@@ -1,9 +1,10 @@
 """Which blocks a plan chooses, from the rates of the report or from those of each of its resamples."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ STRATEGIES = {
     "random": ("range", "null", True),
     "gain": ("gain", "null", True),
 }
+BUDGETS = ("max_parameters", "max_compute")
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,12 @@ class Rules:
             if self.num_tokens not in NUM_TOKENS:
                 raise ValueError(f"num_tokens must be an integer or one of {list(NUM_TOKENS)}, got {self.num_tokens!r}")
             object.__setattr__(self, "num_tokens", NUM_TOKENS[self.num_tokens])
-        for name, wanted in (("pair_threshold", "rate"), ("max_parameters", "number"), ("max_compute", "number")):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or value != value):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))  # random.Random takes no other kind of integer
+        for name, wanted in (("pair_threshold", "rate"), *((n, "number of at least 0") for n in BUDGETS)):
+            value, least = getattr(self, name), 0 if name in BUDGETS else -math.inf
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not value >= least):
                 raise ValueError(f"{name} must be None or a {wanted}, got {value!r}")
         for name, share in (("modulation", self.modulation), ("expansion", self.expansion)):
             if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
@@ -58,7 +63,9 @@ class Rules:
     @property
     def sources(self) -> tuple[str, str]:
         """What ranks blocks for modulation and for expansion: ``"range"``, ``"null"`` or ``"gain"``."""
-        return STRATEGIES[self.strategy][:2]
+        first, second, _ = STRATEGIES[self.strategy]
+        # where nothing is to be chosen by gains, they need not be known
+        return ("range" if first == "gain" and not self.modulation else first), second
 
     @property
     def limited(self) -> bool:
@@ -88,10 +95,9 @@ class Candidates:
         self.report, self.rules, self.shared = report, rules, report._shared()
         widths = report.num_features
         groups = report.groups() if rules.groups is True else {} if rules.groups is None else rules.groups
-        assert isinstance(rules.num_tokens, int)
         self.nothing = ExpansionPlan(
             report.tasks,
-            rules.num_tokens,
+            rules.num_tokens,  # type: ignore[arg-type]  # anything but a positive integer is refused there
             num_features={block: widths[block] for block in report.shared_blocks},
             groups=groups,  # type: ignore[arg-type]  # anything but a mapping is refused there
         )
@@ -120,14 +126,14 @@ class Candidates:
                 generator.shuffle(shuffled)
                 order = order[:, shuffled]
             orders.append(order)
-            values.append(self._values(order, scores))
+            values.append(self._values(source, order, scores))
             members.append(self._members("null" if source == "null" else "range", weights, scale))
         if self.rules.limited:
             picked = self._within_budget(orders, values, members, quotas, resampled=weights is not None)
         else:
             picked = [
-                torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :quota], True)
-                for order, quota in zip(orders, quotas, strict=True)
+                torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :quota], True) & (worth >= 0)
+                for order, worth, quota in zip(orders, values, quotas, strict=True)
             ]
         return Choice(*(p[:, :, None] & m for p, m in zip(picked, members, strict=True)))
 
@@ -167,11 +173,14 @@ class Candidates:
             return best_first.argsort(dim=1, descending=True, stable=True)
         return scores.shape[1] - 1 - best_first.flip(1).argsort(dim=1, descending=True, stable=True)
 
-    def _values(self, order: Tensor, scores: Tensor) -> Tensor:
-        """(R, S): what a budget's choice maximises the sum of, in the order of the blocks."""
+    def _values(self, source: str, order: Tensor, scores: Tensor) -> Tensor:
+        """(R, S): what a budget's choice maximises the sum of. Only gains can be negative, and are then not chosen."""
         if self.rules.strategy == "random":  # the earlier drawn, the better
             return torch.linspace(1, 0.5, order.shape[1], dtype=torch.float64)[order.argsort(1)]
-        return scores if STRATEGIES[self.rules.strategy][2] else 1 - scores
+        if source == "gain":
+            return scores
+        rates = scores.clamp(0, 1)  # that of a resample is stretched, and can lie outside
+        return rates if STRATEGIES[self.rules.strategy][2] else 1 - rates
 
     # --- who gets a module --------------------------------------------------------------------------------------------
 

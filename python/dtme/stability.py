@@ -20,7 +20,7 @@ MOST_TIMES = 1024
 
 def stability(report: "ConflictReport", plan_options: Mapping[str, Any]) -> dict[str, Tensor]:
     """{"modulation", "expansion"}: (D,), in which share of the resamples ``plan`` chooses the block; NaN if unknown."""
-    candidates = candidates_of(report, plan_options)
+    candidates, _ = candidates_of(report, plan_options)
     weights = _weights(candidates)
     if weights is None:
         return {kind: torch.full((len(report.blocks),), math.nan, dtype=torch.float64) for kind in Choice._fields}
@@ -36,9 +36,9 @@ def agreement(report: "ConflictReport", **plan_options: Any) -> float:
 
     NaN where that is unknown: with fewer than 8 units, or fewer in which a block had anything valid.
     """
-    candidates = candidates_of(report, plan_options)
+    candidates, chosen = candidates_of(report, plan_options)
     weights = _weights(candidates)
-    return math.nan if weights is None else _agreement(candidates, candidates.choose(), weights)
+    return math.nan if weights is None else _agreement(candidates, chosen, weights)
 
 
 def batches_to_settle(report: "ConflictReport", confidence: float = LEVEL, **plan_options: Any) -> int | None:
@@ -47,11 +47,10 @@ def batches_to_settle(report: "ConflictReport", confidence: float = LEVEL, **pla
     Rates are taken to stay what they are, and the deviations of their resamples to shrink with the root of what is
     read. None where ``agreement`` is unknown, or where more than 1,024 times what was read would be needed.
     """
-    candidates = candidates_of(report, plan_options)
-    weights = _weights(candidates)
+    candidates, chosen = candidates_of(report, plan_options)
+    weights, times = _weights(candidates), 1
     if weights is None:
         return None
-    chosen, times = candidates.choose(), 1
     while times <= MOST_TIMES:
         if _agreement(candidates, chosen, weights, 1 / math.sqrt(times)) >= confidence:
             return report.num_batches * (times - 1)
@@ -59,9 +58,10 @@ def batches_to_settle(report: "ConflictReport", confidence: float = LEVEL, **pla
     return None
 
 
-def candidates_of(report: "ConflictReport", plan_options: Mapping[str, Any]) -> Candidates:
-    """What ``report.plan(**plan_options)`` chooses from."""
-    return Candidates(report, rules_of(plan_options))
+def candidates_of(report: "ConflictReport", plan_options: Mapping[str, Any]) -> tuple[Candidates, Choice]:
+    """What ``report.plan(**plan_options)`` chooses from, and what it chooses; ValueError where that raises it."""
+    candidates = Candidates(report, rules_of(plan_options))
+    return candidates, candidates.choose()
 
 
 def rules_of(plan_options: Mapping[str, Any]) -> Rules:

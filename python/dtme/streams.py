@@ -2,7 +2,7 @@
 
 All tasks share one stream up to the first block that treats them differently. A task that has a module of its own there
 has its own stream from that block on, and so have the tasks of a group whose module it is; the others go on sharing.
-Streams are folded into the batch, task-major: T streams of B images are T * B rows (method.md, section 4).
+Streams are folded into the batch, task-major: T streams of B images are T * B rows.
 
 Whoever calls an expanded backbone opens a ``Forward``; the blocks' adapters find it by ``running``. It is seen by the
 thread (or asyncio task) that opened it, and gone when it closes. Nothing about a forward is kept on a module.

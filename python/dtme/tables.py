@@ -14,7 +14,8 @@ from .stability import MOST_TIMES, agreement, batches_to_settle, stability
 if TYPE_CHECKING:
     from .report import ConflictReport
 
-NOT_SHARED = "fewer than two tasks reach it"
+NOT_REACHED = "fewer than two tasks reach it"
+NEVER_MET = "no two tasks have gradients at the same token"
 MOST_NAMES = 4  # in a cell
 
 
@@ -37,12 +38,12 @@ def block_table(
 ) -> str:
     """One row per block: width, rank, both rates ± half of their intervals, what ``plan`` puts there, how stably."""
     rows = [["block", "p", "rank", "range rate", "null rate", "plan" if plan else ""]]
-    shared = set(report.shared_blocks)
+    unshared = why_unshared(report)
     cells = [_rate_cells(report, space) for space in ("range", "null")]
     for d, (block, width) in enumerate(report.num_features.items()):
         row = [block, str(width), str(report.ranks[d].item())]
-        if block not in shared:
-            rows.append([*row, "-", "-", NOT_SHARED])
+        if block in unshared:
+            rows.append([*row, "-", "-", unshared[block]])
             continue
         marks = []
         if plan is not None:
@@ -67,6 +68,16 @@ def ratio_table(report: "ConflictReport") -> str:
         ]
         rows.append([f"{ratio:g}", f"{ranks.min().item()}-{ranks.max().item()}", "".join(letters)])
     return "\n".join(["Plans by ratio (M modulate, E expand, B both, · neither)", *_aligned(rows, ">><")])
+
+
+def why_unshared(report: "ConflictReport") -> dict[str, str]:
+    """Why each of the blocks that have no rates has none, by block."""
+    shared, reached = set(report.shared_blocks), report.reached
+    return {
+        block: NEVER_MET if reached is not None and int(reached[d].sum()) > 1 else NOT_REACHED
+        for d, block in enumerate(report.blocks)
+        if block not in shared
+    }
 
 
 def has_units(report: "ConflictReport") -> bool:
@@ -94,15 +105,20 @@ def _what_was_read(report: "ConflictReport") -> list[str]:
         if batches
     ]
     if report.units is not None and not has_units(report):
-        lines.append(f"no intervals: they take {MIN_UNITS} batches, and {len(report.units.batches)} were read")
+        lines.append(
+            f"no intervals: they take {MIN_UNITS} batches, and {len(report.units.batches)} were read: read more"
+        )
     return lines
 
 
 def _costs(report: "ConflictReport", plan: ExpansionPlan) -> list[str]:
-    num_shared = len(report.shared_blocks)
+    num_shared, unshared = len(report.shared_blocks), why_unshared(report)
     blocks = f"{num_shared} blocks"
-    if num_shared < len(report.blocks):
-        blocks = f"the {num_shared} blocks (of {len(report.blocks)}) that two or more tasks reach"
+    if unshared:
+        which = "that two or more tasks reach"
+        if NEVER_MET in unshared.values():
+            which = "where two or more tasks have gradients at the same token"
+        blocks = f"the {num_shared} blocks (of {len(report.blocks)}) {which}"
     lines = [
         f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {blocks}: "
         f"{plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"
@@ -143,7 +159,7 @@ def _warnings(report: "ConflictReport") -> list[str]:
         block = next(block for block in names if block in report.shared_blocks)
         lines.append(
             f"warning: how stable the plan is cannot be said, because fewer than {MIN_UNITS} batches had anything to "
-            f"count in block {block!r}"
+            f"count in block {block!r}: read more"
         )
     if share < LEVEL:
         more = batches_to_settle(report)

@@ -2,11 +2,13 @@
 
 import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
 
 from dtme import ExpansionPlan
+from dtme.stability import agreement, batches_to_settle
 from tests.dtme.reports import made_up, numbers
 
 
@@ -124,7 +126,7 @@ def test_a_budget_below_every_plan_says_what_is_needed():
     report = report_of_equals()
     for options, needed in (
         ({"max_parameters": 47}, {"max_parameters": 48}),
-        ({"max_parameters": -1, "modulation": 0}, {"max_parameters": 144}),
+        ({"max_parameters": 0, "modulation": 0}, {"max_parameters": 144}),
         ({"max_compute": 1.3}, {"max_compute": 8 / 6}),
         ({"max_compute": 0.5, "expansion": 0}, {"max_compute": 8 / 6}),
         ({"max_compute": 1.0, "groups": {"all": report.tasks}, "pair_threshold": 0.9}, None),
@@ -142,10 +144,36 @@ def test_a_budget_below_every_plan_says_what_is_needed():
         report.plan(modulation=0, expansion=0, max_compute=0.9)
 
 
+@pytest.mark.parametrize("num_units", [4, 16])
+def test_what_follows_from_a_plan_refuses_the_budget_that_the_plan_does(num_units):
+    report = made_up([0.3, 0.4, 0.5], [0.5, 0.4, 0.3], num_units=num_units)
+    for budget in ({"max_parameters": 3}, {"max_compute": 1.0}):
+        for ask in (report.plan, report.stability, partial(agreement, report), partial(batches_to_settle, report)):
+            with pytest.raises(ValueError, match="below every plan"):
+                ask(**budget)
+
+
+def test_a_negative_gain_is_chosen_neither_within_a_budget_nor_without():
+    gains = torch.tensor([0.2, -0.1, 0.3, -0.2], dtype=torch.float64)
+    resamples = gains + 0.01 * torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    report = made_up([0.4] * 4, [0.4] * 4, gains=gains, gain_resamples=resamples)
+    for budget in ({}, {"max_parameters": 10**6}, {"max_compute": 3}):
+        options = {"strategy": "gain", "modulation": 1.0, **budget}
+        assert numbers(report.plan(**options).modulation) == [0, 2]
+        assert report.stability(**options)["modulation"].tolist() == [1, 0, 1, 0]
+
+
+def test_resampled_rates_below_zero_are_chosen_as_rates_of_zero_are():
+    report = made_up([0.001, 0.001, 0.001], [0.5, 0.4, 0.3], valid=200, noise=0.002)
+    free = report.stability(modulation=1.0)
+    within = report.stability(modulation=1.0, max_parameters=10**6)
+    assert free["modulation"].tolist() == within["modulation"].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("name", ["max_parameters", "max_compute"])
-@pytest.mark.parametrize("value", ["many", float("nan"), True, [3]])
+@pytest.mark.parametrize("value", ["many", float("nan"), True, [3], -1, -0.5])
 def test_bad_budgets(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be None or a number"):
+    with pytest.raises(ValueError, match=f"{name} must be None or a number of at least 0"):
         report_of_equals().plan(**{name: value})
 
 

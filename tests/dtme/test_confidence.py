@@ -242,7 +242,7 @@ def test_a_block_that_is_rarely_shared_leaves_the_plan_open():
     rare = replace(report, units=report.units._replace(**counts), **fields)
     assert rare.intervals("null").isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
     assert rare.stability()["modulation"].isnan().all() and math.isnan(agreement(rare))
-    assert "cannot be said" in str(rare) and "'encoder.layer.1'" in str(rare) and "nan" not in str(rare)
+    assert "cannot be said" in str(rare) and "'encoder.layer.1': read more" in str(rare) and "nan" not in str(rare)
     never = {name: torch.zeros_like(per_unit) for name, per_unit in counts.items()}
     fields = {f"{name}_counts": square(per_unit.sum(0), 3) for name, per_unit in never.items()}
     nothing = replace(report, units=report.units._replace(**never), **fields)
@@ -255,6 +255,9 @@ def test_gains_have_their_resamples():
     assert report.gains.shape == (4,) and report.gains.isnan().all()
     with pytest.raises(ValueError, match=r"needs the gains .* 'encoder.layer.0'"):
         report.plan(strategy="gain")
+    # where nothing is to be chosen by them, they need not be known
+    assert report.plan(strategy="gain", modulation=0) == report.plan(modulation=0)
+    assert report.stability(strategy="gain", modulation=0)["expansion"].tolist() == [1, 1, 0, 0]
     gains = torch.tensor([0.4, 0.3, 0.1, -0.1], dtype=torch.float64)
     known = made_up([0.2, 0.4, 0.6, 0.5], [0.6, 0.3, 0.2, 0.1], gains=gains)
     plan = known.plan(strategy="gain")

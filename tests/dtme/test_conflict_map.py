@@ -120,6 +120,8 @@ def test_what_does_not_fit_is_refused(problem, tmp_path):
         ({"losses": {task: mse_loss for task in TASKS[:2]}}, "report's tasks"),
         ({"token_mask": lambda batch: short}, "token_mask has 3 rows and 4 columns"),
         ({"token_mask": lambda batch: None}, "got NoneType"),
+        ({"token_mask": lambda batch: torch.zeros(3, 5, dtype=torch.bool)}, "token_mask hides every token"),
+        ({"report": None}, "report must be a ConflictReport, got NoneType"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             dtme.conflict_map(**(call | arguments))

@@ -1,15 +1,18 @@
 """Signals wait while a model is half changed; whenever they come, it is as before, or done."""
 
+import importlib
 import random
 import signal
 import threading
 import time
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 import dtme
 from dtme.interrupts import Deferred
+from tests.dtme.clients import TASKS
 from tests.dtme.snapshots import same, snapshot
 
 
@@ -134,6 +137,25 @@ def test_all_handlers_are_given_back_though_one_of_them_raises(monkeypatch):
     finally:
         monkeypatch.undo()
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_waits_until_a_model_has_its_new_plan(build, interrupt, monkeypatch):
+    model, _ = build("own, generic seam")
+    first, second = (dtme.ExpansionPlan(TASKS, 2, {}, {block: TASKS}) for block in ("layers.0", "layers.2"))
+    dtme.expand(model, first)
+    optimizer = torch.optim.Adam(model.parameter_groups())
+    module = importlib.import_module("dtme.replan")  # whose name in dtme is the function's
+    attach = module.attach
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        attach(*arguments)
+
+    monkeypatch.setattr(module, "attach", interrupted)
+    interrupt(5, lambda: dtme.replan(model, second, optimizer))
+    added = {name: p for name, p in model.named_parameters() if ".dtme." in name}
+    assert set(added) == {f"backbone.layers.2.dtme.tokens.{task}" for task in TASKS}
+    assert {id(p) for p in added.values()} == {id(p) for p in optimizer.param_groups[1]["params"]}
 
 
 def test_an_analysis_leaves_the_model_whenever_it_is_interrupted(problem, interrupt):

@@ -117,6 +117,25 @@ def test_a_failing_analysis_is_recorded_and_warned_of_once(problem):
     assert monitor.history[-1].error is None
 
 
+def test_a_failing_writer_is_recorded_and_warned_of_once(problem):
+    model, loader = problem()
+    writer = Writer()
+    monitor = dtme.ConflictMonitor(model, LOSSES, every=1, writer=writer)
+    monitor.step(loader[2])
+    given, works = len(writer.scalars), writer.add_scalar
+    writer.add_scalar = lambda *_: next(iter(()))  # StopIteration, of all errors
+    with pytest.warns(
+        UserWarning, match=r"monitor's writer at step 2 failed, and the training goes on.*StopIter"
+    ) as said:
+        seen = [monitor.step(loader[2]) for _ in range(2)]
+    assert len(said) == 1 and said[0].filename == __file__ and len(writer.scalars) == given
+    assert all(one is kept for one, kept in zip(seen, monitor.history[1:], strict=True))
+    assert all("StopIteration" in one.writer_error and one.error is None and one.range_rates for one in seen)
+    assert "failed" not in str(monitor)  # of the analyses none did
+    writer.add_scalar = works
+    assert monitor.step(loader[2]).writer_error is None and len(writer.scalars) == 2 * given
+
+
 class DistributedDataParallel(nn.Module):
     """Known by its name: the real one wants a group of processes."""
 
@@ -136,7 +155,24 @@ def test_bad_arguments_are_refused_at_construction(problem, monkeypatch):
         ({"every": 3, "batches": 4}, ValueError, "4 > 3"),
         ({"max_overhead": 0.0}, ValueError, "max_overhead"),
         ({"ratio": -1.0}, ValueError, "ratio"),
+        ({"ratio": [100.0, 10.0]}, ValueError, "ratio must be one positive number"),
+        ({"ratio": [100.0]}, ValueError, "ratio must be one positive number"),
+        ({"max_overhead": "a"}, ValueError, "max_overhead must be None or a share .* got 'a'"),
         ({"max_batches": 3}, TypeError, "'max_batches'"),
+        ({"covariance_batches": 3}, TypeError, "'covariance_batches'"),
+        ({"folder": "sums"}, TypeError, "'folder'; its options .*'blocks', 'token_mask'"),
+        ({"settle": 0.9}, TypeError, "'settle'"),
+        ({"plan_options": {}}, TypeError, "'plan_options'"),
+        ({"process_group": None}, TypeError, "'process_group'"),
+        ({"blocks": ["x"]}, ValueError, "blocks names 'x'"),
+        ({"blocks": 3}, TypeError, "blocks must be"),
+        ({"token_mask": 3}, TypeError, "token_mask must be None or a function"),
+        ({"max_tasks": 0}, ValueError, "max_tasks"),
+        ({"method": "fast"}, ValueError, "method must be one of"),
+        ({"autocast": "bf16"}, ValueError, "autocast must be"),
+        ({"device": "quantum"}, ValueError, "device must be .* got 'quantum'"),
+        ({"model": 3}, TypeError, "must be a torch.nn.Module, got int"),
+        ({"model": 3, "losses": print}, TypeError, "must be a torch.nn.Module, got int"),
         ({"tau": 3}, TypeError, "'tau'"),
         ({"losses": LOSSES | {"pose": mse_loss}}, ValueError, "'pose'"),
         ({"losses": 3}, TypeError, "losses"),

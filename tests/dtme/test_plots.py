@@ -1,12 +1,14 @@
 """The picture of a report: what it shows, and that it stays readable with many blocks, pairs and tasks."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from dtme.plots import MOST_PAIRS, plot_report
-from tests.dtme.reports import made_up
+from dtme.units import Units
+from tests.dtme.reports import made_up, square
 
 
 def picture(num_blocks, num_tasks, **options):
@@ -33,6 +35,31 @@ def test_rates_have_error_bars_and_chance_is_marked():
     assert sum(text.endswith("%") for text in texts(choice)) == sum(chosen.values())
     _, plain = picture(4, 3, num_units=5)
     assert not plain.axes[0].containers and not texts(plain.axes[1])
+
+
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_blocks_without_rates_are_marked_and_explained_beside_nothing(num_shared):
+    """The note has a line of its own, however narrow the picture; a block that no plan is about is no empty cell."""
+    report = made_up([0.3, 0.4], [0.5, 0.4], num_tasks=2)
+    counts = [count.clone() for count in report.units[:3]]
+    for count in counts:
+        count[:, num_shared:] = 0
+    fields = {f"{name}_counts": square(c.sum(0), 2) for name, c in zip(("range", "null", "valid"), counts, strict=True)}
+    units, reached = Units(*counts, report.units.batches), torch.tensor([[True, True], [True, False]])
+    report = replace(report, units=units, reached=reached, **fields)
+    figure = plot_report(report, report.plan(), report.stability())
+    figure.canvas.draw()
+    rates, choice = figure.axes[:2]
+    (note,) = [text for text in rates.texts if "grey" in text.get_text()]
+    assert "blocks that fewer than two tasks reach" in note.get_text()
+    assert ("where no two tasks have gradients at the same token" in note.get_text()) == (num_shared == 0)
+    assert ("intervals" in note.get_text()) == (num_shared == 1)
+    others = [rates.title, rates._left_title, rates._right_title]
+    boxes = [text.get_window_extent() for text in others if text.get_text()]
+    assert len(boxes) == 1 and not boxes[0].overlaps(note.get_window_extent())
+    assert note.get_window_extent().x1 < figure.bbox.x1 and boxes[0].y1 <= figure.bbox.y1
+    assert texts(choice) == ["–"] * 4 if not num_shared else texts(choice) == ["100%", "–", "100%", "–"]
+    assert bool(choice.get_title(loc="right")) == (num_shared > 0)
 
 
 @pytest.mark.parametrize(("num_blocks", "num_tasks"), [(4, 3), (48, 3), (4, 12), (48, 12), (4, 30)])

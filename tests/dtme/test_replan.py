@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -231,41 +232,6 @@ def test_other_numbers_of_tokens_are_new_ones_and_statistics_stay(build):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_new_parameters_join_the_group_of_their_kind_and_task(build):
-    model, _ = build(OWN)
-    dtme.expand(model, dtme.ExpansionPlan(TASKS, 2, {A: TASKS}, {A: TASKS}))
-    parameters = dict(model.named_parameters())
-    rest = [(n, p) for n, p in parameters.items() if ".dtme." not in n]
-    by_task = [[(n, p) for n, p in parameters.items() if ".dtme." in n and n.endswith(task)] for task in TASKS]
-    optimizer = torch.optim.SGD([{"params": rest}, *({"params": some} for some in by_task)], lr=0.1)
-    dtme.replan(model, dtme.ExpansionPlan(TASKS, 2, {B: TASKS}, {B: TASKS}), optimizer)
-    for task, group in zip(TASKS, optimizer.param_groups[1:], strict=True):
-        want = {n: p for n, p in model.named_parameters() if ".dtme." in n and n.endswith(task)}
-        assert len(want) == 3 and dict(zip(group["param_names"], group["params"], strict=True)).keys() == want.keys()
-        assert all(want[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
-    by_kind = {k: [p for n, p in model.named_parameters() if f".dtme.{k}." in n] for k in ("weight", "bias", "tokens")}
-    optimizer = torch.optim.SGD([{"params": some} for some in by_kind.values()], lr=0.1)
-    dtme.replan(model, NEW, optimizer)
-    for kind, group in zip(by_kind, optimizer.param_groups, strict=True):
-        assert {id(p) for p in group["params"]} == {id(p) for n, p in model.named_parameters() if f".dtme.{kind}." in n}
-
-
-def test_without_a_group_of_added_parameters_one_is_made_and_an_emptied_one_used_again(build):
-    model, x = build(OWN)
-    dtme.expand(model, dtme.ExpansionPlan(TASKS, 2))
-    targets = {task: torch.randn_like(out) for task, out in model(x).items()}
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1)
-    dtme.replan(model, NEW, optimizer)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    train(model, optimizer, x, targets)
-    dtme.replan(model, dtme.ExpansionPlan(TASKS, 2), optimizer)
-    assert not optimizer.param_groups[1]["params"] and not added(model)
-    train(model, optimizer, x, targets)
-    dtme.replan(model, OLD, optimizer)
-    assert len(optimizer.param_groups) == 2 and len(optimizer.param_groups[1]["params"]) == len(added(model))
-    train(model, optimizer, x, targets)
-
-
 def test_replanning_all_along_a_training(build):
     model, x = build(OWN)
     targets = {task: 0.1 * torch.randn_like(out) for task, out in model(x).items()}
@@ -328,9 +294,10 @@ def test_an_error_half_way_leaves_everything_as_it_was(build, randomise, client,
     first.register_forward_hook(lambda *_: None)
     if how == "attention":
         monkeypatch.setattr("dtme.expansion.find_attention", refuse)
-    optimizer, want = Lost(model.parameters(), lr=1e-3), model(x)
+    optimizer, want = Lost(model.parameters(), lr=1e-3, weight_decay=0.1), model(x)
     before = everything(model, optimizer)
-    with pytest.raises(KeyboardInterrupt if how == "optimizer" else ValueError):
+    with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt if how == "optimizer" else ValueError):
+        warnings.simplefilter("ignore")  # of the new group
         dtme.replan(model, new, optimizer)
     assert is_same(before, everything(model, optimizer))
     assert same_predictions(model(x), want)
@@ -343,6 +310,7 @@ def test_models_and_optimizers_that_do_not_fit_are_refused(trained, build):
     base = [p for name, p in model.named_parameters() if ".dtme." not in name]
     refused = (
         ((model, {"modulation": {}}), TypeError, "ExpansionPlan, got dict"),
+        ((None, NEW), TypeError, "the model must be a torch.nn.Module, got NoneType"),
         ((model, NEW, "adam"), TypeError, "Optimizer, got str"),
         ((model, NEW, torch.optim.SGD(nn.Linear(2, 2).parameters())), ValueError, "holds none of the model's"),
         ((model, NEW, torch.optim.SGD(base)), ValueError, "does not hold 'backbone.layers.0.dtme.weight.semseg'"),
@@ -365,6 +333,19 @@ def test_models_and_optimizers_that_do_not_fit_are_refused(trained, build):
     model.backbone.layers[1] = nn.Sequential(model.backbone.layers[1])
     with pytest.raises(RuntimeError, match=r"block 'layers\.1'"):
         dtme.replan(model, NEW)
+
+
+def test_random_numbers_are_drawn_for_new_tokens_only(trained):
+    model, optimizer, *_ = trained
+    before = everything(model, optimizer)["random"]
+    more = dtme.ExpansionPlan(TASKS, 2, {A: TASKS, B: TASKS, C: TASKS}, OLD.expansion)
+    for plan in (OLD, more):
+        dtme.replan(model, plan, optimizer)
+        assert is_same(before, everything(model)["random"])
+    dtme.replan(model, dtme.ExpansionPlan(TASKS, 2, {}, {B: TASKS, C: TASKS}), optimizer)
+    torch.set_rng_state(before[0])
+    drawn = 0.02 * torch.randn(2, WIDTH, dtype=torch.float64)
+    assert torch.equal(added(model)[f"{B}.dtme.tokens.semseg"], drawn)
 
 
 def test_a_bare_backbone_and_a_copy(build):

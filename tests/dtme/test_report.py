@@ -1,5 +1,6 @@
 """The report and the plan: selection rules, counts of parameters, files, table and picture."""
 
+import dataclasses
 import json
 
 import pytest
@@ -98,7 +99,24 @@ def test_a_report_without_shared_blocks_plans_nothing():
         counts.zero_()
     plan = report.plan(modulation=1, expansion=1)
     assert not plan.modulation and not plan.expansion and not plan.num_features
-    assert "of the 0 blocks (of 4)" in str(report)
+    assert plan.compute() == 1 and report.plan(max_compute=1, max_parameters=0) == plan
+    with pytest.raises(ValueError, match="below every plan"):
+        report.plan(max_compute=0.9)
+    assert "of the 0 blocks (of 4) that two or more tasks reach" in str(report)
+    assert str(report).count("fewer than two tasks reach it") == 4
+
+
+def test_tasks_that_reach_a_block_but_never_met_there_are_not_said_to_miss_it():
+    report = make_report()
+    for counts in (report.valid_counts, report.range_counts, report.null_counts):
+        counts[1:3] = 0
+    reached = torch.ones(4, 4, dtype=torch.bool)
+    reached[2, 1:] = False
+    report = dataclasses.replace(report, reached=reached)
+    rows = {line.split()[0]: line for line in str(report).splitlines() if line.startswith("encoder.layer")}
+    assert rows["encoder.layer.1"].endswith("no two tasks have gradients at the same token")
+    assert rows["encoder.layer.2"].endswith("fewer than two tasks reach it")
+    assert "the 2 blocks (of 4) where two or more tasks have gradients at the same token" in str(report)
 
 
 def test_pair_threshold_keeps_tasks_of_some_pair_that_reaches_it():
@@ -236,12 +254,18 @@ def test_damaged_report_files_are_refused(tmp_path, edit):
         ({"strategy": "best"}, "strategy must be one of"),
         ({"num_tokens": "some"}, "num_tokens must be"),
         ({"num_tokens": 0}, "num_tokens must be"),
+        ({"num_tokens": 2.5}, r"num_tokens must be an integer of at least 1, got 2\.5"),
+        ({"seed": [1]}, r"seed must be an integer, got \[1\]"),
+        ({"strategy": "random", "seed": "x"}, "seed must be an integer, got 'x'"),
+        ({"strategy": "random", "seed": None}, "seed must be an integer, got None"),
+        ({"seed": True}, "seed must be an integer"),
         ({"pair_threshold": float("nan")}, "pair_threshold must be"),
     ],
 )
 def test_bad_plan_options(options, says):
-    with pytest.raises(ValueError, match=says):
-        make_report().plan(**options)
+    for ask in (make_report().plan, make_report().stability):
+        with pytest.raises(ValueError, match=says):
+            ask(**options)
 
 
 @pytest.mark.parametrize("tasks", [("",), ("a.b",), ("a", "a"), (), ("keys",), ("type",), ("training",), (3,), "depth"])

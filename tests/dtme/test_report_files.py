@@ -54,6 +54,31 @@ def test_everything_survives_the_file(tmp_path):
     assert same(without.stability(), report.stability()) and without.groups() == report.groups()
 
 
+def test_files_of_the_first_release_are_read(tmp_path):
+    """Written before reports had units, gains and bases, and plans groups."""
+    counts = [[[0, 3, 4], [3, 0, 5], [4, 5, 0]], [[0, 0, 1], [0, 0, 2], [1, 2, 0]]]
+    possible = [[0, 10, 10], [10, 0, 10], [10, 10, 0]]
+    report = {
+        "format": "dtme.ConflictReport",
+        "version": 1,
+        "tasks": ["a", "b", "c"],
+        "blocks": ["layers.0", "layers.1"],
+    }
+    report |= {"num_samples": 7, "ratio": 100.0, "ranks": [1, 2], "range_counts": counts, "null_counts": counts[::-1]}
+    report |= {"valid_counts": [possible] * 2, "eigenvalues": [[2.0, 1.0], [3.0, 0.5, 0.25]]}
+    plan = {"format": "dtme.ExpansionPlan", "version": 1, "tasks": ["a", "b", "c"], "num_tokens": 6}
+    plan |= {"modulation": {"layers.0": ["a", "b", "c"]}, "expansion": {"layers.1": ["a", "b", "c"]}}
+    plan |= {"num_features": {"layers.0": 2, "layers.1": 3}}
+    for name, content in (("report", report), ("plan", plan)):
+        (tmp_path / name).write_text(json.dumps(content))
+    loaded = dtme.ConflictReport.load(tmp_path / "report")
+    assert loaded.range_rates.tolist() == [0.4, 0.1] and loaded.num_features == {"layers.0": 2, "layers.1": 3}
+    assert loaded.plan() == dtme.ExpansionPlan.load(tmp_path / "plan") and "40.0%" in str(loaded)
+    assert loaded.stability()["modulation"].isnan().all() and loaded.gains.isnan().all() and loaded.bases is None
+    loaded.save(tmp_path / "again")
+    assert str(dtme.ConflictReport.load(tmp_path / "again")) == str(loaded)
+
+
 def test_files_stay_readable_and_small(tmp_path):
     path = tmp_path / "report.json"
     report = made_up([0.3] * 12, [0.4] * 12, num_tasks=4, num_units=64)
@@ -148,7 +173,7 @@ def test_a_report_at_another_ratio():
     back = other.at(100.0)
     assert torch.equal(back.range_counts, report.range_counts) and torch.equal(back.units.range, report.units.range)
     assert torch.equal(other.at(1000.0).ranks, report.ranks + 2)
-    for unknown in (10, "1", None):
+    for unknown in (10, "1", None, [10], True):
         with pytest.raises(ValueError, match=r"ratios \[100.0, 1.0, 1000.0\]"):
             report.at(unknown)
 

@@ -99,9 +99,9 @@ class BlockAdapter(nn.Module):
             self.running_var = TaskBuffers({owner: torch.ones_like(wide) for owner in owners})
 
     def add_tokens(self, tasks: tuple[str, ...], num_tokens: int, like: Tensor, site: Site) -> None:
-        """Normal with std 0.02, without a position."""
+        """Without a position; ``handover.draw_tokens`` gives them their values."""
         for owner in self._own(tasks):
-            self.tokens[owner] = nn.Parameter(torch.randn_like(like.expand(num_tokens, -1)) * 0.02)
+            self.tokens[owner] = nn.Parameter(torch.zeros_like(like.expand(num_tokens, -1)))
         self.site = site
         # the block's own tokens reach the norm or, without one, the attention
         entrance = site.norm or site.seam.attention

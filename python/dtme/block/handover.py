@@ -1,4 +1,4 @@
-"""What another plan leaves of a block's modules."""
+"""What another plan leaves of a block's modules, and what begins with it."""
 
 from collections.abc import Iterable
 
@@ -25,6 +25,19 @@ def adopt(new: BlockAdapter, old: BlockAdapter) -> None:
         for owner in new.weight if made is not None and taken is not None else ():
             if owner in old.weight:
                 made.register_buffer(owner, taken[owner])
+
+
+def draw_tokens(new: BlockAdapter, old: BlockAdapter | None) -> None:
+    """Normal with std 0.02: task tokens of ``new`` that are not those of ``old``; nothing is drawn for the others."""
+    with torch.no_grad():
+        for owner in new_tokens(new, old):
+            new.tokens[owner].copy_(torch.randn_like(new.tokens[owner]) * 0.02)
+
+
+def new_tokens(new: BlockAdapter, old: BlockAdapter | None) -> list[str]:
+    """Whose task tokens ``new`` does not have from ``old``."""
+    kept = {id(tokens) for tokens in old.tokens.values()} if old is not None else set()
+    return [owner for owner, tokens in new.tokens.items() if id(tokens) not in kept]
 
 
 def add_gates(adapter: BlockAdapter, owners: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Try task tokens in a block before it is expanded, on random numbers, and refuse what comes out otherwise.
 
 Two things are compared. What ``run`` makes of an attention that a seam has written out, with what the installed release
-of its library does. And task keys that join the attention, with the definition (method.md, section 4): the task tokens
+of its library does. And task keys that join the attention, with the definition: the task tokens
 stand beside the block's own, the block runs on all of them, and their outputs are dropped. A block that cannot run
 alone, or not on another number of tokens, tells nothing by that and is not refused for it.
 """
