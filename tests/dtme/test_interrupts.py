@@ -30,6 +30,7 @@ def interrupt():
             time.sleep(5)
 
     yield run
+    signal.setitimer(signal.ITIMER_REAL, 0)  # of a function that was interrupted earlier by itself
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
