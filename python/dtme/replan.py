@@ -68,8 +68,6 @@ def replan(
     check_module(model_or_backbone)
     if not isinstance(plan, ExpansionPlan):
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     refuse_wrapped(model_or_backbone)
     root = _only_root(model_or_backbone)
     backbone, old = root.module[0], root.expansion
@@ -125,7 +123,9 @@ def _added(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if is_added(name)}
 
 
-def _check_optimizer(optimizer: Optimizer, model: nn.Module, earlier: dict[str, nn.Parameter]) -> None:
+def _check_optimizer(optimizer: Any, model: nn.Module, earlier: dict[str, nn.Parameter]) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
