@@ -14,6 +14,7 @@ from .analysis.masks import TokenMask
 from .analysis.passes import Options
 from .analysis.ranks import Ranks
 from .blocks import find_blocks
+from .expansion import check_module
 from .interrupts import Deferred
 from .model import MultiTaskModel
 from .report import ConflictReport
@@ -52,8 +53,9 @@ def conflict_map(
     Raises:
         ValueError: an unknown block or space; a report without bases, or of another model; losses of other tasks; a
             mask of another shape, or that hides every token; or as ``analyze`` for the batch.
-        TypeError: ``report`` is none.
+        TypeError: ``model`` is no module, or ``report`` no report.
     """
+    check_module(model)
     if not isinstance(report, ConflictReport):
         raise TypeError(f"report must be a ConflictReport, got {type(report).__name__}")
     basis, rank = _space(report, block, space)

@@ -19,7 +19,7 @@ from .analysis import analyze
 from .analysis.arguments import check_max_tasks, check_method, check_model, ratios_of
 from .analysis.losses import Step
 from .analysis.masks import TokenMasks
-from .blocks import find_blocks
+from .blocks import BlockError, find_blocks
 from .expansion import check_module, parallel_wrapper
 from .model import MultiTaskModel
 from .report import ConflictReport
@@ -258,7 +258,11 @@ def _check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     known = [name for name in signature(analyze).parameters if name not in NOT_FORWARDED]
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"ConflictMonitor got {unknown[0]!r}; its options for dtme.analyze are {known}")
-    blocks = find_blocks(model.backbone if isinstance(model, MultiTaskModel) else model, options.get("blocks"))
+    try:
+        blocks = find_blocks(model.backbone if isinstance(model, MultiTaskModel) else model, options.get("blocks"))
+    except BlockError as error:
+        error.named = options.get("blocks") is not None
+        raise
     TokenMasks(options.get("token_mask"), blocks)
     if "max_tasks" in options:
         check_max_tasks(options["max_tasks"])

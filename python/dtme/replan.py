@@ -68,8 +68,6 @@ def replan(
     check_module(model_or_backbone)
     if not isinstance(plan, ExpansionPlan):
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     refuse_wrapped(model_or_backbone)
     root = _only_root(model_or_backbone)
     backbone, old = root.module[0], root.expansion
@@ -78,12 +76,12 @@ def replan(
     earlier = _added(model_or_backbone)
     if optimizer is not None:
         _check_optimizer(optimizer, model_or_backbone, earlier)
-        if plan.blocks and _home(optimizer, backbone, earlier) is None:
-            _warn_of_new_group(optimizer, backbone)
+        if plan.blocks and _home(optimizer, model_or_backbone, backbone, earlier) is None:
+            _warn_of_new_group(optimizer, model_or_backbone, backbone)
     with _undone_on_error(backbone, optimizer):
         _exchange(backbone, planned, old, new, gate_tokens)
         if optimizer is not None:
-            _update_optimizer(optimizer, backbone, earlier, _added(model_or_backbone))
+            _update_optimizer(optimizer, model_or_backbone, backbone, earlier)
     return model_or_backbone
 
 
@@ -125,7 +123,9 @@ def _added(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if is_added(name)}
 
 
-def _check_optimizer(optimizer: Optimizer, model: nn.Module, earlier: dict[str, nn.Parameter]) -> None:
+def _check_optimizer(optimizer: Any, model: nn.Module, earlier: dict[str, nn.Parameter]) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -140,14 +140,15 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module, earlier: dict[str, 
 
 
 def _update_optimizer(
-    optimizer: Optimizer, backbone: nn.Module, earlier: dict[str, nn.Parameter], now: dict[str, nn.Parameter]
+    optimizer: Optimizer, model: nn.Module, backbone: nn.Module, earlier: dict[str, nn.Parameter]
 ) -> None:
+    now = _added(model)
     known, kept = {id(p) for p in earlier.values()}, {id(p) for p in now.values()}
     gone = {id(p): p for p in earlier.values() if id(p) not in kept}
     if new := {name: parameter for name, parameter in now.items() if id(parameter) not in known}:
-        home = _home(optimizer, backbone, earlier)
+        home = _home(optimizer, model, backbone, earlier)
         if home is None:
-            home = _add_group(optimizer, backbone)
+            home = _add_group(optimizer, model, backbone)
         names = {id(p): name for name, p in earlier.items()}
         groups = [_group_for(name, optimizer.param_groups, names) for name in new]
         named = any("param_names" in group for group in optimizer.param_groups)
@@ -181,36 +182,41 @@ def _kind_and_owner(name: str) -> tuple[str, str]:
     return kind, owner
 
 
-def _home(optimizer: Optimizer, backbone: nn.Module, earlier: dict[str, nn.Parameter]) -> int | None:
-    """The group of added parameters, one that is empty and so kept for them, or one without weight decay, if any."""
+def _home(optimizer: Optimizer, model: nn.Module, backbone: nn.Module, earlier: dict[str, nn.Parameter]) -> int | None:
+    """A group of added parameters, or one that is empty, or one of the model's that is without weight decay, if any."""
     groups, added = optimizer.param_groups, {id(p) for p in earlier.values()}
     for i, group in enumerate(groups):
         if any(id(p) in added for p in group["params"]):
             return i
     empty = [i for i, group in enumerate(groups) if not group["params"]]
     free = [i for i, group in enumerate(groups) if group["params"] and not group.get("weight_decay", 0)]
-    return empty[0] if empty else _of_most(optimizer, backbone, free)
+    return empty[0] if empty else _of_most(optimizer, model, backbone, free)
 
 
-def _of_most(optimizer: Optimizer, backbone: nn.Module, among: Iterable[int]) -> int | None:
-    """The one of the groups that holds most of the backbone; None where there is no group."""
-    own = {id(p): p.numel() for name, p in backbone.named_parameters() if not is_added(name)}
-    held = {i: sum(own.get(id(p), 0) for p in optimizer.param_groups[i]["params"]) for i in among}
-    return max(held, key=held.__getitem__, default=None)
+def _of_most(optimizer: Optimizer, model: nn.Module, backbone: nn.Module, among: Iterable[int]) -> int | None:
+    """The one of the groups that holds most of the backbone, or else of the model; None where none holds any of it."""
+    most, found = (0, 0), None
+    inner, whole = ({id(p) for p in module.parameters()} for module in (backbone, model))
+    for i in among:
+        parameters = optimizer.param_groups[i]["params"]
+        inside, held = (sum(p.numel() for p in parameters if id(p) in own) for own in (inner, whole))
+        if (inside, held) > most:
+            most, found = (inside, held), i
+    return found
 
 
-def _add_group(optimizer: Optimizer, backbone: nn.Module) -> int:
+def _add_group(optimizer: Optimizer, model: nn.Module, backbone: nn.Module) -> int:
     """An empty group with the values of that of most of the backbone, as a schedule has left them, but no decay."""
-    like = _of_most(optimizer, backbone, range(len(optimizer.param_groups)))
-    assert like is not None  # an optimizer that holds parameters has a group
+    like = _of_most(optimizer, model, backbone, range(len(optimizer.param_groups)))
+    assert like is not None  # an optimizer that holds none of the model's parameters is refused
     lists = ("params", "param_names")
     group = {k: [] if k in lists else copy.deepcopy(v) for k, v in optimizer.param_groups[like].items()}
     optimizer.add_param_group({**group, "weight_decay": 0.0})
     return len(optimizer.param_groups) - 1
 
 
-def _warn_of_new_group(optimizer: Optimizer, backbone: nn.Module) -> None:
-    like = _of_most(optimizer, backbone, range(len(optimizer.param_groups)))
+def _warn_of_new_group(optimizer: Optimizer, model: nn.Module, backbone: nn.Module) -> None:
+    like = _of_most(optimizer, model, backbone, range(len(optimizer.param_groups)))
     warnings.warn(
         f"no group of the optimizer ({type(optimizer).__name__}) is without weight decay: the added parameters get a "
         f"new one with the present values of group {like}. A learning-rate scheduler made before has a value for each "

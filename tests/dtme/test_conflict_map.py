@@ -121,6 +121,7 @@ def test_what_does_not_fit_is_refused(problem, tmp_path):
         ({"token_mask": lambda batch: short}, "token_mask has 3 rows and 4 columns"),
         ({"token_mask": lambda batch: None}, "got NoneType"),
         ({"token_mask": lambda batch: torch.zeros(3, 5, dtype=torch.bool)}, "token_mask hides every token"),
+        ({"model": None, "losses": print}, "the model must be a torch.nn.Module, got NoneType"),
         ({"report": None}, "report must be a ConflictReport, got NoneType"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

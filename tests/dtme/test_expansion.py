@@ -374,3 +374,9 @@ def test_collapse_thaws_replaced_parameters(build):
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     dtme.collapse(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_is_no_model_is_refused_by_name():
+    for call in (lambda: dtme.expand(None, dtme.ExpansionPlan(TASKS)), lambda: dtme.collapse([1])):
+        with pytest.raises(TypeError, match=r"the model must be a torch\.nn\.Module, got (NoneType|list)"):
+            call()

@@ -87,8 +87,9 @@ def test_compute_counts_streams_block_by_block():
 
 
 def test_compute_of_plans_that_do_not_know_their_blocks():
+    assert plan_of(num_features={}).compute() == 1  # it changes nothing
     with pytest.raises(ValueError, match="num_features are empty"):
-        plan_of(num_features={}).compute()
+        plan_of(num_features={}, modulation={"b1": ["c"]}).compute()
     with pytest.raises(ValueError, match="changes block 'b9', which its num_features leave out"):
         plan_of(modulation={"b9": ["c"]}).compute()
     with pytest.raises(ValueError, match="unknown task 'near'"):

@@ -89,14 +89,20 @@ def test_new_parameters_join_a_group_without_weight_decay(build):
     flat = [p for p in model.backbone.parameters() if p.ndim < 2]
     heads, deep = list(model.heads.parameters()), [p for p in model.backbone.parameters() if p.ndim > 1]
     groups = [{"params": deep, "weight_decay": 0.1}, {"params": heads, "lr": 1.0}, {"params": flat, "lr": 1e-4}]
+    groups.append({"params": [torch.nn.Parameter(torch.ones(9**4))]})  # another model's
     optimizer = torch.optim.Adam(groups, lr=1e-3)
     scheduler = lr_scheduler.StepLR(optimizer, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dtme.replan(model, NEW, optimizer)
-    assert len(optimizer.param_groups) == 3
+    assert len(optimizer.param_groups) == 4
     assert {id(p) for p in optimizer.param_groups[2]["params"]} == {id(p) for p in [*flat, *added(model).values()]}
     advance(optimizer, scheduler, 1)
+    dtme.replan(model, NOTHING, optimizer)
+    strange = torch.optim.Adam([{"params": deep, "weight_decay": 0.1}, groups[3]])
+    with pytest.warns(UserWarning, match="present values of group 0"):
+        dtme.replan(model, NEW, strange)
+    assert len(strange.param_groups) == 3 and len(strange.param_groups[1]["params"]) == 1
 
 
 @pytest.mark.parametrize("named", [False, True])
