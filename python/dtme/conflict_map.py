@@ -46,7 +46,8 @@ def conflict_map(
             columns of an input that is a mapping, if it has one.
 
     Returns:
-        ``{(task, other task): (B, N) float64}`` in the report's order of tasks, on the CPU; -1 is the fiercest
+        ``{(task, other task): (B, N) float64}`` in the report's order of tasks, for the tasks that have labels in the
+        batch, on the CPU; -1 is the fiercest
         conflict. NaN where a task's gradient has no part in the space, and for tokens that do not count. N are all
         tokens that enter the block, class and register tokens included. The model is left exactly as it was.
 
@@ -62,8 +63,11 @@ def conflict_map(
     if isinstance(losses, Mapping) and set(losses) != set(report.tasks):
         raise ValueError(f"losses must be of the report's tasks {list(report.tasks)}, got {list(losses)}")
     tasks, gradients, counts = _gradients_at(model, batch, losses, report, block, token_mask)
-    if set(tasks) != set(report.tasks):
-        raise ValueError(f"the batch has losses of {list(tasks)}, not of all of the report's {list(report.tasks)}")
+    if len(tasks) < 2 or not set(tasks) <= set(report.tasks):
+        raise ValueError(
+            f"a batch must have losses of two of the report's tasks {list(report.tasks)} at least, and of no others; "
+            f"this one has those of {list(tasks)}"
+        )
     if gradients.shape[-1] != basis.shape[0]:
         raise ValueError(
             f"report is of another model: its basis of block {block!r} has {basis.shape[0]} channels, where the tokens "
@@ -71,7 +75,7 @@ def conflict_map(
         )
     cosines = _cosines(gradients, basis, rank, space)
     found: Maps = {}
-    for one, other in combinations(report.tasks, 2):
+    for one, other in combinations([task for task in report.tasks if task in tasks], 2):
         cosine = cosines[tasks.index(one), tasks.index(other)]
         found[one, other] = cosine if counts is None else cosine.masked_fill(~counts, torch.nan)
     return found

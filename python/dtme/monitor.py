@@ -1,5 +1,6 @@
 """Watch the conflicts all along a training: a few batches every some hundred steps."""
 
+import textwrap
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -244,7 +245,8 @@ class ConflictMonitor:
 
 def _row(seen: Observation) -> list[str]:
     if seen.report is None:
-        return [str(seen.step), "-", "-", "failed", "", f"{seen.seconds:.2f}"]
+        why = textwrap.shorten(seen.error or "", 60, placeholder=" …")
+        return [str(seen.step), "-", "-", f"failed: {why}", "", f"{seen.seconds:.2f}"]
     highest = [
         "{} {:.0%}".format(*max(rates.items(), key=lambda item: item[1])) if rates else "-"
         for rates in (seen.range_rates, seen.null_rates)

@@ -44,7 +44,8 @@ class ConflictReport:
         units: the counts batch by batch, which intervals and stability come from; None: these are NaN.
         num_batches: batches of the second pass; 0 where that is not known.
         skipped: ``{task: batches}`` in which the task had no target, or none but ignored labels.
-        settled: whether the analysis ended because its plan was settled; None where it was not asked to.
+        settled: whether the analysis ended because its plan was settled; None where it was not asked to. It says
+            nothing of the token space, which is that of all that the first pass read.
         reached: (D, K) bool: which task reaches which block; None: all of them all blocks.
         gains: (D,) float64: by how much more the losses fall, to first order, if every task has an affine map of its
             own in the block instead of all tasks sharing one; NaN where that is not known.
@@ -52,6 +53,7 @@ class ConflictReport:
             than ``units``; where there are as many, these are the first R of the resamples of the units.
         bases: for each block its (p, p) eigenvectors as columns; None after loading a file that was saved without.
         alternatives: ``{ratio: Split}``, the same analysis at other ratios; ``at`` gives their reports.
+        plan_options: of the plan that was to settle: the table and the picture are about that plan.
     """
 
     tasks: tuple[str, ...]
@@ -72,6 +74,7 @@ class ConflictReport:
     gain_resamples: Tensor | None = field(default=None, repr=False)
     bases: tuple[Tensor, ...] | None = field(default=None, repr=False)
     alternatives: Mapping[float, Split] = field(default_factory=dict, repr=False)
+    plan_options: Mapping[str, Any] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +128,7 @@ class ConflictReport:
             range_counts=split.range_counts,
             null_counts=split.null_counts,
             units=units,
+            settled=None,
             alternatives={self.ratio: this} | {r: other for r, other in self.alternatives.items() if r != ratio},
         )
 
@@ -220,8 +224,9 @@ class ConflictReport:
             groups: ``{group name: tasks}`` that share modules and a stream, or True for those of ``groups()``. A group
                 gets a module if any of its tasks does.
             max_parameters: of all plans with at most as many blocks as the shares say, that add at most so many
-                parameters, the one with the highest sum of chosen rates (or gains). Under ``"reverse"`` the sum is of
-                1 - rate; under ``"random"`` blocks count by when they were drawn.
+                parameters, the one with the highest sum of chosen rates. Under ``"reverse"`` the sum is of 1 - rate;
+                under ``"gain"``, of gains and of null rates, each in parts of its own mean over the blocks; under
+                ``"random"`` blocks count by when they were drawn.
             max_compute: likewise with ``ExpansionPlan.compute()`` at most so much. Of blocks with equal rates the later
                 one is chosen, without ``max_compute`` the earlier.
 
@@ -246,11 +251,13 @@ class ConflictReport:
 
         Args:
             path: of a picture in a format that matplotlib writes.
-            plan: None for ``self.plan()``, whose choices are marked with their stability.
+            plan: None for ``self.plan(**self.plan_options)``, whose choices are marked with their stability.
         """
         from .plots import plot_report
 
-        figure = plot_report(self, self.plan(), self.stability()) if plan is None else plot_report(self, plan)
+        options = self.plan_options
+        shares = self.stability(**options) if plan is None else None
+        figure = plot_report(self, plan or self.plan(**options), shares)
         write_beside(Path(path), lambda beside: figure.savefig(beside, dpi=150))
 
     def save(self, path: str | os.PathLike[str], *, bases: bool = False) -> None:

@@ -21,6 +21,7 @@ COUNTS = ("range_counts", "null_counts", "valid_counts")
 FIELDS = {"tasks", "blocks", "num_samples", "ratio", "ranks", "eigenvalues", *COUNTS}
 # what the files of earlier releases lack, and files leave out where an analysis has none
 OPTIONAL = {"units", "num_batches", "skipped", "settled", "reached", "gains", "gain_resamples", "bases", "alternatives"}
+OPTIONAL |= {"plan_options"}
 SPLIT = {"ratio", "ranks", "range_counts", "null_counts", "range_units", "null_units"}
 
 
@@ -42,6 +43,8 @@ def save_report(report: "ConflictReport", path: str | os.PathLike[str], bases: b
     content["eigenvalues"] = [values.tolist() for values in report.eigenvalues]
     # JSON knows no NaN
     content["gains"] = [None if math.isnan(gain) else gain for gain in report.gains.tolist()]
+    if report.plan_options:
+        content["plan_options"] = dict(report.plan_options)
     if report.reached is not None:
         content["reached"] = report.reached.tolist()
     if report.units is not None:

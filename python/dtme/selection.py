@@ -178,8 +178,10 @@ class Candidates:
         if self.rules.strategy == "random":  # the earlier drawn, the better
             return torch.linspace(1, 0.5, order.shape[1], dtype=torch.float64)[order.argsort(1)]
         if source == "gain":
-            return scores
+            return scores / scores.clamp(min=0).mean(1, keepdim=True).clamp(min=1e-300)
         rates = scores.clamp(0, 1)  # that of a resample is stretched, and can lie outside
+        if "gain" in self.rules.sources:  # beside gains, which are another measure
+            return rates / rates.mean(1, keepdim=True).clamp(min=1e-300)
         return rates if STRATEGIES[self.rules.strategy][2] else 1 - rates
 
     # --- who gets a module --------------------------------------------------------------------------------------------

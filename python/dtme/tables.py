@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,20 +17,24 @@ if TYPE_CHECKING:
 NOT_REACHED = "fewer than two tasks reach it"
 NEVER_MET = "no two tasks have gradients at the same token"
 MOST_NAMES = 4  # in a cell
+FAR = 16
+"""So many times what was read is more than most will read for a plan."""
 
 
 def summary(report: "ConflictReport") -> str:
     """What was read, the table with the default plan, what that costs, and what speaks against trusting it."""
-    plan, tasks = report.plan(), _listed(report.tasks, "tasks")
+    options = report.plan_options
+    plan, tasks = report.plan(**options), _listed(report.tasks, "tasks")
     head = f"Token-space gradient conflicts of {tasks} over {report.num_samples:,} samples (ratio {report.ratio:g})"
-    lines = [head, *_what_was_read(report), "", block_table(report, plan, stability(report, {}))]
+    lines = [head, *_what_was_read(report), "", block_table(report, plan, stability(report, options))]
     if has_units(report):
         lines.append(
-            f"± is half of the {LEVEL:.0%} interval; the share after a choice is that of the resamples that make it"
+            f"± is half of the {LEVEL:.0%} interval; the share after a choice is that of the resamples that make it, "
+            "each of them the same batches in all blocks"
         )
     if len(report.ratios) > 1:
         lines += ["", ratio_table(report)]
-    return "\n".join([*lines, "", *_costs(report, plan), *_warnings(report)])
+    return "\n".join([*lines, *_pairs(report), "", *_costs(report, plan), *_warnings(report)])
 
 
 def block_table(
@@ -111,6 +115,21 @@ def _what_was_read(report: "ConflictReport") -> list[str]:
     return lines
 
 
+def _pairs(report: "ConflictReport") -> list[str]:
+    """The pairs of tasks at both ends, which the rates of blocks average away."""
+    rates = report.range_counts.sum(0).double() / report.valid_counts.sum(0).double()
+    first, second = torch.triu_indices(len(report.tasks), len(report.tasks), 1)
+    known = [
+        (rates[i, j].item(), f"{report.tasks[i]} · {report.tasks[j]}")
+        for i, j in zip(first.tolist(), second.tolist(), strict=True)
+        if not rates[i, j].isnan()
+    ]
+    if len(known) < 2:
+        return []
+    (low, least), (high, most) = min(known), max(known)
+    return [f"range rates of pairs of tasks, over all blocks: {low:.1%} ({least}) to {high:.1%} ({most})"]
+
+
 def _costs(report: "ConflictReport", plan: ExpansionPlan) -> list[str]:
     num_shared, unshared = len(report.shared_blocks), why_unshared(report)
     blocks = f"{num_shared} blocks"
@@ -120,8 +139,8 @@ def _costs(report: "ConflictReport", plan: ExpansionPlan) -> list[str]:
             which = "where two or more tasks have gradients at the same token"
         blocks = f"the {num_shared} blocks (of {len(report.blocks)}) {which}"
     lines = [
-        f"plan() modulates {len(plan.modulation)} and expands {len(plan.expansion)} of {blocks}: "
-        f"{plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"
+        f"plan({_written(report.plan_options)}) modulates {len(plan.modulation)} and expands {len(plan.expansion)} of "
+        f"{blocks}: {plan.added_parameters():,} parameters with {plan.num_tokens} task tokens"
     ]
     if num_shared:
         one = max(_parameters_of(plan, task) for task in plan.tasks)
@@ -130,6 +149,12 @@ def _costs(report: "ConflictReport", plan: ExpansionPlan) -> list[str]:
             f"all {len(plan.tasks)}: {plan.added_parameters():,} parameters, {plan.compute():.2f} ×"
         )
     return lines
+
+
+def _written(options: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={'...' if isinstance(value, Mapping) else repr(value)}" for name, value in options.items()
+    )
 
 
 def _parameters_of(plan: ExpansionPlan, task: str) -> int:
@@ -149,10 +174,15 @@ def _warnings(report: "ConflictReport") -> list[str]:
     edges = edges[~edges.isnan().any(1)]
     if len(edges) and ((edges[:, 0] <= CHANCE) & (edges[:, 1] >= CHANCE)).all():
         lines.append(
-            "warning: no rate is surely other than 50%, that of gradients that have nothing to do with each other: "
-            "train the heads first"
+            "warning: no rate is surely other than 50%, if the intervals are to hold all at once: that of gradients "
+            "that have nothing to do with each other: train the heads first"
         )
-    share = agreement(report)
+    elif len(edges) and (edges[:, 1] < CHANCE).all():
+        lines.append(
+            "note: every rate is surely below 50%: these tasks agree more than they conflict, so that blocks with "
+            "modules of their own may win little"
+        )
+    share = agreement(report, **report.plan_options)
     if math.isnan(share):
         rare = informative_units(report.units.valid.sum(2)) < MIN_UNITS
         names = [block for block, few in zip(report.blocks, rare.tolist(), strict=True) if few]
@@ -162,10 +192,12 @@ def _warnings(report: "ConflictReport") -> list[str]:
             f"count in block {block!r}: read more"
         )
     if share < LEVEL:
-        more = batches_to_settle(report)
+        more = batches_to_settle(report, **report.plan_options)
         advice = f"{MOST_TIMES:,} times as many batches would not settle it, so its blocks are about equal"
         if more is not None:
             advice = f"read about {more:,} more batches"
+        if more is not None and more > FAR * report.num_batches:
+            advice += ", or take it as it is: blocks that need so many are about equal"
         lines.append(f"warning: only {share:.0%} of the resamples make this plan: {advice}")
     return lines
 

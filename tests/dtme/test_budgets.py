@@ -26,6 +26,10 @@ def best_by_hand(report, options, max_parameters, max_compute):
     ]
     if options["strategy"] == "reverse":
         values = [{block: 1 - rate for block, rate in rates.items()} for rates in values]
+    if options["strategy"] == "gain":  # two measures, each in parts of its mean over the blocks
+        shared = report.shared_blocks
+        means = [sum(max(rates[block], 0) for block in shared) / len(shared) for rates in values]
+        values = [{b: v / mean for b, v in rates.items()} for rates, mean in zip(values, means, strict=True)]
     best = 0.0
     choices = [
         [blocks for n in range(quota + 1) for blocks in itertools.combinations(members, n)]

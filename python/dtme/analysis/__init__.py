@@ -64,13 +64,16 @@ def analyze(
     The first pass streams the second moment of every block's input tokens; the second takes each task's gradient at
     them, rotates it into their eigenbasis and counts the pairs of tasks that pull apart, per token and space.
 
-    Train the heads first: untrained heads send gradients that agree by chance, half of the time.
+    Train the heads first: the rates of untrained heads are about half, and where they differ, the differences are those
+    of one random draw of heads. Resampling batches cannot show that. An expanded model is analysed in its tasks' own
+    streams: each task's gradients at the tokens that it has there, which enter the block before its modulation, and the
+    mean of the tasks' second moments.
 
     Args:
         model: a ``MultiTaskModel``; with a ``step`` function, any transformer.
         loader: yields ``(x, {task: target})`` (with ``step``: whatever it takes), and can be iterated twice. A batch
-            may lack targets of some tasks, or hold only labels of theirs that are ignored: these tasks are then left
-            out of it, which the report counts in ``skipped``.
+            may lack targets of some tasks (no such key, or None), or hold only labels of theirs that are ignored: these
+            tasks are then left out of it, which the report counts in ``skipped``.
         losses: ``{task: loss(prediction, target)}`` for at least two tasks, or ``step``, which may run more than
             ``model``: whatever it calls is in the same mode meanwhile. It returns the tasks' losses and no sum of them.
         ratio: r, range energy over null energy (Eq. 3). Of several, the first is that of the report, and
@@ -84,7 +87,7 @@ def analyze(
             an equal share of the error (half of what is left, where the loader has no length). The first pass ends
             when, at a doubling, both halves of what was read have the same rank, to 1 % of the channels, and the range
             basis of the first keeps within 1 % as much of the second. Give a shuffled loader: batches are taken as
-            they come. ``report.settled`` says whether it was.
+            they come. ``report.settled`` says whether the plan was; the first pass may have read all, unsettled.
         plan_options: of ``report.plan``, the plan that is to settle.
         token_mask: ``token_mask(batch) -> (B, N)`` bool, the tokens that count, those that pad a sentence not among
             them; of what the loader yields, on the device. None takes a mapping input's 2-D ``attention_mask``.
@@ -96,8 +99,8 @@ def analyze(
         method: ``"joint"``, or ``"streamed"``: keep the graph of one block at a time, for memory, at the price of one
             more forward of every block per task.
         folder: write the sums there every minute. The same call, after it was killed, goes on from them and ends in
-            the same numbers; the loader then has to yield the same batches in the same order, given the same random
-            state.
+            the same numbers. A loader that shuffles begins with the random state that it had (torch's, NumPy's,
+            Python's and its own ``generator``); where it yields other batches than those added, that is an error.
         progress: show two progress bars.
         device: where batches are moved; by default the model's.
         process_group: under ``torch.distributed``, whose sums and counts are reduced; every rank calls this with its
@@ -199,7 +202,9 @@ def _run(
         conflicts.settled = share >= _wanted(options.settle, conflicts.rounds * ranks.world, horizon)
     with ranks.together():
         conflicts.write(over=True)
-    return report if options.settle is None else replace(report, settled=conflicts.settled)
+    if options.settle is None:
+        return report
+    return replace(report, settled=conflicts.settled, plan_options=dict(options.plan_options))
 
 
 def _read(analysis: Analysis, folder: Folder) -> dict[str, Any] | None:

@@ -62,11 +62,11 @@ class ByTask:
         The graph of a decoder is every task's, and kept for the last of them.
         """
         model, (x, targets) = self.model, _unpack(batch)
-        labelled = tuple(task for task in tasks if task in targets)
+        labelled = tuple(task for task in tasks if targets.get(task) is not None)
         self.last_problem |= {
             task: f"loader yields no target for task {task!r}, only for {list(targets)}"
             for task in tasks
-            if task not in targets
+            if task not in labelled
         }
         with self.signals.allowed():
             # all tasks' features also where one has no target: which streams share must not depend on it
