@@ -63,8 +63,9 @@ class ByTask:
         """
         model, (x, targets) = self.model, _unpack(batch)
         labelled = tuple(task for task in tasks if targets.get(task) is not None)
+        there = [task for task in targets if targets[task] is not None]
         self.last_problem |= {
-            task: f"loader yields no target for task {task!r}, only for {list(targets)}"
+            task: f"loader yields no target for task {task!r}, only for {there}"
             for task in tasks
             if task not in labelled
         }
