@@ -155,7 +155,7 @@ def write_results(
     out.mkdir(parents=True, exist_ok=True)
     report.save(out / "report.json")
     plan.save(out / "plan.json")
-    report.plot(out / "conflicts.png", plan)
+    report.plot(out / "conflicts.png")
     plot_losses(losses, out / "losses.png")
     draw_predictions(model, held_out, out / "predictions.png")
     model.save_pretrained(out / "model")
