@@ -24,6 +24,7 @@ from .blocks import BlockError, find_blocks
 from .expansion import check_module, parallel_wrapper
 from .model import MultiTaskModel
 from .report import ConflictReport
+from .tables import aligned, ruled
 
 NOT_FORWARDED = {
     # what the monitor says itself
@@ -232,15 +233,8 @@ class ConflictMonitor:
         )
         rows = [["step", "range", "null", "highest range", "highest null", "seconds"]]
         rows += [_row(seen) for seen in self.history[-ROWS:]]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        align = (">", ">", ">", "<", "<", ">")
-        lines = [
-            "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip() for row in rows
-        ]
         left_out = [f"(the last {ROWS})"] if len(self.history) > ROWS else []
-        return "\n".join(
-            [head, *left_out, lines[0], "─" * max(map(len, lines)), *lines[1:]] if self.history else [head]
-        )
+        return "\n".join([head, *left_out, *ruled(aligned(rows, ">>><<>"))] if self.history else [head])
 
 
 def _row(seen: Observation) -> list[str]:

@@ -56,8 +56,7 @@ def block_table(
                     share = math.nan if shares is None else shares[kind][d].item()
                     marks.append(_mark(word, tasks, plan) + ("" if math.isnan(share) else f" {share:.0%}"))
         rows.append([*row, cells[0][d], cells[1][d], " + ".join(marks)])
-    lines = _aligned(rows, "<>>>><")
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+    return "\n".join(ruled(aligned(rows, "<>>>><")))
 
 
 def ratio_table(report: "ConflictReport") -> str:
@@ -71,7 +70,7 @@ def ratio_table(report: "ConflictReport") -> str:
             for block in other.blocks
         ]
         rows.append([f"{ratio:g}", f"{ranks.min().item()}-{ranks.max().item()}", "".join(letters)])
-    return "\n".join(["Plans by ratio (M modulate, E expand, B both, · neither)", *_aligned(rows, ">><")])
+    return "\n".join(["Plans by ratio (M modulate, E expand, B both, · neither)", *aligned(rows, ">><")])
 
 
 def why_unshared(report: "ConflictReport") -> dict[str, str]:
@@ -93,7 +92,7 @@ def _rate_cells(report: "ConflictReport", space: str) -> list[str]:
     rates = (report.range_rates if space == "range" else report.null_rates).tolist()
     if not has_units(report):  # intervals would warn, and summary says it anyway
         return [f"{rate:.1%}" for rate in rates]
-    half = ((report.intervals(space)[:, 1] - report.intervals(space)[:, 0]) / 2).tolist()
+    half = (report.intervals(space).diff(dim=1) / 2).flatten().tolist()
     return [f"{rate:.1%}" + ("" if math.isnan(h) else f" ± {100 * h:.1f}") for rate, h in zip(rates, half, strict=True)]
 
 
@@ -212,6 +211,12 @@ def _listed(names: Sequence[str], kind: str) -> str:
     )
 
 
-def _aligned(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """A line for each row, its columns as wide as they have to be, each ``<`` or ``>`` as ``align`` says."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip() for row in rows]
+
+
+def ruled(lines: Sequence[str]) -> list[str]:
+    """A table's lines with a rule under the first."""
+    return [lines[0], "─" * max(map(len, lines)), *lines[1:]]

@@ -103,6 +103,17 @@ class OwnTransformer(nn.Module):
         return self.layers(x)
 
 
+class Two(nn.Module):
+    """One transformer after the other, which may be expanded by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = OwnTransformer(2), OwnTransformer(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.right(self.left(x))
+
+
 CLIENTS["own, generic seam"] = OwnTransformer
 
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dtme
 from dtme.blocks import find_blocks
 from tests.dtme.backbones import Mixing
-from tests.dtme.clients import WIDTH, OwnTransformer, concatenated, same_predictions
+from tests.dtme.clients import WIDTH, OwnTransformer, Two, concatenated, same_predictions
 
 TASKS = ("a", "b", "c", "d")
 WIDTHS = {f"b{i}": 8 for i in range(4)}
@@ -285,14 +285,6 @@ def test_replanned_groups_keep_their_modules_and_gates_are_theirs(grouped, tmp_p
 
 
 def test_parts_expanded_by_themselves_may_have_other_groups():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right = OwnTransformer(2), OwnTransformer(2)
-
-        def forward(self, x):
-            return self.right(self.left(x))
-
     torch.manual_seed(0)
     model = dtme.MultiTaskModel(Two(), {task: nn.Identity() for task in TASKS}, features=lambda net, x: net(x))
     for part, groups in ((model.backbone.left, {"g": ("a", "b")}), (model.backbone.right, {"g": ("d", "b", "c")})):

@@ -19,7 +19,7 @@ from tests.dtme.backbones import (
     expanded,
     worst,
 )
-from tests.dtme.clients import SDPA, TASKS, WIDTH, OwnBlock, OwnTransformer, concatenated
+from tests.dtme.clients import SDPA, TASKS, WIDTH, OwnBlock, OwnTransformer, Two, concatenated
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -51,14 +51,6 @@ def test_gradients_of_all_at_once_are_the_sums_of_each_alone(name):
 
 
 def test_parts_that_were_expanded_by_themselves():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right = OwnTransformer(2), OwnTransformer(2)
-
-        def forward(self, x):
-            return self.right(self.left(x))
-
     torch.manual_seed(0)
     two, x = Two().double().eval(), torch.randn(3, LENGTH, WIDTH).double()
     for part in (two.left, two.right):
