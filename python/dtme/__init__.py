@@ -4,7 +4,7 @@ from .analysis import analyze
 from .conflict_map import conflict_map
 from .expansion import collapse, expand
 from .map_plots import plot_conflict_map
-from .model import MultiTaskModel, verify
+from .model import MultiTaskModel
 from .monitor import ConflictMonitor
 from .output import split
 from .plan import ExpansionPlan
@@ -12,6 +12,7 @@ from .replan import replan
 from .report import ConflictReport
 from .sharing import sharing_of
 from .streams import is_expanded, tasks
+from .verification import verify
 from .written_out import attention
 
 __all__ = [

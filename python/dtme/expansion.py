@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .block import BlockAdapter
+from .block.folding import fold as fold_block
 from .block.handover import adopt, draw_tokens
 from .block.site import Site, find_attention
 from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
@@ -153,7 +154,7 @@ def fold(backbone: nn.Module, task: str) -> None:
         if root is not None:
             root.detach()
     for adapter in adapters(backbone):
-        adapter.fold(task)
+        fold_block(adapter, task)
 
 
 def check_module(model: Any) -> None:

@@ -3,12 +3,12 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import saving
 from .block.adapter import is_added
@@ -17,17 +17,14 @@ from .expanded import Expansion
 from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
-from .output import split
+from .parameters import users_of_parameters
 from .plan import check_tasks, choose
-from .randomness import left_as_it_was
 from .sharing import Call, Way, Ways
 from .streams import Forward, expansions, expansions_of, running, survey
-from .streams import tasks as streams_of
+from .task_model import Features, TaskModel, features_of
 from .torch_private import calls_compiler, eagerly, stay_eager
-from .trees import tensors
 
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
-Features = Callable[[nn.Module, Any], Any]
 
 
 class MultiTaskModel(nn.Module):
@@ -163,10 +160,7 @@ class MultiTaskModel(nn.Module):
         return Call(self._features_of, (x,), {})
 
     def _features_of(self, x: Any) -> Any:
-        if callable(self.features):
-            return self.features(self.backbone, x)
-        tokens = backbone_tokens(self.backbone, x)
-        return tokens if self.features == "tokens" else tokens[:, 0]
+        return features_of(self.backbone, self.features, x)
 
     def _run_and_predict(
         self, selected: tuple[str, ...], forward: Forward, way: Way, needed: tuple[str, ...], call: Call
@@ -229,6 +223,29 @@ class MultiTaskModel(nn.Module):
         ]
         return [group for group in groups if group["params"] or (group is groups[1] and expansions(self.backbone))]
 
+    def task_parameters(self, task: str) -> list[nn.Parameter]:
+        """Parameters that ``task`` alone has: those of its head and those that ``expand`` gave it, frozen ones too.
+
+        What several tasks use is none of theirs: modules of a group of several, a head given for two tasks, weights
+        tied to those of the backbone.
+
+        Raises:
+            ValueError: the task is unknown.
+        """
+        if not isinstance(task, str):
+            raise TypeError(f"task must be one name, got {task!r}")
+        (task,) = choose(task, self.tasks)
+        users = users_of_parameters(self, dict(self.heads.items()))
+        return [parameter for parameter, tasks in users if tasks == {task}]
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """All parameters that are not one task's alone. With every task's ``task_parameters`` they are all of the model's.
+
+        They are what methods that combine the gradients of tasks (torchjd's aggregators, say) are about.
+        """
+        users = users_of_parameters(self, dict(self.heads.items()))
+        return [parameter for parameter, tasks in users if len(tasks) != 1]
+
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train and how many the plan added."""
         total = sum(p.numel() for p in self.parameters())
@@ -267,7 +284,7 @@ class MultiTaskModel(nn.Module):
         """
         return saving.load(cls, path, backbone, heads, features, decoder)
 
-    def export_task(self, task: str) -> "TaskModel":
+    def export_task(self, task: str) -> TaskModel:
         """A plain, independent module for one task: its stream alone, task keys and values folded to constants.
 
         ``torch.export`` takes it; later changes of this model do not reach it.
@@ -288,7 +305,9 @@ class MultiTaskModel(nn.Module):
             if single.decoder is not None:
                 check_independent(single, single.decoder, task, self.tasks or seen, self._example)
             fold(single.backbone, task)
-            return TaskModel(single, task)
+            return TaskModel(
+                single.backbone, single.features, single.decoder, dict(single.heads.items()).get(task), task
+            )
 
 
 def _warn_of_parameters_elsewhere(model: nn.Module, **functions: Any) -> None:
@@ -308,84 +327,3 @@ def _warn_of_parameters_elsewhere(model: nn.Module, **functions: Any) -> None:
 def run_head(head: nn.Module, features: Any) -> Any:
     """A function of its own, so that heads of one kind share one compiled graph."""
     return head(features)
-
-
-def verify(model: nn.Module, x: Any, tasks: str | Sequence[str] | None = None) -> float:
-    """How far the predictions of all tasks at once are from each task's alone, in evaluation mode.
-
-    Args:
-        model: a ``MultiTaskModel``, or an expanded backbone.
-        x: what it takes.
-        tasks: a name or several; None for all.
-
-    Returns:
-        The largest difference, relative to the largest entry of the tensor it is in: rounding, if all is well.
-
-    Raises:
-        RuntimeError: ``model`` is a backbone that is not expanded.
-    """
-    decodes = isinstance(model, MultiTaskModel) and model.decoder is not None
-    if isinstance(model, MultiTaskModel):
-        names, needed = model.tasks_for(tasks)
-    else:
-        found = expansions(model)
-        names = needed = choose(tasks, found[0].tasks if found else ())
-
-    def predict(some: Sequence[str]) -> dict[str, Any]:
-        if isinstance(model, MultiTaskModel):
-            return model(x, some)
-        with streams_of(model, some):
-            return split(model(**x) if isinstance(x, Mapping) else model(x), some)
-
-    worst = 0.0
-    with left_as_it_was(model) as rewind:
-        rewind()
-        at_once = predict(names)
-        alone: dict[str, Any] = {}
-        for task in needed:
-            rewind()
-            alone |= model.extract(x, [task]) if decodes else predict([task])  # type: ignore[operator]
-        if decodes:  # reads the features of all, wherever they come from
-            alone = model.predict(alone, names)  # type: ignore[operator]
-        for task in names:
-            for a, b in zip(tensors(at_once[task]), tensors(alone[task]), strict=True):
-                if a.shape != b.shape:
-                    return float("inf")
-                if a.numel():
-                    a, b = a.double(), b.double()
-                    worst = max(worst, ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item())
-    return worst
-
-
-class TaskModel(nn.Module):
-    """One task of a ``MultiTaskModel``; takes what its backbone takes and returns the prediction."""
-
-    def __init__(self, model: MultiTaskModel, task: str) -> None:
-        super().__init__()
-        self.task = task
-        self.backbone, self.features, self.decoder = model.backbone, model.features, model.decoder
-        self.head = dict(model.heads.items()).get(task)
-
-    def forward(self, x: Any) -> Any:
-        if callable(self.features):
-            found = self.features(self.backbone, x)
-        else:
-            found = backbone_tokens(self.backbone, x)
-            found = found if self.features == "tokens" else found[:, 0]
-        if self.decoder is not None:
-            found = self.decoder({self.task: found})[self.task]
-        return found if self.head is None else self.head(found)
-
-
-def backbone_tokens(backbone: nn.Module, x: Any) -> Tensor:
-    """All a backbone returns per token, (B, N, p): timm's ``forward_features``, transformers' last hidden state."""
-    call = getattr(backbone, "forward_features", backbone)
-    output = call(**x) if isinstance(x, Mapping) else call(x)
-    tokens = getattr(output, "last_hidden_state", output)
-    if not isinstance(tokens, Tensor) or tokens.ndim < 3:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(
-            f"features='tokens' needs a backbone that returns (B, N, p), {type(backbone).__name__} returned {got}: "
-            "give a function, features=lambda backbone, x: backbone(x) for what it returns as it is"
-        )
-    return tokens

@@ -135,23 +135,6 @@ class BlockAdapter(nn.Module):
         if self._block[0]._modules.get("dtme") is self:
             del self._block[0].dtme
 
-    def fold(self, task: str) -> None:
-        """Keep one task only, its task keys and values as constants: what ``export_task`` ships."""
-        owner = self.own_tasks.get(task, "")
-        if owner in self.tokens:
-            with torch.no_grad():
-                self.task_key, self.task_value = (x.clone() for x in self._project(torch.stack([self.tokens[owner]])))
-        if owner in self.gate:
-            self.task_gate = self.gate[owner].detach().clone()
-        self.folded = together((task,))
-        self.tokens, self.gate = nn.ParameterDict(), nn.ParameterDict()
-        modulated = owner in self.weight
-        for name in ("weight", "bias"):
-            setattr(self, name, nn.ParameterDict({owner: getattr(self, name)[owner]} if modulated else {}))
-        if self.running_mean is not None and self.running_var is not None:
-            self.running_mean = TaskBuffers({owner: self.running_mean[owner]}) if modulated else None
-            self.running_var = TaskBuffers({owner: self.running_var[owner]}) if modulated else None
-
     # --- which run this is ----------------------------------------------------------------------------------------
 
     def _enter(self, tokens: Tensor) -> Run:
@@ -359,10 +342,10 @@ class BlockAdapter(nn.Module):
             return self.task_key, self.task_value
         if run.forward.task_index is not None:
             some = next(iter(self.tokens.values()))
-            return self._project(self._of_streams(run, self.tokens, torch.zeros_like(some)))
-        return self._project(self._of_streams(run, self.tokens))
+            return self.project(self._of_streams(run, self.tokens, torch.zeros_like(some)))
+        return self.project(self._of_streams(run, self.tokens))
 
-    def _project(self, tokens: Tensor) -> KeysValues:
+    def project(self, tokens: Tensor) -> KeysValues:
         assert self.site is not None
         norm, attention = self.site.norm, self.site.seam.attention
         check_statistics(self.name, [attention] if norm is None else [norm, attention], self.site.learning)
