@@ -239,7 +239,7 @@ class MultiTaskModel(nn.Module):
         return [parameter for parameter, tasks in users if tasks == {task}]
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """All parameters that are not one task's alone. With every task's ``task_parameters`` they are all of the model's.
+        """All parameters that are not one task's alone; with every task's ``task_parameters`` they are all there are.
 
         They are what methods that combine the gradients of tasks (torchjd's aggregators, say) are about.
         """

@@ -1,0 +1,1 @@
+"""Low-rank adapters of PEFT, before and after a model is expanded."""

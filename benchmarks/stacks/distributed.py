@@ -1,0 +1,1 @@
+"""Several processes: DDP, FSDP2, tensor parallel, and analyses of shards."""

@@ -1,0 +1,1 @@
+"""One task shipped: torch.export, ONNX, AOTInductor, and processes without this package."""

@@ -1,0 +1,1 @@
+"""Quantised weights, by torchao and bitsandbytes."""

@@ -1,0 +1,1 @@
+"""Loops that a library owns: transformers' Trainer, Lightning, Accelerate."""
