@@ -12,9 +12,10 @@ from torch import nn
 
 from . import nested_tensors
 from .forwards import Opening, run_folded
+from .mixed_rows import RowWays, call_mixed_rows
 from .output import remember_tasks
 from .sharing import Call, Ways, caller_level
-from .streams import Expansion, chosen, chosen_for_part, running, survey
+from .streams import Expansion, chosen, chosen_by_row, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
 
 _STANDS_IN = re.compile(r"(?!forward_head)forward\w*|(encode|extract)_\w+|get_(intermediate|image|text|audio|video)\w*")
@@ -94,7 +95,7 @@ class Entry:
     def __init__(self, module: nn.Module, name: str, expansion: Expansion, part: str | None = None) -> None:
         self.module, self.name, self.expansion, self.part = module, name, expansion, part
         self.replaced = vars(module).get(name)  # somebody's own, as accelerate's hooks
-        self.ways = Ways(module, (expansion,), name)
+        self.ways, self.row_ways = Ways(module, (expansion,), name), RowWays(module, (expansion,), name)
         function = self.replaced or getattr(module, name)
         self.__signature__ = inspect.signature(function)
         self.__doc__, self.__name__ = getattr(function, "__doc__", None), name
@@ -104,7 +105,13 @@ class Entry:
             if running(self.expansion) is None:
                 torch._dynamo.graph_break()  # which tasks this thread chose is not known to the compiler
             return self._function()(*args, **kwargs)
-        opening = eagerly(self._open, Call(self._function(), args, kwargs), calls_compiler())
+        call = Call(self._function(), args, kwargs)
+        rows = eagerly(chosen_by_row, self.expansion)
+        if rows is not None and len(set(rows)) > 1 and eagerly(running, self.expansion) is None and not recomputing():
+            output = eagerly(call_mixed_rows, self.row_ways, rows, call)
+            eagerly(remember_tasks, output, rows)
+            return output
+        opening = eagerly(self._open, call, calls_compiler())
         if opening is None:
             return self._function()(*args, **kwargs)
         output = opening.carry_out(run_folded)

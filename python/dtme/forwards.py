@@ -21,7 +21,7 @@ ANY_TASK = ("*",)
 ATTEMPTS = 3
 """As it is known, as it is compared again, and one task after the other."""
 
-_compiled_parts = threading.RLock()
+compiled_parts = threading.RLock()
 """Held by a forward some of whose blocks are compiled by themselves: they find its state on the expansion."""
 
 
@@ -42,12 +42,12 @@ class Opening:
         self._is_exposed = state.has_compiled_parts and not is_compiled
         self.forward = Forward(ways.expansions, task_index=index)
         if self._is_exposed:
-            _compiled_parts.acquire()
+            compiled_parts.acquire()
         try:
             self.way = ways.find_out(self.tasks, call, state, force_eager=self._is_exposed)
         except BaseException:
             if self._is_exposed:
-                _compiled_parts.release()
+                compiled_parts.release()
             raise
         self._expose(self.forward)
         show(self.forward)
@@ -94,7 +94,7 @@ class Opening:
         hide(self.forward)
         self._expose(None)
         if self._is_exposed:
-            _compiled_parts.release()
+            compiled_parts.release()
 
 
 def run(forward: Forward, way: Way, tasks: tuple[str, ...], call: Call) -> dict[str, Any]:

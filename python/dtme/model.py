@@ -17,6 +17,7 @@ from .expanded import Expansion
 from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
+from .mixed_rows import RowWays, predict_mixed_rows
 from .parameters import users_of_parameters
 from .plan import check_tasks, choose
 from .sharing import Call, Way, Ways
@@ -77,6 +78,7 @@ class MultiTaskModel(nn.Module):
         _warn_of_parameters_elsewhere(self, features=features, decoder=decoder)
         self._tasks = given
         self._ways: Ways | None = None
+        self._row_ways: RowWays | None = None
         self._example: Example | None = None
 
     @property
@@ -89,7 +91,14 @@ class MultiTaskModel(nn.Module):
             return check_tasks(named if isinstance(named, str) else list(named))
         return next((expansion.tasks for expansion in expansions(self.backbone)), ())
 
-    def forward(self, x: Any = None, tasks: str | Sequence[str] | None = None, **inputs: Any) -> dict[str, Any]:
+    def forward(
+        self,
+        x: Any = None,
+        tasks: str | Sequence[str] | None = None,
+        *,
+        task_of_row: Sequence[str] | None = None,
+        **inputs: Any,
+    ) -> dict[str, Any]:
         """Predict.
 
         Args:
@@ -97,14 +106,20 @@ class MultiTaskModel(nn.Module):
             tasks: a name or several; None for all. Without a decoder, streams of other tasks are not computed. A
                 decoder is always given the features of all tasks, so that a task's prediction does not depend on which
                 are asked for; where nothing has named the tasks, those named here are all there are.
+            task_of_row: instead of ``tasks``, the task of every row: B names. Row i then runs in the stream of its task
+                alone, all rows in one pass where the backbone keeps them apart; else, and a warning says why, the rows
+                of one task after those of the other.
             inputs: instead of ``x``, what the backbone takes by name.
 
         Returns:
-            ``{task: prediction}`` in the order asked for.
+            ``{task: prediction}`` in the order asked for. With ``task_of_row``, of the tasks that have rows, in the
+            model's order: each has its own rows alone, as they come in the batch.
 
         Raises:
-            ValueError: unknown tasks; tasks that nothing has named; a decoder that lacks a prediction.
-            TypeError: ``inputs`` beside ``x``.
+            ValueError: unknown tasks; tasks that nothing has named; a decoder that lacks a prediction; ``task_of_row``
+                of another length than the batch, or beside ``tasks``.
+            TypeError: ``inputs`` beside ``x``; ``task_of_row`` is no sequence of names.
+            RuntimeError: ``task_of_row`` with a decoder, which reads the features of all tasks of every row.
         """
         if x is not None and inputs:
             raise TypeError(
@@ -112,6 +127,8 @@ class MultiTaskModel(nn.Module):
                 "takes by name goes without x, or in it, as a mapping"
             )
         x = inputs if x is None else x
+        if task_of_row is not None:
+            return predict_mixed_rows(self, x, tasks, task_of_row)
         if torch.compiler.is_compiling():
             selected, needed = self.tasks_for(tasks)
             return self.predict(self.extract(x, needed), selected)
@@ -148,7 +165,7 @@ class MultiTaskModel(nn.Module):
             choose(selected, expansion.tasks)
         if isinstance(root := vars(self.backbone).get("_dtme"), Root):
             root.refuse_replicas(self.backbone)
-        ways, call = self._ways_of(expansions), self._call(x)
+        ways, call = self._ways_of(expansions), self.call_of(x)
         return Opening(ways, selected, call, state, is_compiled=is_compiled)
 
     def _ways_of(self, expansions: tuple[Expansion, ...]) -> Ways:
@@ -156,7 +173,14 @@ class MultiTaskModel(nn.Module):
             self._ways = Ways(self, expansions, self.features)
         return self._ways
 
-    def _call(self, x: Any) -> Call:
+    def row_ways_of(self, expansions: tuple[Expansion, ...]) -> RowWays:
+        """What is known of calls with rows of several tasks."""
+        if self._row_ways is None or not self._row_ways.are_for(expansions, self.features):
+            self._row_ways = RowWays(self, expansions, self.features)
+        return self._row_ways
+
+    def call_of(self, x: Any) -> Call:
+        """What makes the features of ``x``, in whichever streams run."""
         return Call(self._features_of, (x,), {})
 
     def _features_of(self, x: Any) -> Any:
@@ -202,7 +226,7 @@ class MultiTaskModel(nn.Module):
             expansions = expansions_of(state.adapters)
             if not expansions or expansions[0].traced is not None:
                 return dict.fromkeys(selected, self._features_of(x))
-            call = self._call(x)
+            call = self.call_of(x)
             way = self._ways_of(expansions).find(selected, call, is_training=state.is_training)
             return run(Forward(expansions), way, selected, call)
         opening = self._open(selected, x, False)

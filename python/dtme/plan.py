@@ -253,3 +253,18 @@ def choose(tasks: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str
         problem = f"unknown task {unknown[0]!r}" if unknown else f"got {list(names)}"
         raise ValueError(f"tasks must be one or more different names out of {list(known)}: {problem}")
     return names
+
+
+def check_task_of_row(task_of_row: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """The task of every row.
+
+    Raises:
+        TypeError: it is no sequence of names.
+        ValueError: it names an unknown task.
+    """
+    is_names = isinstance(task_of_row, Sequence) and all(isinstance(task, str) for task in task_of_row)
+    if isinstance(task_of_row, str) or not is_names:
+        raise TypeError(f"task_of_row must be a sequence of task names, one for every row, got {task_of_row!r}")
+    if unknown := [task for task in task_of_row if task not in known]:
+        raise ValueError(f"task_of_row names the unknown task {unknown[0]!r}; tasks are {list(known)}")
+    return tuple(task_of_row)

@@ -198,7 +198,7 @@ def caller_level() -> int:
 
 
 @contextmanager
-def _shown(forward: Forward) -> Iterator[None]:
+def shown(forward: Forward) -> Iterator[None]:
     show(forward)
     try:
         yield
@@ -261,7 +261,7 @@ class Comparison:
 
     def _draws(self) -> bool:
         """Whether the model draws random numbers in training."""
-        with left_as_it_was(self.owner, training=True), _shown(self.forward):
+        with left_as_it_was(self.owner, training=True), shown(self.forward):
             state = random_state()
             self.forward.start(together(self.tasks[:1]))
             self.call.on_fresh_inputs()
@@ -269,7 +269,7 @@ class Comparison:
 
     def way(self) -> Way:
         statistics = [module for module in self.owner.modules() if takes_statistics(module)]
-        with left_as_it_was(self.owner, training=self.training) as rewind, _shown(self.forward):
+        with left_as_it_was(self.owner, training=self.training) as rewind, shown(self.forward):
             alone: list[Any] = []
             for task in self.tasks:
                 rewind()

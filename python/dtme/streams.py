@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .expanded import Expansion, alike
-from .plan import choose
+from .plan import check_task_of_row, choose
 from .torch_private import is_compiled
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Layout(NamedTuple):
     """All tasks that run, in the order they were asked for."""
     streams: tuple[tuple[str, ...], ...]
     """Each stream's tasks."""
+    by_row: bool = False
+    """Whether every row that goes in is a stream of the one task that it has: none is repeated, none ever parts."""
 
     def part(self, leaving: Mapping[str, str]) -> "Layout":
         """Every stream split into one for each owner that tasks leave for, ``{task: owner}``, and one of the rest.
@@ -47,6 +49,8 @@ class Layout(NamedTuple):
 
     def sources(self, before: "Layout") -> list[int]:
         """For every stream, the stream of ``before`` that its tokens come from."""
+        if self.by_row:
+            return list(range(self.num_streams))
         index = before._indices()
         return [index[stream[0]] for stream in self.streams]
 
@@ -74,6 +78,11 @@ def together(tasks: Sequence[str]) -> Layout:
 def apart(tasks: Sequence[str]) -> Layout:
     """A stream for every task."""
     return Layout(tuple(tasks), tuple((task,) for task in tasks))
+
+
+def by_row(task_of_row: Sequence[str]) -> Layout:
+    """A stream for every row, of the task that it has."""
+    return Layout(tuple(dict.fromkeys(task_of_row)), tuple([(task,) for task in task_of_row]), True)
 
 
 def repeat_rows(tensor: Tensor, index: Sequence[int], num_streams: int, axis: int = 0) -> Tensor:
@@ -140,9 +149,9 @@ class Forward:
         self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def start(self, layout: Layout) -> None:
-        """Before the backbone runs: its input is one stream of ``layout``."""
+        """Before the backbone runs: its input is one stream, or every row of it one, of ``layout``."""
         self.layout = layout
-        self.may_part = len(alike(layout.tasks, self.expansions)) > 1
+        self.may_part = not layout.by_row and len(alike(layout.tasks, self.expansions)) > 1
         self.num_rows: int | None = None
         self.runs: dict[str, Run] = {}
         """The last run of every block, by ``key``."""
@@ -173,8 +182,13 @@ class Forward:
 
     def _check_rows(self, block: str, tokens: Tensor, num_streams: int) -> None:
         rows = tokens.shape[0]
+        if self.layout.by_row and rows != num_streams:
+            raise RuntimeError(
+                f"block {block!r} got {rows} rows, but task_of_row names the tasks of {num_streams}: it names one for "
+                "every row that the blocks see"
+            )
         if self.num_rows is None:
-            self.num_rows = rows
+            self.num_rows = 1 if self.layout.by_row else rows
             if self.probes:
                 self.distinct = bool((tokens[1:] != tokens[:1]).any())
         elif self.may_part and rows != self.num_rows * num_streams:
@@ -240,8 +254,10 @@ class traced:
 class _Choice:
     """What one ``with dtme.tasks`` asked for, and the ``part`` of the backbone that was then called by itself."""
 
-    def __init__(self, expansions: tuple[Expansion, ...], names: tuple[str, ...]) -> None:
-        self.expansions, self.names = expansions, names
+    def __init__(
+        self, expansions: tuple[Expansion, ...], names: tuple[str, ...], task_of_row: tuple[str, ...] | None
+    ) -> None:
+        self.expansions, self.names, self.task_of_row = expansions, names, task_of_row
         self.part: str | None = None
 
 
@@ -253,6 +269,12 @@ def chosen(expansion: Expansion) -> tuple[tuple[str, ...], _Choice | None]:
     return expansion.tasks, None
 
 
+def chosen_by_row(expansion: Expansion) -> tuple[str, ...] | None:
+    """The task of every row, where this thread asked for rows of several tasks by ``dtme.tasks``."""
+    choice = chosen(expansion)[1]
+    return None if choice is None else choice.task_of_row
+
+
 def chosen_for_part(expansion: Expansion, part: str) -> tuple[str, ...]:
     """The tasks for which ``part`` of the backbone is called by itself.
 
@@ -262,6 +284,11 @@ def chosen_for_part(expansion: Expansion, part: str) -> tuple[str, ...]:
     names, choice = chosen(expansion)
     if len(names) == 1:
         return names
+    if choice is not None and choice.task_of_row is not None:
+        raise RuntimeError(
+            f"{part!r} was called outside of a call of the expanded backbone, for rows of several tasks: call the "
+            "backbone itself, or one of its forward_* methods"
+        )
     if choice is None or choice.part is not None:
         before = "" if choice is None else f" after {choice.part!r}"
         raise RuntimeError(
@@ -283,28 +310,41 @@ class tasks:
     Args:
         backbone: what ``expand`` was given, or anything that holds it or is held by it.
         names: a task or a sequence of tasks; the rows of the output follow their order.
+        task_of_row: instead of ``names``, the task of every row: row i runs in the stream of its task alone, and the
+            output has as many rows as the input, in its order. A row for every beam where ``generate`` makes several
+            of one: ``[task for task in task_of_row for _ in range(num_beams)]``.
 
     A generator that yields inside of ``with dtme.tasks`` leaves its choice to whoever goes on: choose outside of it.
 
     Raises:
         RuntimeError: ``backbone`` is not expanded, or holds several that were expanded by themselves.
-        ValueError: a name is unknown or given twice.
+        ValueError: a name is unknown or given twice; ``names`` and ``task_of_row`` are given.
     """
 
-    def __init__(self, backbone: nn.Module, names: str | Sequence[str]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        names: str | Sequence[str] | None = None,
+        *,
+        task_of_row: Sequence[str] | None = None,
+    ) -> None:
+        if names is not None and task_of_row is not None:
+            raise ValueError("give dtme.tasks the names of tasks, or task_of_row, the task of every row, not both")
         self.expansions = expansions(backbone)
-        if len(self.expansions) > 1 and not isinstance(names, str):
+        if len(self.expansions) > 1 and names is not None and not isinstance(names, str):
             raise RuntimeError(
                 f"{type(backbone).__name__} holds {len(self.expansions)} backbones expanded by themselves, each "
                 "of which would return the rows of all tasks: choose one task, or use a MultiTaskModel"
             )
         if not self.expansions:
             raise RuntimeError(f"{type(backbone).__name__} is not expanded: call dtme.expand(backbone, plan) first")
-        self.names = choose(names, self.expansions[0].tasks)
+        known = self.expansions[0].tasks
+        self.task_of_row = None if task_of_row is None else check_task_of_row(task_of_row, known)
+        self.names = choose(tuple(dict.fromkeys(self.task_of_row)) if self.task_of_row else names, known)
         self._choices: list[_Choice] = []
 
     def __enter__(self) -> tuple[str, ...]:
-        self._choices.append(_Choice(self.expansions, self.names))
+        self._choices.append(_Choice(self.expansions, self.names, self.task_of_row))
         _choices.set((*_choices.get(), self._choices[-1]))
         return self.names
 

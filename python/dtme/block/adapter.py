@@ -226,7 +226,7 @@ class BlockAdapter(nn.Module):
         if not recomputing() and self.site is not None:
             self._keep(changed, run)
             feeds.note(run, changed, self.training)
-        if run.after.num_streams > 1:
+        if run.after.num_streams > 1 and not run.after.by_row:
             args, kwargs = follow(block, run, tokens.shape[0], where, args, kwargs)
         return replace_argument(args, kwargs, where, changed)
 
@@ -257,13 +257,23 @@ class BlockAdapter(nn.Module):
         rows = torch.stack([take(parameters, owner, default) for owner in owners])  # type: ignore[misc]
         return rows if index is None else rows.index_select(0, index)
 
+    def _normalised_together(self, layout: Layout) -> list[tuple[str, list[int]]]:
+        """Owners of maps, and the streams whose statistics are taken together: all rows of an owner, as alone."""
+        owners = self._owners(layout)
+        if not layout.by_row:
+            return [(owner, [i]) for i, owner in enumerate(owners) if owner in self.weight]
+        own = [owner for owner in dict.fromkeys(owners) if owner in self.weight]
+        return [(owner, [i for i, other in enumerate(owners) if other == owner]) for owner in own]
+
     def _batch_norm(self, layout: Layout, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         streams = list(unfold(tokens, layout.num_streams).unbind(0))
-        for i, owner in enumerate(self._owners(layout)):
-            if owner in self.weight:
-                running = self.running_mean[owner], self.running_var[owner]
-                streams[i] = batch_norm(streams[i], self.weight[owner], self.bias[owner], *running, self.training)
+        for owner, some in self._normalised_together(layout):
+            running = self.running_mean[owner], self.running_var[owner]
+            rows = torch.stack([streams[i] for i in some]) if len(some) > 1 else streams[some[0]][None]
+            found = batch_norm(rows, self.weight[owner], self.bias[owner], *running, self.training)
+            for i, stream in zip(some, found.unbind(0), strict=True):
+                streams[i] = stream
         return torch.cat(streams)
 
     # --- the first half of a plain block, at once -----------------------------------------------------------------
