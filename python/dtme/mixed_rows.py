@@ -141,8 +141,11 @@ def _opened(state: Survey) -> Iterator[None]:
 
 
 def _check_parts(call: Call, num_rows: int) -> None:
-    """Refuse what nobody can take the rows of one task from."""
-    for leaf in leaves(call[1:]):
+    """Refuse what nobody can take the rows of one task from. The rows of a lone tensor are on its first axis."""
+    given = list(leaves(call[1:]))
+    if len(given) == 1 and isinstance(given[0], Tensor):
+        return
+    for leaf in given:
         if is_cache(leaf):
             raise RuntimeError(
                 f"rows of several tasks cannot run in one pass here, and a {type(leaf).__name__} cannot be taken apart "
