@@ -1,5 +1,6 @@
 """Token-space gradient conflicts of multi-task transformers (DTME-MTL, ICCV 2025): analyze, plan, expand."""
 
+from .add_task import add_task
 from .analysis import analyze
 from .conflict_map import conflict_map
 from .expansion import collapse, expand
@@ -20,6 +21,7 @@ __all__ = [
     "ConflictReport",
     "ExpansionPlan",
     "MultiTaskModel",
+    "add_task",
     "analyze",
     "attention",
     "collapse",

@@ -81,6 +81,12 @@ class MultiTaskModel(nn.Module):
         self._row_ways: RowWays | None = None
         self._example: Example | None = None
 
+    def add_head(self, task: str, head: nn.Module) -> None:
+        """Give it a task whose name is known to be free; ``dtme.add_task`` is what users call."""
+        self._tasks = (*self._tasks, task) if self._tasks else ()
+        self.heads[task] = head
+        head.train(self.training)
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """All tasks in order; empty while nothing has named them."""

@@ -69,23 +69,21 @@ def replan(
     if not isinstance(plan, ExpansionPlan):
         raise TypeError(f"plan must be an ExpansionPlan, got {type(plan).__name__}")
     refuse_wrapped(model_or_backbone)
-    root = _only_root(model_or_backbone)
+    root = only_root(model_or_backbone)
     backbone, old = root.module[0], root.expansion
     planned = PlannedBlocks.of(backbone, old.tasks, plan)
     new = Expansion(old.tasks, plan, old.modulator, old.shared_prefix, old.frozen)
-    earlier = _added(model_or_backbone)
+    earlier = added_parameters(model_or_backbone)
     if optimizer is not None:
-        _check_optimizer(optimizer, model_or_backbone, earlier)
-        if plan.blocks and _home(optimizer, model_or_backbone, backbone, earlier) is None:
-            _warn_of_new_group(optimizer, model_or_backbone, backbone)
-    with _undone_on_error(backbone, optimizer):
-        _exchange(backbone, planned, old, new, gate_tokens)
+        check_optimizer(optimizer, model_or_backbone, backbone, earlier, may_add=bool(plan.blocks))
+    with undone_on_error(backbone, optimizer):
+        exchange(backbone, planned, old, new, gate_tokens)
         if optimizer is not None:
-            _update_optimizer(optimizer, model_or_backbone, backbone, earlier)
+            update_optimizer(optimizer, model_or_backbone, backbone, earlier)
     return model_or_backbone
 
 
-def _only_root(model: nn.Module) -> Root:
+def only_root(model: nn.Module) -> Root:
     """Where the one expansion in ``model`` hangs, whole and untouched."""
     kind, found = type(model).__name__, expansions(model)
     if not found:
@@ -106,7 +104,7 @@ def _only_root(model: nn.Module) -> Root:
     return root
 
 
-def _exchange(backbone: nn.Module, planned: PlannedBlocks, old: Expansion, new: Expansion, gate_tokens: bool) -> None:
+def exchange(backbone: nn.Module, planned: PlannedBlocks, old: Expansion, new: Expansion, gate_tokens: bool) -> None:
     """The adapters of ``new`` for those of ``old``, with the parameters that both have."""
     before = {adapter.name: adapter for adapter in adapters(backbone)}
     detach(backbone, old)
@@ -119,11 +117,14 @@ def _exchange(backbone: nn.Module, planned: PlannedBlocks, old: Expansion, new: 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def _added(model: nn.Module) -> dict[str, nn.Parameter]:
+def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if is_added(name)}
 
 
-def _check_optimizer(optimizer: Any, model: nn.Module, earlier: dict[str, nn.Parameter]) -> None:
+def check_optimizer(
+    optimizer: Any, model: nn.Module, backbone: nn.Module, earlier: dict[str, nn.Parameter], *, may_add: bool
+) -> None:
+    """Refuse what does not train the model; warn where added parameters would need a new group."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -137,12 +138,14 @@ def _check_optimizer(optimizer: Any, model: nn.Module, earlier: dict[str, nn.Par
             raise ValueError(
                 f"optimizer ({kind}) does not hold {name!r}, which expand added: give the one that trains it"
             )
+    if may_add and _home(optimizer, model, backbone, earlier) is None:
+        _warn_of_new_group(optimizer, model, backbone)
 
 
-def _update_optimizer(
+def update_optimizer(
     optimizer: Optimizer, model: nn.Module, backbone: nn.Module, earlier: dict[str, nn.Parameter]
 ) -> None:
-    now = _added(model)
+    now = added_parameters(model)
     known, kept = {id(p) for p in earlier.values()}, {id(p) for p in now.values()}
     gone = {id(p): p for p in earlier.values() if id(p) not in kept}
     if new := {name: parameter for name, parameter in now.items() if id(parameter) not in known}:
@@ -190,10 +193,10 @@ def _home(optimizer: Optimizer, model: nn.Module, backbone: nn.Module, earlier: 
             return i
     empty = [i for i, group in enumerate(groups) if not group["params"]]
     free = [i for i, group in enumerate(groups) if group["params"] and not group.get("weight_decay", 0)]
-    return empty[0] if empty else _of_most(optimizer, model, backbone, free)
+    return empty[0] if empty else group_of_most(optimizer, model, backbone, free)
 
 
-def _of_most(optimizer: Optimizer, model: nn.Module, backbone: nn.Module, among: Iterable[int]) -> int | None:
+def group_of_most(optimizer: Optimizer, model: nn.Module, backbone: nn.Module, among: Iterable[int]) -> int | None:
     """The one of the groups that holds most of the backbone, or else of the model; None where none holds any of it."""
     most, found = (0, 0), None
     inner, whole = ({id(p) for p in module.parameters()} for module in (backbone, model))
@@ -207,7 +210,7 @@ def _of_most(optimizer: Optimizer, model: nn.Module, backbone: nn.Module, among:
 
 def _add_group(optimizer: Optimizer, model: nn.Module, backbone: nn.Module) -> int:
     """An empty group with the values of that of most of the backbone, as a schedule has left them, but no decay."""
-    like = _of_most(optimizer, model, backbone, range(len(optimizer.param_groups)))
+    like = group_of_most(optimizer, model, backbone, range(len(optimizer.param_groups)))
     assert like is not None  # an optimizer that holds none of the model's parameters is refused
     lists = ("params", "param_names")
     group = {k: [] if k in lists else copy.deepcopy(v) for k, v in optimizer.param_groups[like].items()}
@@ -216,14 +219,14 @@ def _add_group(optimizer: Optimizer, model: nn.Module, backbone: nn.Module) -> i
 
 
 def _warn_of_new_group(optimizer: Optimizer, model: nn.Module, backbone: nn.Module) -> None:
-    like = _of_most(optimizer, model, backbone, range(len(optimizer.param_groups)))
+    like = group_of_most(optimizer, model, backbone, range(len(optimizer.param_groups)))
     warnings.warn(
         f"no group of the optimizer ({type(optimizer).__name__}) is without weight decay: the added parameters get a "
         f"new one with the present values of group {like}. A learning-rate scheduler made before has a value for each "
         "of the earlier groups and fails at its next step: make a new one that goes on from there, such as "
         "LambdaLR(optimizer, f, last_epoch=scheduler.last_epoch). To need none, give the optimizer an empty group for "
         "them from the start, as MultiTaskModel.parameter_groups() of an expanded model does",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -231,7 +234,7 @@ def _warn_of_new_group(optimizer: Optimizer, model: nn.Module, backbone: nn.Modu
 
 
 @contextmanager
-def _undone_on_error(backbone: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+def undone_on_error(backbone: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
     """On any error every module of ``backbone``, ``optimizer`` and the random state are as before."""
     modules = [(module, dict(vars(module))) for module in backbone.modules()]
     containers = [value for _, attributes in modules for value in attributes.values()]

@@ -44,3 +44,18 @@ def add_gates(adapter: BlockAdapter, owners: Iterable[str]) -> None:
     """Let the task tokens of ``owners`` begin without effect."""
     for owner in owners:
         adapter.gate[owner] = nn.Parameter(torch.zeros_like(adapter.tokens[owner][0, 0]))
+
+
+def begin_like(adapter: BlockAdapter, task: str, owner: str) -> None:
+    """Let the modules of ``task`` be copies of those of ``owner``, with their gates and statistics."""
+    with torch.no_grad():
+        for kind in KINDS:
+            parameters = getattr(adapter, kind)
+            if owner in parameters:
+                parameters[task].copy_(parameters[owner])
+                parameters[task].requires_grad_(parameters[owner].requires_grad)
+        if owner in adapter.gate:
+            adapter.gate[task] = nn.Parameter(adapter.gate[owner].detach().clone())
+        for statistics in (adapter.running_mean, adapter.running_var):
+            if statistics is not None and owner in adapter.weight:
+                statistics[task].copy_(statistics[owner])
