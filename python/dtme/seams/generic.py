@@ -218,7 +218,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor | None, *args: Any
     scores, shift = options.pop("scores", None), options.pop("shift", None)
     softcap, sinks = options.pop("softcap", None), options.pop("sinks", None)
     if scores is None and (softcap is not None or sinks is not None):
-        scores = attention_scores(query, key, options.get("attn_mask"), options["is_causal"], options["scale"], softcap)
+        scores = attention_scores(query, key, options.get("attn_mask"), options.get("is_causal", False), options.get("scale"), softcap)
     if scores is not None:
         none = key.new_empty(*key.shape[:-2], 0, key.shape[-1])
         no_value = none if value is None else value.new_empty(*value.shape[:-2], 0, value.shape[-1])

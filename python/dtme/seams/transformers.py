@@ -154,7 +154,8 @@ def _attention(
             "support"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    # eager attention knows no other causality than its mask's
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1 and not is_eager
     if position_bias is not None:
         attention_mask, causal = _biased(position_bias, attention_mask, causal, query, key), False
     how: dict[str, Any] = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling}
