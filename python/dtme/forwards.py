@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .caches import claim, filled_for, is_cache, mark_new
 from .expanded import alike
 from .randomness import random_state, wind_back
-from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, is_cache, layout_of, rows_of
+from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, layout_of, rows_of
 from .streams import Forward, Layout, Survey, apart, hide, repeat_rows, show, together, traced
 from .torch_private import eagerly, stay_eager
 from .trees import leaves, map_leaves, opaque, tensors
@@ -40,6 +41,9 @@ class Opening:
         index = self._task_index() if is_compiled and not torch.is_grad_enabled() else None
         self.tasks = tasks if index is None else ANY_TASK
         self._is_exposed = state.has_compiled_parts and not is_compiled
+        self._fills = filled_for(tasks, ways.expansions)
+        if self._fills is not None:
+            claim(call[1:], self._fills)
         self.forward = Forward(ways.expansions, task_index=index)
         if self._is_exposed:
             compiled_parts.acquire()
@@ -84,9 +88,12 @@ class Opening:
         try:
             while True:
                 try:
-                    return function(self.forward, self.way, self.tasks, self.call)
+                    output = function(self.forward, self.way, self.tasks, self.call)
+                    break
                 except UnknownArgument:
                     eagerly(self.compare_again)
+            eagerly(mark_new, output, self._fills)
+            return output
         finally:
             eagerly(self._close)
 

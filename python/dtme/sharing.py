@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .caches import caches_in
 from .expanded import Expansion, alike
 from .randomness import left_as_it_was, random_state, was_drawn
 from .streams import Forward, Layout, Survey, hide, show, together
 from .torch_private import takes_statistics
-from .trees import fresh, leaves, opaque, structure, tensors
+from .trees import fresh, opaque, structure, tensors
 
 SHARED_PREFIX = ("auto", True, False)
 MOST_KINDS = 64
@@ -126,10 +127,10 @@ class Ways:
             self._fingerprint = state.fingerprint
         if len(tasks) == 1:
             return ONE_BY_ONE
-        _refuse_caches(call)
         if len(alike(tasks, self.expansions)) == 1:  # one run, which is right for every backbone
             self.last = self.last or Way(True)
             return ONE_BY_ONE
+        _refuse_caches(call)
         if self._never_shares():
             self.last = Way(False, "shared_prefix=False")
             return ONE_BY_ONE
@@ -206,18 +207,12 @@ def shown(forward: Forward) -> Iterator[None]:
         hide(forward)
 
 
-def is_cache(leaf: Any) -> bool:
-    """transformers' base class of every key-value cache, told by name."""
-    return any(base.__name__ == "Cache" for base in type(leaf).__mro__)
-
-
 def _refuse_caches(call: Call) -> None:
-    for leaf in leaves(call[1:]):
-        if is_cache(leaf):
-            raise RuntimeError(
-                f"a key-value cache ({type(leaf).__name__}) holds the rows of one task: choose it, by "
-                "`with dtme.tasks(backbone, task)`"
-            )
+    for cache in caches_in(call[1:]):
+        raise RuntimeError(
+            f"a key-value cache ({type(cache).__name__}) holds the rows of one task: choose it, by "
+            "`with dtme.tasks(backbone, task)`"
+        )
 
 
 def sharing_of(module: nn.Module) -> str:

@@ -61,12 +61,23 @@ def attention(
 
 
 def attention_scores(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """(..., H, N, M): scale * query · key + mask, of queries (..., H, N, d) and keys (..., H', M, d)."""
+    """(..., H, N, M): scale * query · key + mask, of queries (..., H, N, d) and keys (..., H', M, d).
+
+    Args:
+        softcap: what ``softcap * tanh(scores / softcap)`` keeps the scores below, before the mask.
+    """
     if query.shape[-3] != key.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scores = query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale) @ key.mT
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is None:
@@ -95,18 +106,25 @@ def attention_of_scores(
     scale: float | None,
     shift: float | Tensor | None,
     dropout_p: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention whose scores (..., H, N, M) of the shared keys are there already; of None the weights of those keys.
 
     Args:
         query: (..., H, N, d); the scores of task keys (..., H', t, d) are scale * query · task_key + shift.
         shift: a number, or broadcastable to (..., H, N, 1).
+        softcap: of the scores of task keys, as of those that are there.
+        sinks: (H,), the score of one more key in every head, which has no value.
     """
-    of_tasks = attention_scores(query, task_key, None, False, scale)
+    of_tasks = attention_scores(query, task_key, None, False, scale, softcap)
     of_tasks = of_tasks if shift is None else of_tasks + shift
     wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = torch.cat([scores.to(wide), of_tasks.to(wide)], -1).softmax(-1)
+    parts = [scores.to(wide), of_tasks.to(wide)]
+    if sinks is not None:
+        parts.append(sinks.to(wide)[:, None, None].expand(*scores.shape[:-1], 1))
     num_keys = scores.shape[-1]
+    weights = torch.cat(parts, -1).softmax(-1)[..., : num_keys + of_tasks.shape[-1]]
     if value is None:
         return weights[..., :num_keys]
     weights = F.dropout(weights, dropout_p).to(value.dtype) if dropout_p else weights.to(value.dtype)

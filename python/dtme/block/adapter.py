@@ -28,7 +28,7 @@ from ..torch_private import recomputing
 from ..trees import map_tensors
 from . import feeds, recomputation
 from .arguments import follow
-from .attention import JoinedStreams, attend, attend_concatenated
+from .attention import JoinedStreams, OwnTokens, attend, attend_concatenated
 from .first_half import FirstHalf, PlainNorm
 from .probe import probe
 from .site import Site
@@ -311,7 +311,7 @@ class BlockAdapter(nn.Module):
         alone = not any(isinstance(value, Tensor) or value for value in (*args[1:], *kwargs.values()))
         if half is not None and alone and args and half.is_of_norm(args[0]):
             return half.finish(half.attended)
-        return self.site.seam.run(self._attend(run), *args, **kwargs)
+        return self.site.seam.run(self._attend(run, args, kwargs), *args, **kwargs)
 
     def note_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         """What the norm before the attention has just put out."""
@@ -319,17 +319,19 @@ class BlockAdapter(nn.Module):
         if run is not None and isinstance(output, Tensor):
             feeds.note(run, output, self.training)
 
-    def _attend(self, run: Run) -> Any:
+    def _attend(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.site is not None
+        seam = self.site.seam
+        own = OwnTokens(self.name, seam.is_square, seam.cached_sizes(args, kwargs))
         joined = self._joined(run)
         task_kv = self.task_keys_values(run) if joined else None
         owners, index = self.expansion.owners, run.forward.task_index
         if index is not None and len(self.tokens) < len(owners) and task_kv is not None:
             has = torch.tensor([owner in self.tokens for owner in owners], device=index.device)
-            return partial(attend_concatenated, has.index_select(0, index), task_kv, self._gates(run).get(0))
+            return partial(attend_concatenated, has.index_select(0, index), task_kv, self._gates(run).get(0), own)
         rows = None if run.forward.num_rows is None else run.forward.num_rows * run.after.num_streams
         streams = JoinedStreams(self.name, run.after.num_streams, joined, task_kv, self._gates(run))
-        return partial(attend, streams, rows, self.site.seam.is_square)
+        return partial(attend, streams, rows, own)
 
     def _gates(self, run: Run) -> dict[int, Tensor]:
         """() each, of streams whose task tokens have one."""

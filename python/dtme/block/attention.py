@@ -12,9 +12,33 @@ from torch import Tensor
 
 import dtme_kernels
 
+from ..caches import Sizes
 from ..seams import KeysValues, NotExpandable
 from ..streams import unfold
 from ..written_out import attention_of_scores, attention_scores, attention_weights
+
+
+class OwnTokens(NamedTuple):
+    """By what it is told that an attention is over its block's own tokens."""
+
+    block: str
+    """Its name, for messages."""
+    is_square: bool
+    """Whether there are as many keys as queries, but for those that a cache holds of earlier tokens."""
+    cached: Sizes | str | None = None
+    """What there must be instead with the cache that the attention was given; or why that is not known."""
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        found = (query.shape[-2], key.shape[-2])
+        is_known = isinstance(self.cached, Sizes)
+        if found == tuple(self.cached) if is_known else not self.is_square or found[0] == found[1]:  # type: ignore[arg-type]
+            return
+        wanted = f" where its key-value cache says {self.cached[1]}" if isinstance(self.cached, Sizes) else ""
+        reason = f", and {self.cached}" if isinstance(self.cached, str) else wanted
+        raise NotExpandable(
+            f"block {self.block!r}: its attention is not over its own tokens: {found[0]} queries for {found[1]} "
+            f"keys{reason}"
+        )
 
 
 class JoinedStreams(NamedTuple):
@@ -58,7 +82,7 @@ class JoinedStreams(NamedTuple):
 def attend(
     streams: JoinedStreams,
     num_rows: int | None,
-    is_square: bool,
+    own: OwnTokens,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -69,21 +93,24 @@ def attend(
     enable_gqa: bool = False,
     scores: Tensor | None = None,
     shift: float | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """``scaled_dot_product_attention`` over (T * B, H, N, d); the weights of the shared keys where ``value`` is None.
 
     Args:
         num_rows: of the block's tokens, where it is known: T * B, or a multiple of it, in windows.
-        is_square: whether there are as many queries as keys.
+        own: what numbers of queries and keys there must be.
         scores: those of the shared keys, where they are not scale * query · key + mask.
         shift: added to all scores, those of the task keys too.
+        softcap: what the scores are kept below, those of the task keys too.
+        sinks: (H,), scores of a key without a value.
     """
     block = streams.block
-    if (is_square and query.shape[-2] != key.shape[-2]) or query.shape[0] % streams.num_streams:
-        sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
-        raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
-    if streams.num_streams > 1 and num_rows and query.shape[0] % num_rows:
-        sizes = f"{query.shape[0]} of {num_rows} rows"
+    own.check(query, key)
+    is_part = streams.num_streams > 1 and num_rows and query.shape[0] % num_rows
+    if is_part or query.shape[0] % streams.num_streams:
+        sizes = f"{query.shape[0]} of {num_rows or streams.num_streams} rows"
         raise NotExpandable(f"block {block!r}: its attention is given {sizes}, and whose they are is not known")
     if value is not None and key.shape[1] != value.shape[1]:
         sizes = f"{key.shape[1]} heads of keys for {value.shape[1]} of values"
@@ -98,11 +125,12 @@ def attend(
         task_key, task_value = task_kv or [
             x.new_empty(len(some), x.shape[1], 0, x.shape[-1]) for x in (key, key if value is None else value)
         ]
-        if v is None or scores is not None:
-            own = attention_scores(q, k, mask, is_causal, scale) if scores is None else streams.part(scores, some)
+        if v is None or any(x is not None for x in (scores, softcap, sinks)):
+            known = None if scores is None else streams.part(scores, some)
+            its_scores = attention_scores(q, k, mask, is_causal, scale, softcap) if known is None else known
             by = streams.part(shift, some) if isinstance(shift, Tensor) and shift.ndim else shift
             task_key, task_value = task_key.unsqueeze(1), task_value.unsqueeze(1)
-            return attention_of_scores(own, q, v, task_key, task_value, scale, by, dropout_p)
+            return attention_of_scores(its_scores, q, v, task_key, task_value, scale, by, dropout_p, softcap, sinks)
         options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "scale": scale}
         return dtme_kernels.expanded_attention(q, k, v, task_key, task_value, attn_mask=mask, **options)
 
@@ -113,6 +141,7 @@ def attend_concatenated(
     has_tokens: Tensor | None,
     task_kv: KeysValues,
     gate: Tensor | None,
+    own: OwnTokens | None,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -123,6 +152,8 @@ def attend_concatenated(
     enable_gqa: bool = False,
     scores: Tensor | None = None,
     shift: float | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One stream, by concatenation; also of a task that is not known before it runs, where only some have task tokens.
 
@@ -130,18 +161,22 @@ def attend_concatenated(
         has_tokens: (1,) bool, whether the task has; None where it has.
         task_kv: (1, H, t, d) each; hidden by a mask where it has none.
         gate: (), the share of what the task tokens change that takes effect; None for all of it.
+        own: what numbers of queries and keys there must be; None where they were looked at.
     """
+    if own is not None:
+        own.check(query, key)
     if gate is not None:
-        rest = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, scores, shift)
+        rest = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, scores, shift, softcap, sinks)
         none = torch.zeros_like(gate, dtype=torch.bool).reshape(1)
-        plain, changed = (attend_concatenated(has, task_kv, None, *rest) for has in (none, has_tokens))
+        plain, changed = (attend_concatenated(has, task_kv, None, None, *rest) for has in (none, has_tokens))
         return plain + gate.to(plain.dtype) * (changed - plain)
-    if scores is not None:
-        if has_tokens is not None:
-            raise NotExpandable(
-                "an attention whose masks put numbers in the place of scores needs its task to be known"
-            )
-        return attention_of_scores(scores, query, value, task_kv[0], task_kv[1], scale, shift, dropout_p)
+    if any(x is not None for x in (scores, softcap, sinks)):
+        if has_tokens is not None:  # hide those of a task that has none
+            none = query.new_zeros(1).masked_fill(~has_tokens, -torch.inf)
+            shift = none if shift is None else none + shift
+        if scores is None:
+            scores = attention_scores(query, key, attn_mask, is_causal, scale, softcap)
+        return attention_of_scores(scores, query, value, *task_kv, scale, shift, dropout_p, softcap, sinks)
     hidden: Tensor | None = None
     if has_tokens is not None or is_causal:
         hidden = query.new_zeros(query.shape[-2], key.shape[-2])

@@ -43,17 +43,21 @@ class BlockCall(NamedTuple):
     """What else it must be given; None for a mask and the like."""
     is_rotary: bool
     """Whether it takes cosines and sines, which are given so that they change nothing."""
+    is_biased: bool = False
+    """Whether it takes its scores' bias by distance, and is given zeros: of task tokens there is no distance."""
 
     @property
     def rows(self) -> int:
         return self.tokens.shape[0]
 
     def run(self, block: nn.Module) -> Any:
-        positions = {"position_embeddings": no_positions(self.tokens)} if self.is_rotary else {}
+        positions: dict[str, Any] = {"position_embeddings": no_positions(self.tokens)} if self.is_rotary else {}
+        if self.is_biased:
+            positions["position_bias"] = self.tokens.new_zeros(1, 1, 1, 1)
         return block(self.tokens, **{**self.options, **positions})
 
     def on(self, tokens: Tensor) -> BlockCall:
-        return BlockCall(tokens, self.options, self.is_rotary)
+        return self._replace(tokens=tokens)
 
 
 def block_calls(block: nn.Module, num_features: int, like: Tensor) -> Iterator[BlockCall]:
@@ -62,7 +66,10 @@ def block_calls(block: nn.Module, num_features: int, like: Tensor) -> Iterator[B
     is_rotary = "position_embeddings" in parameters
     options: dict[str, Any] = dict.fromkeys(required_parameters(block.forward))
     unknown = [name for name in options if "mask" not in name.lower() and name != "position_embeddings"]
-    yield BlockCall(random_like(like, 2, 5, num_features), options, is_rotary)
+    plain = BlockCall(random_like(like, 2, 5, num_features), options, is_rotary)
+    if "position_bias" in parameters and "position_bias" not in options:
+        yield plain._replace(is_biased=True)
+    yield plain
     for height, width in _grids(block, num_features):
         sizes: Any = [height, width] if len(unknown) == 2 else [(height, width)] * len(unknown)
         on_grid = {**options, **dict(zip(unknown, sizes, strict=True))}

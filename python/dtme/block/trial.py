@@ -23,7 +23,7 @@ from ..blocks import Arguments, find_tokens, replace_argument
 from ..seams import GenericSeam, NotExpandable, Seam, plain_attention
 from ..seams.base import Attend
 from ..trees import map_tensors, tensors
-from .attention import JoinedStreams, attend, attend_concatenated
+from .attention import JoinedStreams, OwnTokens, attend, attend_concatenated
 from .calls import BlockCall, random_like
 from .statistics import learns
 
@@ -156,8 +156,8 @@ def _check_joined(site: Site, seam: GenericSeam, title: str) -> None:
         got, want = (
             list(tensors(seam.run(way, *args, **kwargs)))
             for way in (
-                partial(attend, JoinedStreams(seam.block, 1, [0], task_kv), None, seam.is_square),
-                partial(attend_concatenated, None, task_kv, None),
+                partial(attend, JoinedStreams(seam.block, 1, [0], task_kv), None, OwnTokens(seam.block, seam.is_square)),
+                partial(attend_concatenated, None, task_kv, None, None),
             )
         )
     except NotExpandable:
@@ -212,7 +212,7 @@ def check_block(site: Site, title: str, block: nn.Module, call: BlockCall) -> bo
     task = random_like(tokens, 1, 3, p)
     with _installed(site.seam, plain_attention):
         task_kv = site.seam.keys_values(task if site.norm is None else site.norm(task))
-    attend = partial(attend_concatenated, None, task_kv, None)
+    attend = partial(attend_concatenated, None, task_kv, None, None)
     got = _first(_run(block, call, site.seam, partial(site.seam.run, attend)))
     beside = task.expand(len(tokens), -1, -1)
     # among the tokens of a causal attention, only those behind the task tokens see them

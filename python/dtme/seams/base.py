@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..caches import Sizes, cached_sizes
 from ..torch_private import num_hooks
 from ..written_out import attention_weights
 
@@ -53,6 +54,7 @@ class Seam(ABC):
     def __init__(self, block: str, attention: Any) -> None:
         self.block, self.attention = block, attention
         self._required = required_parameters(attention.forward)
+        self._names = list(inspect.signature(type(attention).forward).parameters)[1:]
         self._rotary = "position_embeddings" in inspect.signature(attention.forward).parameters
         # of the cosines and sines of task tokens: some models halve them, and want them as wide as a head
         self._widths = tuple(dict.fromkeys((1, getattr(attention, "head_dim", None) or 1))) if self._rotary else (1,)
@@ -69,6 +71,10 @@ class Seam(ABC):
     def num_tokens(self) -> int:
         """How many tokens this attention can be tried on: any number, unless it attends in windows."""
         return 5
+
+    def cached_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes | str | None:
+        """How many queries and keys there will be with the cache that the attention is about to be given, if it is."""
+        return cached_sizes(self.attention, self._names, args, kwargs)
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
         """What the attention makes of (T, t, p) tokens."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import find_tokens, replace_argument
-from ..written_out import attention_of_scores, attention_weights
+from ..written_out import attention_of_scores, attention_scores, attention_weights
 from .base import Attend, KeysValues, NotExpandable, Seam, is_hooked, is_plain_linear
 from .catch import Catch, without_deferred
 from .caught import Caught
@@ -38,7 +38,6 @@ class Reduction(NamedTuple):
 class GenericSeam(Seam):
     def __init__(self, block: str, attention: Any) -> None:
         super().__init__(block, attention)
-        self._names = list(inspect.signature(type(attention).forward).parameters)[1:]
         self.reduction: Reduction | None = None
         self.readings: frozenset[str] | None = None
         """What its scores may be asked for as tensors: what they were asked for when it was tried."""
@@ -217,11 +216,14 @@ class GenericSeam(Seam):
 def plain_attention(query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any) -> Tensor:
     """``scaled_dot_product_attention``, which also gives its weights, for ``value=None``."""
     scores, shift = options.pop("scores", None), options.pop("shift", None)
+    softcap, sinks = options.pop("softcap", None), options.pop("sinks", None)
+    if scores is None and (softcap is not None or sinks is not None):
+        scores = attention_scores(query, key, options.get("attn_mask"), options.get("is_causal", False), options.get("scale"), softcap)
     if scores is not None:
         none = key.new_empty(*key.shape[:-2], 0, key.shape[-1])
         no_value = none if value is None else value.new_empty(*value.shape[:-2], 0, value.shape[-1])
         scale, dropout_p = options.get("scale"), options.get("dropout_p", 0.0)
-        return attention_of_scores(scores, query, value, none, no_value, scale, shift, dropout_p)
+        return attention_of_scores(scores, query, value, none, no_value, scale, shift, dropout_p, sinks=sinks)
     if value is None:
         mask, scale = options.get("attn_mask"), options.get("scale")
         return attention_weights(query, key, attn_mask=mask, scale=scale)

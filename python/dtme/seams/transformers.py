@@ -130,12 +130,19 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' contract: (rows, H, N, d) in; (rows, N, H, d) and the attention weights out.
 
     Eager attention gives its weights where somebody asks, or has hung a hook on it, by which transformers collects
     them: those of the block's own keys, which with those of the task keys sum to 1, and without dropout.
+
+    Without a mask, causal queries that meet more keys are the first tokens of a static cache, whose other places are
+    empty yet: query i sees keys j <= i. In all other cases in which a cache holds earlier tokens there is a mask, or
+    one query.
     """
     is_eager = module.config._dtme_is_eager
     is_asked = (is_eager and options.pop("output_attentions", False)) or num_hooks(module)[1] > 0
@@ -147,13 +154,27 @@ def _attention(
             "support"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    output = attend(query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling)
+    # eager attention knows no other causality than its mask's
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1 and not is_eager
+    if position_bias is not None:
+        attention_mask, causal = _biased(position_bias, attention_mask, causal, query, key), False
+    how: dict[str, Any] = {"attn_mask": attention_mask, "is_causal": causal, "scale": scaling}
+    how |= {name: value for name, value in (("softcap", softcap), ("sinks", s_aux)) if value is not None}
+    output = attend(query, key, value, dropout_p=dropout, **how)
     weights = None
     if is_asked and is_eager:
-        weights = attend(query, key, None, attn_mask=attention_mask, is_causal=causal, scale=scaling)
+        weights = attend(query, key, None, **how)
         weights = weights.to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _biased(bias: Tensor, mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor:
+    """An additive mask: the scores' bias by distance (1 or B, H, N, M), and what the mask hides."""
+    if mask is None and is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return bias if mask is None else bias + mask
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min)
 
 
 # attentions that project, attend and project back, and all that the forward of one names, in case a release adds to it
