@@ -83,7 +83,12 @@ _SELF = ("input_layernorm", "self_attn", _projected("k_proj", "v_proj"))
 LLAMA = Host("Llama", "ForCausalLM", _LLAMA, *_SELF)
 MISTRAL = Host("Mistral", "ForCausalLM", {**_LLAMA, "sliding_window": WINDOW}, *_SELF)
 GPT2 = Host(
-    "GPT2", "LMHeadModel", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64), "ln_1", "attn", _gpt2
+    "GPT2",
+    "LMHeadModel",
+    dict(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64),
+    "ln_1",
+    "attn",
+    _gpt2,
 )
 BART = Host("Bart", "ForConditionalGeneration", _BART, "", "self_attn", _projected("k_proj", "v_proj"))
 T5 = Host(
@@ -144,7 +149,9 @@ def _attend(
         scores = (scores / softcap).tanh() * softcap
     for bias in (position_bias, attention_mask):
         if bias is not None:
-            scores = scores + nn.functional.pad(bias.expand(*bias.shape[:-1], num_keys), (0, scores.shape[-1] - num_keys))
+            scores = scores + nn.functional.pad(
+                bias.expand(*bias.shape[:-1], num_keys), (0, scores.shape[-1] - num_keys)
+            )
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -164,7 +171,9 @@ def oracle(host: Host, model: Any, task: str) -> Any:
         attention = block.get_submodule(host.attention)
         if tokens is not None:
             tokens = block.get_submodule(host.norm)(tokens) if host.norm else tokens
-            heads = getattr(attention, "num_key_value_heads", None) or getattr(attention.config, "num_key_value_heads", 4)
+            heads = getattr(attention, "num_key_value_heads", None) or getattr(
+                attention.config, "num_key_value_heads", 4
+            )
             key, value = (x.unflatten(-1, (heads, -1)).movedim(-2, 0) for x in host.keys_values(attention, tokens))
         attention._oracle = _Added(weight, bias, key, value)
         if weight is not None:
@@ -245,7 +254,11 @@ WAYS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("a", False, {"do_sample": True, "top_k": 8}),
 )
 """Tasks, whether prompts are padded, and options of ``generate``."""
-NO_CACHE, DYNAMIC, STATIC = {"use_cache": False}, {"cache_implementation": "dynamic"}, {"cache_implementation": "static"}
+NO_CACHE, DYNAMIC, STATIC = (
+    {"use_cache": False},
+    {"cache_implementation": "dynamic"},
+    {"cache_implementation": "static"},
+)
 
 
 def measure(host: Host, caches: tuple[dict[str, Any], ...], want: dict[str, Any] = NO_CACHE, ways: Any = WAYS) -> float:

@@ -5,6 +5,7 @@ was computed in the stream of one task, and only that may go on with it. So a ca
 copies of it take along, for which stream it was filled.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -94,6 +95,13 @@ def _holds_state(layer: Any) -> bool:
     return any(states.values()) if isinstance(states, dict) else bool(states)
 
 
+def copy_of(cache: Any) -> Any:
+    """A cache of the same contents, without their graph, that may be filled without reaching ``cache``."""
+    layers = [layer for part in caches_in(cache) for layer in getattr(part, "layers", ())]
+    held = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(cache, {id(tensor): tensor.detach().clone() for tensor in held})
+
+
 # --- how many keys ----------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +136,9 @@ def cached_sizes(attention: Any, names: Sequence[str], args: Any, kwargs: Any) -
             return f"it is given {name!r} beside a key-value cache"
     layer = getattr(attention, "layer_idx", None)
     if not isinstance(layer, int):
-        return f"it is given a key-value cache ({type(cache).__name__}), and does not say by layer_idx which layer of it"
+        return (
+            f"it is given a key-value cache ({type(cache).__name__}), and does not say by layer_idx which layer of it"
+        )
     try:
         num_queries = next(tensors((args, kwargs))).shape[1]  # the first are its tokens, (B, N, p)
         num_keys, _ = cache.get_mask_sizes(num_queries, layer)

@@ -5,7 +5,6 @@ rows, or moves them. So the first call of its kind is compared, on probe values,
 where that fails, the rows of every task run by themselves.
 """
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .expanded import Expansion
+from .caches import Filled, claim, copy_of, is_cache, mark_new
+from .expanded import Expansion, alike
 from .forwards import compiled_parts
 from .plan import check_task_of_row
 from .randomness import left_as_it_was
-from .sharing import Call, Comparison, caller_level, is_cache, same, shown
+from .sharing import Call, Comparison, caller_level, same, shown
 from .streams import Forward, Survey, by_row, expansions_of, running, survey, together
 from .torch_private import eagerly, takes_statistics
 from .trees import leaves, map_leaves, map_tensors, structure, tensors
@@ -91,10 +91,23 @@ class RowWays:
             verdict = self._find_out(task_of_row, call, state)
             if not verdict.together:
                 return None, verdict
+            mark = self._mark(task_of_row)
+            claim(call[1:], mark)
             forward = Forward(self.expansions)
             with shown(forward):
                 forward.start(by_row(task_of_row))
-                return call(), verdict
+                output = call()
+            mark_new(output, mark)
+            return output, verdict
+
+    def _mark(self, task_of_row: tuple[str, ...]) -> Filled:
+        """Of a cache whose rows are of these tasks."""
+        stream_of = {
+            task: stream
+            for stream, tasks in alike(dict.fromkeys(task_of_row), self.expansions).items()
+            for task in tasks
+        }
+        return Filled(tuple([stream_of[task] for task in task_of_row]), task_of_row)
 
     def run_apart(self, rows: dict[str, list[int]], call: Call, num_rows: int, state: Survey) -> dict[str, Any]:
         """``{task: what call returns for its rows}``, one task after the other."""
@@ -206,7 +219,7 @@ class RowComparison(Comparison):
         """The tensors of what the call returns, whose inputs stay as they are: a key-value cache, say, is copied."""
 
         def own(leaf: Any) -> Any:
-            return copy.deepcopy(leaf) if is_cache(leaf) else leaf
+            return copy_of(leaf) if is_cache(leaf) else leaf
 
         return list(tensors(Call(self.call.function, *map_leaves(own, self.call[1:])).on_fresh_inputs()))
 
