@@ -101,3 +101,35 @@ def checkpointed() -> float:
     want = gradients(model, model(x, task_of_row=ROWS))
     model.backbone.set_grad_checkpointing(True)
     return difference(gradients(model, model(x, task_of_row=ROWS))["all"], want["all"])
+
+
+@situation(STACK, "text: caches, beams, padding", against=AGAINST, limit=1e-10, needs=("transformers",))
+def text() -> float:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**small, intermediate_size=48, vocab_size=50, pad_token_id=0, eos_token_id=None)
+    llama = LlamaForCausalLM(config).double().eval()
+    blocks = {"model.layers.0": TASKS, "model.layers.2": TASKS[:1]}
+    dtme.expand(llama, dtme.ExpansionPlan(TASKS, 3, {"model.layers.1": TASKS}, blocks))
+    for parameter in llama.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    prompt, mask = torch.randint(1, 50, (len(ROWS), 6)), torch.ones(len(ROWS), 6, dtype=torch.long)
+    mask[1, :2] = 0
+    worst = 0.0
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 3}):
+        more = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        more |= options
+        of_beams = [task for task in ROWS for _ in range(options.get("num_beams", 1))]
+        with dtme.tasks(llama, task_of_row=of_beams):
+            found = llama.generate(prompt, attention_mask=mask, **more)
+        for i, task in enumerate(ROWS):
+            with dtme.tasks(llama, task):
+                want = llama.generate(prompt[i : i + 1], attention_mask=mask[i : i + 1], **more)
+            same = torch.equal(found.sequences[i], want.sequences[0])
+            worst = max(worst, 0.0 if same else 1.0)
+            if "num_beams" not in options:
+                pairs = zip(found.logits, want.logits, strict=True)
+                worst = max(worst, *[difference(rows[i], row[0]) for rows, row in pairs])
+    return worst
