@@ -21,7 +21,7 @@ GPU_PYTHON ?= python3.12
 THERE = out/triton-$(GPU_TRITON)-there
 HERE = out/triton-$(GPU_TRITON)-here
 
-.PHONY: demo test everything fuzz aot bench sweep gpu gpu-test gpu-cache lint clean
+.PHONY: demo test everything fuzz aot bench sweep stacks gpu gpu-test gpu-cache lint clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks.paper demo $(DEMO)
@@ -57,6 +57,11 @@ bench: $(READY)
 # regular expression, RESUME=1 goes on; `python -m benchmarks.models table` writes the README's table
 sweep: $(READY)
 	$(RUN) -m benchmarks.models --only '$(ONLY)' $(if $(RESUME),--resume)
+
+# an expanded model in every training, serving and shipping stack that is known, against plain code: ONLY picks by a
+# regular expression; `python -m benchmarks.stacks table` writes the rows in Markdown
+stacks: $(READY)
+	$(RUN) -m benchmarks.stacks --only '$(ONLY)'
 
 # with the python3 that is given, which has the torch and Triton of its GPU: nothing is installed. What is worth most in
 # BUDGET seconds, every figure written to OUT as it comes; STAGES picks by a regular expression, RESUME=1 goes on

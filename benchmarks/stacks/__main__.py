@@ -17,12 +17,12 @@ RESULTS = Path(__file__).parents[1] / "results" / "stacks.json"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stacks", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("run", "table"), default="run")
+    parser.add_argument("what", nargs="?", choices=("run", "table", "summary"), default="run")
     parser.add_argument("--only", default="", help="a regular expression that titles must contain, as in 'PEFT: merge'")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the rows are kept, as JSON")
     options = parser.parse_args()
-    if options.what == "table":
-        print(markdown(json.loads(options.out.read_text())["rows"]))
+    if options.what != "run":
+        print({"table": markdown, "summary": summary}[options.what](json.loads(options.out.read_text())["rows"]))
         return 0
     import_torchvision()
     torch.set_num_threads(1)
@@ -66,6 +66,19 @@ def markdown(lines: list[dict[str, Any]]) -> str:
     for line in lines:
         cells = (line["stack"], line["name"], line["against"], said(line), f"{line['limit']:.0e}")
         table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def summary(lines: list[dict[str, Any]]) -> str:
+    """A line for every stack: its situations, and the largest difference in parts of what is allowed."""
+    table = ["| stack | situations | right | largest difference | of its limit |", "|---|---|---|---|---|"]
+    for stack in dict.fromkeys(line["stack"] for line in lines):
+        rows = [line for line in lines if line["stack"] == stack]
+        measured = [line for line in rows if "difference" in line]
+        worst = max(measured, key=lambda line: line["difference"] / line["limit"], default=None)
+        said = "-" if worst is None else f"{worst['difference']:.1e} | {worst['difference'] / worst['limit']:.0%}"
+        names = "; ".join(line["name"] for line in rows)
+        table.append(f"| {stack} | {names} | {sum(map(is_right, rows))} of {len(rows)} | {said} |")
     return "\n".join(table)
 
 
