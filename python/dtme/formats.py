@@ -68,11 +68,14 @@ class Format(NamedTuple):
         if not isinstance(plain, dict) or plain.get("format") != self.kind:
             raise ValueError(f"{where} is not a {self.kind} file: its 'format' field must be {self.kind!r}")
         self._check_version(plain.get("version"), plain.get("release"), where)
-        digest = None if self.by_hand else plain.pop("checksum", None)
-        for name in ("format", "version") if self.by_hand else ("format", "version", "release"):
-            plain.pop(name, None)
+        digest = None
+        if not self.by_hand:
+            plain.pop("release", None)
+            if not isinstance(digest := plain.pop("checksum", ""), str):
+                raise ValueError(f"{where} is damaged: its checksum must be a string, got {digest!r}")
+        del plain["format"], plain["version"]
         try:
-            return Document(where, self.fields(plain), plain, digest)
+            return Document(where, self.fields(plain), plain, digest or None)
         except ValueError as error:
             says = str(error)
             if says.startswith(("lacks the field", "has the unknown field")):
