@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from .pickles import Stamped
 from .plan import ExpansionPlan
 
 if TYPE_CHECKING:
     from .streams import Forward
 
 
-class Expansion:
+class Expansion(Stamped):
     """One call of ``expand``: what all its adapters share. Nothing in it belongs to a forward.
 
     Args:

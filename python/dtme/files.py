@@ -1,53 +1,133 @@
 """Files that are either the old one or the new one, never half of either."""
 
-import json
 import os
-import tempfile
-from collections.abc import Callable
+import platform
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+STALE = 24 * 3600.0
+"""Seconds without a change after which nobody can still be writing, where no lock tells."""
+_NAME = re.compile(r"\.dtme-[0-9a-f]{32}-(?P<host>.*)")
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a new file in the same folder, flush it to disk, then rename it to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the name keeps its suffix: some writers choose the format by it
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    beside = Path(name)
-    try:
+    """Let ``write`` fill a new file of the same name, flush it to disk, then rename it to ``path``.
+
+    Whoever is killed in it leaves a hidden folder beside ``path``, which the next ``write_beside`` there removes.
+    """
+    _make_folder(path.parent)
+    for left in path.parent.glob(".dtme-*"):
+        _remove_if_dead(left)
+    with _workplace(path.parent) as (folder, mode):
+        beside = folder / path.name
         write(beside)
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)  # mkstemp is private to the user; a result should be as readable as any file
+        beside.chmod(mode)  # some writers make files that are private to the user
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        _flush_folder(path.parent)
 
 
-def save_json(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
-    """Write ``content`` as readable JSON headed by its kind and format version."""
-    text = json.dumps({"format": kind, "version": 1, **content}, indent=1)
-    write_beside(Path(path), lambda beside: beside.write_text(text + "\n"))
-
-
-def load_json(
-    path: str | os.PathLike[str], kind: str, fields: set[str], optional: set[str] | None = None
-) -> dict[str, Any]:
-    """Read what ``save_json`` wrote; ValueError naming the file where it is damaged, foreign or too new."""
+@contextmanager
+def _workplace(parent: Path) -> Iterator[tuple[Path, int]]:
+    """A locked folder of our own, and the permissions that files get here (those that the umask leaves)."""
+    handle = None
+    while handle is None:
+        folder = parent / f".dtme-{uuid.uuid4().hex}-{_host()}"
+        folder.mkdir()
+        handle = _open_lock(folder)
+        # who took it for a dead one, before it was locked, has removed it, and with it the file that is locked now
+        if handle is not None and not _is_lock_of(handle, folder):
+            os.close(handle)
+            handle = None
     try:
-        content = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != kind:
-        raise ValueError(f"{path} is not a {kind} file: its 'format' field must be {kind!r}")
-    if content.get("version") != 1:
-        raise ValueError(f"{path} has version {content.get('version')!r}; this release reads version 1")
-    del content["format"], content["version"]
-    if missing := fields - content.keys():
-        raise ValueError(f"{path} lacks the field {min(missing)!r}")
-    if unknown := content.keys() - fields - (optional or set()):
-        raise ValueError(f"{path} has the unknown field {min(unknown)!r}")
-    return content
+        yield folder, os.fstat(handle).st_mode & 0o777
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _open_lock(folder: Path) -> int | None:
+    """The lock file of ``folder``, held until it is closed or this process ends in any way; None if ``folder`` is gone.
+
+    File systems without locks let everybody have it.
+    """
+    try:
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        return None
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove what a killed process left; never what one that lives is writing."""
+    match = _NAME.fullmatch(folder.name)
+    if match is None or not folder.is_dir():
+        return
+    with suppress(OSError):
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # a lock may hold on the writer's own machine only, and there may be none
+            tells = _take_lock(handle) and match["host"] == _host()
+            if tells or time.time() - max(path.stat().st_mtime for path in [folder, *folder.iterdir()]) > STALE:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _take_lock(handle: int) -> bool:
+    """Whether the lock is ours now; BlockingIOError where somebody holds it, False where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _is_lock_of(handle: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder / "lock"))
+    except FileNotFoundError:
+        return False
+
+
+def _host() -> str:
+    return re.sub(r"[^0-9A-Za-z_]+", "-", platform.node())[:64]
+
+
+def _make_folder(folder: Path) -> None:
+    """Make it and what it lies in, so that they outlive a loss of power as the files in them do."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        _flush_folder(one.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the names in it outlive a loss of power, where the system can do that."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # folders cannot be opened on Windows
+        return
+    try:
+        with suppress(OSError):  # nor flushed on some file systems
+            os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -7,16 +7,22 @@ from typing import Any
 
 from torch import nn
 
-from .files import load_json, save_json
+from .checks import Record, anything
+from .formats import Format
+from .pickles import Stamped
 
-KIND = "dtme.ExpansionPlan"
-FIELDS, OPTIONAL = {"tasks", "num_tokens", "modulation", "expansion"}, {"num_features", "groups"}
+# a plan checks its fields itself: people build it by hand too
+FIELDS = Record(
+    dict.fromkeys(("tasks", "num_tokens", "modulation", "expansion"), anything),
+    dict.fromkeys(("num_features", "groups"), anything),
+)
+FORMAT = Format("dtme.ExpansionPlan", FIELDS, by_hand=True)
 NUM_TOKENS = {"text": 6, "params": 1}
 """Task tokens per block: six in the paper's text, one in its parameter counts."""
 
 
 @dataclass(frozen=True)
-class ExpansionPlan:
+class ExpansionPlan(Stamped):
     """Which tasks get a modulation and which get task tokens, block by block (Algorithm 1).
 
     Args:
@@ -168,12 +174,12 @@ class ExpansionPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write readable JSON, editable by hand."""
-        save_json(path, KIND, self.as_dict())
+        FORMAT.save(path, self.as_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ExpansionPlan":
         """Read and validate what ``save`` wrote or a hand edited; ValueError names the file and the field."""
-        content = load_json(path, KIND, FIELDS, OPTIONAL)
+        content = FORMAT.load(path).content
         try:
             return cls(**content)
         except ValueError as error:
@@ -192,6 +198,15 @@ class ExpansionPlan:
         return content | (
             {"groups": {group: list(tasks) for group, tasks in self.groups.items()}} if self.groups else {}
         )
+
+
+def check_plan(value: Any, where: str) -> ExpansionPlan:
+    """The plan whose ``as_dict`` a file holds at ``where``."""
+    fields = FIELDS(value, where)
+    try:
+        return ExpansionPlan(**fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _check_widths(num_features: Mapping[str, int]) -> None:

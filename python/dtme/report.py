@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .files import write_beside
 from .grouping import groups_of
+from .pickles import Stamped
 from .plan import ExpansionPlan
 from .report_files import check_units, load_report, save_report
 from .report_files import stack_if_equal as stack_if_equal  # of what a report holds
@@ -27,7 +28,7 @@ SPACES = ("range", "null")
 
 
 @dataclass(frozen=True, eq=False)
-class ConflictReport:
+class ConflictReport(Stamped):
     """Gradient conflicts of every block, in the range and in the null space of its tokens.
 
     Attributes:

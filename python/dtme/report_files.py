@@ -2,13 +2,28 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .files import load_json, save_json
+from .checks import (
+    Record,
+    anything,
+    at_least,
+    boolean,
+    list_of,
+    mapping_of,
+    names,
+    number,
+    or_null,
+    positive,
+    tensor_of,
+)
+from .formats import Format
 from .packing import FLOATS, INTEGERS, pack, unpack
 from .plan import check_tasks
 from .units import Split, Units
@@ -16,13 +31,46 @@ from .units import Split, Units
 if TYPE_CHECKING:
     from .report import ConflictReport
 
-KIND = "dtme.ConflictReport"
+LARGEST = sys.float_info.max
 COUNTS = ("range_counts", "null_counts", "valid_counts")
-FIELDS = {"tasks", "blocks", "num_samples", "ratio", "ranks", "eigenvalues", *COUNTS}
-# what the files of earlier releases lack, and files leave out where an analysis has none
-OPTIONAL = {"units", "num_batches", "skipped", "settled", "reached", "gains", "gain_resamples", "bases", "alternatives"}
-OPTIONAL |= {"plan_options"}
-SPLIT = {"ratio", "ranks", "range_counts", "null_counts", "range_units", "null_units"}
+PACKED_COUNTS, PACKED_FLOATS = partial(unpack, types=INTEGERS), partial(unpack, types=FLOATS)
+PER_BLOCK = tensor_of(at_least(0), 1, torch.int64)
+PER_PAIR = tensor_of(at_least(0), 3, torch.int64)
+SPLIT = Record(
+    {
+        "ratio": positive,
+        "ranks": PER_BLOCK,
+        "range_counts": PER_PAIR,
+        "null_counts": PER_PAIR,
+        "range_units": or_null(PACKED_COUNTS),
+        "null_units": or_null(PACKED_COUNTS),
+    }
+)
+FIELDS = Record(
+    {
+        "tasks": names,
+        "blocks": names,
+        "num_samples": at_least(1),
+        "ratio": positive,
+        "ranks": PER_BLOCK,
+        "eigenvalues": list_of(tensor_of(number, 1, torch.float64)),
+        **dict.fromkeys(COUNTS, PER_PAIR),
+    },
+    # what the files of earlier releases lack, and files leave out where an analysis has none
+    {
+        "num_batches": at_least(0),
+        "skipped": mapping_of(at_least(0)),
+        "settled": or_null(boolean),
+        "gains": list_of(or_null(number)),
+        "plan_options": mapping_of(anything),
+        "reached": tensor_of(boolean, 2, torch.bool),
+        "units": Record(dict.fromkeys(Units._fields, PACKED_COUNTS)),
+        "gain_resamples": PACKED_FLOATS,
+        "alternatives": list_of(SPLIT),
+        "bases": list_of(PACKED_FLOATS),
+    },
+)
+FORMAT = Format("dtme.ConflictReport", FIELDS)
 
 
 def save_report(report: "ConflictReport", path: str | os.PathLike[str], bases: bool) -> None:
@@ -44,7 +92,7 @@ def save_report(report: "ConflictReport", path: str | os.PathLike[str], bases: b
     # JSON knows no NaN
     content["gains"] = [None if math.isnan(gain) else gain for gain in report.gains.tolist()]
     if report.plan_options:
-        content["plan_options"] = dict(report.plan_options)
+        content["plan_options"] = {name: _finite(value) for name, value in report.plan_options.items()}
     if report.reached is not None:
         content["reached"] = report.reached.tolist()
     if report.units is not None:
@@ -55,7 +103,12 @@ def save_report(report: "ConflictReport", path: str | os.PathLike[str], bases: b
         content["alternatives"] = [_split_content(*item) for item in report.alternatives.items()]
     if bases and report.bases is not None:
         content["bases"] = [pack(basis.float()) for basis in report.bases]
-    save_json(path, KIND, content)
+    FORMAT.save(path, content)
+
+
+def _finite(option: Any) -> Any:
+    """Of an infinite limit, which JSON cannot hold, the largest number: nothing lies between."""
+    return max(-LARGEST, min(option, LARGEST)) if isinstance(option, float) else option
 
 
 def _split_content(ratio: float, split: Split) -> dict[str, Any]:
@@ -68,74 +121,36 @@ def _split_content(ratio: float, split: Split) -> dict[str, Any]:
 
 def load_report(cls: "type[ConflictReport]", path: str | os.PathLike[str]) -> "ConflictReport":
     """Read what ``save_report`` wrote; ValueError names the file and what is wrong with it."""
-    content = load_json(path, KIND, FIELDS, OPTIONAL)
+    document = FORMAT.load(path)
     try:
-        for name in ("ranks", *COUNTS):
-            content[name] = _integers(content[name], name)
-        content |= {"tasks": check_tasks(content["tasks"]), "blocks": tuple(content["blocks"])}
-        if not isinstance(content["num_samples"], int):
-            raise ValueError(f"num_samples must be an integer, got {content['num_samples']!r}")
-        content["eigenvalues"] = stack_if_equal(
-            [torch.tensor(row, dtype=torch.float64) for row in content["eigenvalues"]]
-        )
-        content |= {name: READ[name](content[name]) for name in READ if content.get(name) is not None}
-        report = cls(**content)
+        report = cls(**_made_of(document.content))
         check_report(report)
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    document.check()
     return report
 
 
-def _integers(values: Any, name: str) -> Tensor:
-    tensor = torch.tensor(values)
-    if tensor.dtype != torch.int64:
-        raise ValueError(f"{name} must hold integers")
-    return tensor
-
-
-def _read_units(content: Any) -> Units:
-    if not isinstance(content, dict) or content.keys() != set(Units._fields):
-        raise ValueError(f"units must hold {list(Units._fields)}")
-    return Units(**{name: unpack(content[name], f"units.{name}", INTEGERS) for name in Units._fields})
-
-
-def _read_alternatives(content: Any) -> dict[float, Split]:
-    splits: dict[float, Split] = {}
-    for other in content:
-        if not isinstance(other, dict) or other.keys() != SPLIT or not _is_positive(other["ratio"]):
-            raise ValueError(f"alternatives must each hold {sorted(SPLIT)}, the ratio a positive number")
-        where = f"alternatives[{other['ratio']}]"
-        values: dict[str, Any] = {}
-        for name in Split._fields:
-            value = other[name]
-            if name.endswith("_units"):
-                values[name] = None if value is None else unpack(value, f"{where}.{name}", INTEGERS)
-            else:
-                values[name] = _integers(value, f"{where}.{name}")
-        splits[other["ratio"]] = Split(**values)
-    return splits
-
-
-READ = {
-    "units": _read_units,
-    "reached": lambda rows: torch.tensor(rows),
-    "gains": lambda gains: torch.tensor([math.nan if g is None else float(g) for g in gains], dtype=torch.float64),
-    "gain_resamples": lambda packed: unpack(packed, "gain_resamples", FLOATS),
-    "bases": lambda bases: tuple(unpack(basis, f"bases[{d}]", FLOATS) for d, basis in enumerate(bases)),
-    "alternatives": _read_alternatives,
-}
+def _made_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a report, of the fields of its file."""
+    content |= {"tasks": check_tasks(content["tasks"]), "blocks": tuple(content["blocks"])}
+    content["eigenvalues"] = stack_if_equal(content["eigenvalues"])
+    if "gains" in content:
+        gains = [math.nan if gain is None else gain for gain in content["gains"]]
+        content["gains"] = torch.tensor(gains, dtype=torch.float64)
+    if "units" in content:
+        content["units"] = Units(**content["units"])
+    if "bases" in content:
+        content["bases"] = tuple(content["bases"])
+    splits = content.get("alternatives", [])
+    content["alternatives"] = {split.pop("ratio"): Split(**split) for split in splits}
+    return content
 
 
 def check_report(report: "ConflictReport") -> None:
     """ValueError where figures cannot be those of an analysis."""
-    num_blocks = len(report.blocks)
-    if len(set(report.blocks)) != num_blocks or not all(isinstance(block, str) for block in report.blocks):
-        raise ValueError(f"blocks must be different names, got {list(report.blocks)}")
-    for name in ("num_samples", "ratio"):
-        if not _is_positive(value := getattr(report, name)):
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
-    if any(values.ndim != 1 or len(values) < 2 for values in report.eigenvalues):
-        raise ValueError("eigenvalues must be a list of numbers a block")
+    if any(len(values) < 2 for values in report.eigenvalues):
+        raise ValueError("eigenvalues must be at least two numbers per block")
     _check_counts(report, "valid_counts", report.valid_counts)
     this = Split(report.ranks, report.range_counts, report.null_counts)
     for where, split in {"": this, **{f"alternatives[{r}].": s for r, s in report.alternatives.items()}}.items():
@@ -196,21 +211,21 @@ def _check_ranks(report: "ConflictReport", name: str, ranks: Tensor) -> None:
 
 
 def _check_what_was_read(report: "ConflictReport") -> None:
-    if type(report.num_batches) is not int or report.num_batches < 0:
-        raise ValueError(f"num_batches must be an integer of at least 0, got {report.num_batches!r}")
-    if report.settled is not None and not isinstance(report.settled, bool):
-        raise ValueError(f"settled must be true, false or null, got {report.settled!r}")
-    if not isinstance(report.skipped, Mapping):
-        raise ValueError(f"skipped must map tasks to batches, got {report.skipped!r}")
-    for task, batches in report.skipped.items():
-        if task not in report.tasks or type(batches) is not int or batches < 0:
-            raise ValueError(f"skipped[{task!r}] must be the batches of one of {list(report.tasks)}, got {batches!r}")
+    for task in report.skipped:
+        if task not in report.tasks:
+            raise ValueError(f"skipped[{task!r}] must be the batches of one of {list(report.tasks)}")
+    from .stability import rules_of  # which imports reports
+
+    try:
+        rules_of(report.plan_options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"plan_options: {error}") from error
 
 
 def _check_per_block(report: "ConflictReport") -> None:
     num_blocks, reached = len(report.blocks), report.reached
     if reached is not None:
-        if reached.dtype != torch.bool or tuple(reached.shape) != (num_blocks, len(report.tasks)):
+        if tuple(reached.shape) != (num_blocks, len(report.tasks)):
             raise ValueError(f"reached must be ({num_blocks}, {len(report.tasks)}) of true and false")
         if (report.valid_counts.any(2) & ~reached).any():
             raise ValueError("reached must be true where valid_counts are not zero")
@@ -223,10 +238,6 @@ def _check_per_block(report: "ConflictReport") -> None:
         shapes = [(p, p) for p in report.num_features.values()]
         if [tuple(basis.shape) for basis in report.bases] != shapes:
             raise ValueError("bases must be a square matrix of the block's width for each block")
-
-
-def _is_positive(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and value > 0
 
 
 def stack_if_equal(values: Sequence[Tensor]) -> Tensor | list[Tensor]:

@@ -1,9 +1,11 @@
-"""Save and load a ``MultiTaskModel``: a readable config and the weights, replaced in one step."""
+"""Save and load a ``MultiTaskModel``: the weights, which carry their config, and the config for people to read."""
 
 import json
 import os
 import uuid
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,31 +14,57 @@ from torch import Tensor, nn
 
 from .block.adapter import is_added
 from .block.handover import add_gates
+from .checks import Record, boolean, list_of, mapping_of, names, one_of, or_null, text
 from .expanded import Expansion
-from .expansion import collapse, expand
-from .files import load_json, save_json, write_beside
+from .expansion import MODULATORS, collapse, expand
+from .files import write_beside
+from .formats import Document, Format, parse_json
 from .independence import Decoder, name_of
 from .interrupts import all_or_nothing
-from .plan import ExpansionPlan
+from .plan import check_plan
+from .sharing import SHARED_PREFIX
 from .streams import adapters, expansions
+from .weights import check_digests, digests_of, read_weights, write_weights
 
 if TYPE_CHECKING:
     from .model import Heads, MultiTaskModel
 
-KIND = "dtme.MultiTaskModel"
 CONFIG, WEIGHTS = "dtme_config.json", "model.safetensors"
-FIELDS = {"save", "tasks", "features", "expansion_only", "plan", "modulator", "freeze_backbone", "aliases"}
-OPTIONAL = {"shared_prefix", "decoder", "heads", "gates"}
-"""Fields that earlier releases did not write; the last three only where there is something to write."""
+FIELDS = Record(
+    {
+        "save": text,
+        "tasks": names,
+        "features": or_null(one_of("tokens", "cls")),
+        "expansion_only": boolean,
+        "plan": or_null(check_plan),
+        "modulator": one_of(*MODULATORS),
+        "freeze_backbone": boolean,
+        "aliases": mapping_of(text),
+    },
+    # what earlier releases did not write; decoder, heads and gates only where there is something to write
+    {
+        "shared_prefix": one_of(*SHARED_PREFIX),
+        "decoder": text,
+        "heads": names,
+        "gates": mapping_of(list_of(text)),
+        "digests": mapping_of(text),
+    },
+)
+FORMAT = Format("dtme.MultiTaskModel", FIELDS, version=2)
+"""Version 1 had no checksums. ``digests`` are in the copy that the weights carry, not in the file for people."""
 
 
 def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: bool) -> None:
-    from safetensors.torch import save_file
+    config = _config(model, expansion_only)
+    tensors, config["aliases"] = _without_aliases(_state(model, expansion_only))
+    _write(Path(path), config, tensors)
 
+
+def _config(model: "MultiTaskModel", expansion_only: bool) -> dict[str, Any]:
+    """All that a file says of the model, but for its tensors."""
     expansion = _only_expansion(model.backbone)
     if expansion_only and expansion is None:
         raise RuntimeError("expansion_only=True needs an expanded model: call dtme.expand first")
-    tensors, aliases = _without_aliases(_state(model, expansion_only))
     config: dict[str, Any] = {
         "save": uuid.uuid4().hex,
         "tasks": list(model.tasks),
@@ -46,18 +74,20 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
         "modulator": expansion.modulator if expansion else "affine",
         "freeze_backbone": bool(expansion and expansion.frozen),
         "shared_prefix": expansion.shared_prefix if expansion else "auto",
-        "aliases": aliases,
     }
     if gates := {adapter.name: list(adapter.gate) for adapter in adapters(model.backbone) if adapter.gate}:
         config |= {"gates": gates}
     if model.decoder is not None:
         config |= {"decoder": name_of(model.decoder), "heads": list(model.heads)}
-    folder = Path(path)
-    # The weights carry the config too: renaming them is the one step that replaces the old save. A crash before the
-    # config's own rename leaves an old config, which load() recognises by its number and passes over.
-    metadata = {"format": "pt", "dtme": json.dumps(config)}
-    write_beside(folder / WEIGHTS, lambda beside: save_file(tensors, beside, metadata))
-    save_json(folder / CONFIG, KIND, config)
+    return config
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Renaming the weights, which carry all there is, is the one step that replaces the old save."""
+    carried = FORMAT.dump({**config, "digests": digests_of(tensors)})
+    write_beside(folder / WEIGHTS, lambda beside: write_weights(beside, tensors, carried))
+    # a crash before this leaves the config of the old save, which load() recognises by its number and passes over
+    FORMAT.save(folder / CONFIG, config)
 
 
 def _only_expansion(backbone: nn.Module) -> Expansion | None:
@@ -103,39 +133,46 @@ def _build(
     features: Any,
     decoder: Decoder | None,
 ) -> "MultiTaskModel":
+    plan = config["plan"]
     given = [module for module in (backbone, *heads.values(), decoder) if isinstance(module, nn.Module)]
     if any(tensor.is_meta for module in given for tensor in module.parameters()):
         raise ValueError(
             "backbone, heads and decoder must hold real tensors, not meta ones: call to_empty(device=...) first"
         )
-    model = cls(backbone, heads, features or config["features"], decoder, config["tasks"] or None)
-    if config["plan"] is not None:
-        try:
-            plan = ExpansionPlan(**config["plan"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: its plan is not one: {error}") from error
-        expand(
-            model,
-            plan,
-            modulator=config["modulator"],
-            freeze_backbone=config["freeze_backbone"],
-            shared_prefix=config.get("shared_prefix", "auto"),
-        )
+    with _naming(path):
+        model = cls(backbone, heads, features or config["features"], decoder, config["tasks"] or None)
+        if plan is not None:
+            expand(
+                model,
+                plan,
+                modulator=config["modulator"],
+                freeze_backbone=config["freeze_backbone"],
+                shared_prefix=config.get("shared_prefix", "auto"),
+            )
     try:
         _add_gates(path, model.backbone, config.get("gates", {}))
         _check_state(path, model, tensors, config["expansion_only"])
     except BaseException:
-        if config["plan"] is not None:
+        if plan is not None:
             collapse(model)
         raise
     model.load_state_dict(tensors, strict=False)
     return model
 
 
-def _add_gates(path: Any, backbone: nn.Module, gates: Any) -> None:
+@contextmanager
+def _naming(path: Any) -> Iterator[None]:
+    """What is wrong with the model that was given for a save is said with the save's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit what was given: {error}") from error
+
+
+def _add_gates(path: Any, backbone: nn.Module, gates: Mapping[str, list[str]]) -> None:
     """Give task tokens the gates that ``replan`` had given them."""
     found = {adapter.name: adapter for adapter in adapters(backbone)}
-    for block, owners in gates.items() if isinstance(gates, Mapping) else [(gates, ())]:
+    for block, owners in gates.items():
         if block not in found or not set(owners) <= set(found[block].tokens):
             raise ValueError(f"{path} is damaged: gates of block {block!r} are for {owners}, which have no task tokens")
         add_gates(found[block], owners)
@@ -152,26 +189,64 @@ def _check_decoder(path: Any, config: Mapping[str, Any], decoder: Decoder | None
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    """Config and tensors of one save: both are those of the weights' file, which is read once.
 
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing")
-    config = load_json(folder / CONFIG, KIND, FIELDS, OPTIONAL)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            embedded = (file.metadata() or {}).get("dtme")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
-    if embedded is None:
-        raise ValueError(f"{folder / WEIGHTS} was not written by save_pretrained")
-    written = json.loads(embedded)
-    if written["save"] != config["save"]:
-        config = written
+    The config that lies beside is for people. Where it is of another save, one that goes on now or that was cut short
+    between the two files, that is no fault; where it is of this one and says something else, somebody thinks it counts.
+    """
+    with _missing_named(folder):
+        beside = FORMAT.load(folder / CONFIG)
+        carried, tensors = read_weights(folder / WEIGHTS)
+    document = _parse_carried(folder / WEIGHTS, carried)
+    _compare(beside, document)
+    beside.check()
+    document.check()
+    config = document.content
+    if (digests := config.pop("digests", None)) is not None:
+        check_digests(folder / WEIGHTS, tensors, digests)
     for name, target in config["aliases"].items():
-        tensors[name] = tensors[target]
-    return config, tensors
+        if name in tensors or target not in tensors or target in config["aliases"]:
+            raise ValueError(f"{folder / WEIGHTS} is damaged: {name!r} cannot stand for {target!r}")
+    return config, tensors | {name: tensors[target] for name, target in config["aliases"].items()}
+
+
+@contextmanager
+def _missing_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        name = Path(error.filename).name
+        raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing") from error
+
+
+def _parse_carried(where: Path, carried: str) -> Document:
+    """The config that the weights carry, with everything that its version must have."""
+    plain = parse_json(carried, f"the config in {where}")
+    if isinstance(plain, dict) and "version" not in plain and "digests" not in plain:
+        warnings.warn(
+            f"{where} was saved by an earlier release, without checksums: a damaged weight would not be noticed. Save "
+            "the model again to have them",
+            stacklevel=2,
+        )
+        return FORMAT.parse(json.dumps({"format": FORMAT.kind, "version": 1, **plain}), f"the config in {where}")
+    document = FORMAT.parse(carried, f"the config in {where}")
+    if document.checksum is None or "digests" not in document.plain:
+        raise ValueError(f"{where} is damaged: its checksums are missing")
+    return document
+
+
+def _compare(beside: Document, carried: Document) -> None:
+    """ValueError where the config for people was edited."""
+    people, counts = beside.plain, {name: value for name, value in carried.plain.items() if name != "digests"}
+    if people["save"] != counts["save"]:
+        return
+    for name in (*counts, *people):
+        if people.get(name) != counts.get(name):
+            raise ValueError(
+                f"{beside.where} was changed, or is damaged: its {name!r} is {people.get(name)!r}, but the model was "
+                f"saved with {counts.get(name)!r}. This file is for people to read, {WEIGHTS} holds what is loaded: "
+                "undo the change, or change the loaded model and save it again"
+            )
 
 
 def _state(model: nn.Module, expansion_only: bool) -> dict[str, Tensor]:
@@ -188,8 +263,15 @@ def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expans
             raise ValueError(
                 f"{path} holds {name!r} as {tuple(tensors[name].shape)}, the model needs {tuple(value.shape)}"
             )
+        if _sort(tensors[name]) != _sort(value):
+            raise ValueError(f"{path} holds {name!r} in {tensors[name].dtype}, the model needs {value.dtype}")
     if unknown := tensors.keys() - state.keys():
         raise ValueError(f"{path} holds {min(unknown)!r}, which the model does not have")
+
+
+def _sort(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """What no other precision changes: real, complex, whole numbers or truth."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

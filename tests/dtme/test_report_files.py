@@ -102,8 +102,8 @@ def edited_units(content, name, edit):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda c: c | {"units": {}}, "units must hold"),
-        (lambda c: c | {"units": []}, "units must hold"),
+        (lambda c: c | {"units": {}}, "units: lacks the field 'batches'"),
+        (lambda c: c | {"units": []}, "units must be a mapping with"),
         (lambda c: edited_units(c, "range", {"zlib": "AAAA"}), "units.range cannot be decompressed"),
         (lambda c: edited_units(c, "range", {"zlib": 3}), "units.range cannot be decompressed"),
         (lambda c: edited_units(c, "range", {"zlib": "%%"}), "units.range cannot be decompressed"),
@@ -123,19 +123,28 @@ def edited_units(content, name, edit):
         (lambda c: c | {"skipped": [1]}, "skipped"),
         (lambda c: c | {"settled": "yes"}, "settled must be"),
         (lambda c: c | {"reached": [[True] * 3]}, "reached must be"),
-        (lambda c: c | {"reached": [[1] * 3] * 3}, "reached must be"),
+        (lambda c: c | {"reached": [[1] * 3] * 3}, r"reached\[0\]\[0\] must be true or false"),
         (lambda c: c | {"reached": [[False] * 3] * 3}, "reached must be true where"),
         (lambda c: c | {"gains": [1.0]}, "gains must be one for each"),
-        (lambda c: c | {"gains": ["a", 1, 2]}, "could not convert"),
+        (lambda c: c | {"gains": ["a", 1, 2]}, r"gains\[0\] must be a number"),
         (lambda c: c | {"gain_resamples": pack(torch.zeros(4, 2))}, "gain_resamples must be"),
         (lambda c: c | {"bases": [pack(torch.eye(8))] * 3}, "bases must be"),
-        (lambda c: c | {"alternatives": [{}]}, "alternatives must each hold"),
+        (lambda c: c | {"alternatives": [{}]}, r"alternatives\[0\]: lacks the field"),
         (lambda c: c | {"alternatives": 3}, "damaged"),
-        (lambda c: c | {"alternatives": [c["alternatives"][0] | {"ratio": -1}]}, "alternatives must each hold"),
+        (lambda c: c | {"alternatives": [c["alternatives"][0] | {"ratio": -1}]}, r"\[0\].ratio must be a positive"),
         (lambda c: c | {"alternatives": [c["alternatives"][0] | {"ranks": [99] * 3}]}, r"alternatives\[1.0\].ranks"),
         (lambda c: c | {"alternatives": [c["alternatives"][0] | {"range_counts": [[[9] * 3] * 3] * 3}]}, "add up"),
         (lambda c: c | {"alternatives": [c["alternatives"][0] | {"range_units": None}]}, "or neither"),
         (lambda c: c | {"surprise": 1}, "unknown field 'surprise'"),
+        (lambda c: c | {"plan_options": {"sort": 1}}, "plan_options: got an unexpected keyword argument 'sort'"),
+        (lambda c: c | {"plan_options": {"modulation": [[1]]}}, "plan_options: modulation must be a share"),
+        (lambda c: c | {"plan_options": [1]}, "plan_options must be a mapping"),
+        (lambda c: c | {"ratio": 101.0}, "its checksum is that of other values"),
+        (lambda c: c | {"checksum": "3"}, "its checksum is that of other values"),
+        (lambda c: c | {"checksum": None}, "checksum must be a string"),
+        (lambda c: c | {"version": 2, "release": "9.1"}, "version 2, written by release 9.1 after this .*: update"),
+        (lambda c: c | {"version": 0}, "version 0, which no release wrote"),
+        (lambda c: c | {"version": True}, "version True, which no release wrote"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_refused_by_name(tmp_path, edit, says):
@@ -196,3 +205,40 @@ def test_units_that_do_not_add_up_are_refused_at_once():
     units = report.units._replace(range=report.units.null)
     with pytest.raises(ValueError, match=r"units.range must add up"):
         made_up([0.3], [0.3], units=units)
+
+
+def test_no_flipped_bit_of_a_report_loads_something_else(tmp_path):
+    path = tmp_path / "report.json"
+    made_up([0.3], [0.4], num_tasks=2, num_units=2, widths=2).save(path)
+    data, want = path.read_bytes(), json.loads(path.read_text())
+    refused = 0
+    for place in range(0, len(data), 2):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 7]) + data[place + 1 :])
+        try:
+            dtme.ConflictReport.load(path).save(tmp_path / "again.json")
+        except ValueError as error:
+            assert type(error) is ValueError and "report.json" in str(error)
+            refused += 1
+        else:
+            assert json.loads((tmp_path / "again.json").read_text()) == want, place
+    assert refused > len(data) / 4
+
+
+def test_edited_reports_are_read_where_the_edit_is_meant(tmp_path):
+    path = tmp_path / "report.json"
+    made_up([0.3], [0.4]).save(path)
+    content = json.loads(path.read_text()) | {"ratio": 50.0}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="If the change is meant, delete its field 'checksum'"):
+        dtme.ConflictReport.load(path)
+    del content["checksum"]
+    path.write_text(json.dumps(content))
+    assert dtme.ConflictReport.load(path).ratio == 50.0
+
+
+def test_options_without_limits_survive_the_file(tmp_path):
+    options = {"max_compute": float("inf"), "pair_threshold": -float("inf")}
+    report = made_up([0.3, 0.5], [0.4, 0.2], plan_options=options)
+    report.save(tmp_path / "report.json")
+    again = dtme.ConflictReport.load(tmp_path / "report.json")
+    assert again.plan(**again.plan_options) == report.plan(**options)

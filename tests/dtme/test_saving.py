@@ -86,7 +86,7 @@ def rewrite(**change):
         (rewrite(version=7), ValueError, "version 7"),
         (flip_a_length, ValueError, "model.safetensors is damaged"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), ValueError, "model.safetensors is damaged"),
-        (rewrite(tasks=["a", "b"]), ValueError, r"holds the tasks \['a', 'b'\]"),
+        (rewrite(tasks=["a", "b"]), ValueError, r"dtme_config.json was changed, .* its 'tasks' is \['a', 'b'\]"),
     ],
 )
 def test_damaged_folders_name_the_file(expanded, tmp_path, damage, error, says):

@@ -10,6 +10,7 @@ import dtme_kernels
 
 from ..blocks import Arguments, channels_last, find_tokens, replace_argument
 from ..expanded import Expansion
+from ..pickles import Stamped
 from ..seams import KeysValues
 from ..streams import (
     Forward,
@@ -45,7 +46,7 @@ def is_added(name: str) -> bool:
     return ADDED in name
 
 
-class BlockAdapter(nn.Module):
+class BlockAdapter(Stamped, nn.Module):
     """Modulation and task tokens of one block; a block without either keeps the streams of earlier ones apart.
 
     Parameters are named ``weight.<owner>`` (p,), ``bias.<owner>`` (p,), ``tokens.<owner>`` (t, p) and, where not all
