@@ -13,6 +13,7 @@ from torch import nn
 from . import nested_tensors
 from .forwards import Opening, run_folded
 from .output import remember_tasks
+from .sharded import entrance
 from .sharing import Call, Ways, caller_level
 from .streams import Expansion, chosen, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
@@ -104,6 +105,8 @@ class Entry:
             if running(self.expansion) is None:
                 torch._dynamo.graph_break()  # which tasks this thread chose is not known to the compiler
             return self._function()(*args, **kwargs)
+        if self.name != "forward" and (method := eagerly(entrance, self.module, self.name)) is not self:
+            return method(*args, **kwargs)
         opening = eagerly(self._open, Call(self._function(), args, kwargs), calls_compiler())
         if opening is None:
             return self._function()(*args, **kwargs)

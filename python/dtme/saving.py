@@ -18,6 +18,7 @@ from .files import load_json, save_json, write_beside
 from .independence import Decoder, name_of
 from .interrupts import all_or_nothing
 from .plan import ExpansionPlan
+from .sharded import is_sharded, ranks_of, whole_state
 from .streams import adapters, expansions
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
     expansion = _only_expansion(model.backbone)
     if expansion_only and expansion is None:
         raise RuntimeError("expansion_only=True needs an expanded model: call dtme.expand first")
-    tensors, aliases = _without_aliases(_state(model, expansion_only))
+    ranks = ranks_of(model, "save_pretrained")
+    tensors, aliases = _without_aliases(whole_state(model, _state(model, expansion_only), ranks))
     config: dict[str, Any] = {
         "save": uuid.uuid4().hex,
         "tasks": list(model.tasks),
@@ -56,8 +58,10 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
     # The weights carry the config too: renaming them is the one step that replaces the old save. A crash before the
     # config's own rename leaves an old config, which load() recognises by its number and passes over.
     metadata = {"format": "pt", "dtme": json.dumps(config)}
-    write_beside(folder / WEIGHTS, lambda beside: save_file(tensors, beside, metadata))
-    save_json(folder / CONFIG, KIND, config)
+    with ranks.together():
+        if ranks.rank == 0:
+            write_beside(folder / WEIGHTS, lambda beside: save_file(tensors, beside, metadata))
+            save_json(folder / CONFIG, KIND, config)
 
 
 def _only_expansion(backbone: nn.Module) -> Expansion | None:
@@ -104,6 +108,11 @@ def _build(
     decoder: Decoder | None,
 ) -> "MultiTaskModel":
     given = [module for module in (backbone, *heads.values(), decoder) if isinstance(module, nn.Module)]
+    if (name := next((type(module).__name__ for module in given if is_sharded(module)), None)) is not None:
+        raise RuntimeError(
+            f"{name} is shared among processes already: load into a plain one on every rank, then call fully_shard or "
+            "parallelize_module"
+        )
     if any(tensor.is_meta for module in given for tensor in module.parameters()):
         raise ValueError(
             "backbone, heads and decoder must hold real tensors, not meta ones: call to_empty(device=...) first"
