@@ -9,6 +9,7 @@ FILES = (
     "mixed_rows",
     "trainers",
     "distributed",
+    "sharded",
     "gradients",
     "adapters",
     "quantised",

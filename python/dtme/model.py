@@ -19,11 +19,11 @@ from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
 from .parameters import users_of_parameters
 from .plan import check_tasks, choose
-from .sharded import in_step, is_sharded, learning_together, mesh_in_use, whole_copy
+from .sharded import entrance, in_step, is_sharded, learning_together, mesh_in_use, whole_copy
 from .sharing import Call, Way, Ways
 from .streams import Forward, expansions, expansions_of, running, survey
 from .task_model import Features, TaskModel, features_of
-from .torch_private import calls_compiler, eagerly, stay_eager
+from .torch_private import calls_compiler, eagerly, is_outside_fsdp, stay_eager
 
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
 
@@ -214,6 +214,8 @@ class MultiTaskModel(nn.Module):
             call = self._call(x)
             way = self._ways_of(expansions).find(selected, call, is_training=state.is_training)
             return run(Forward(expansions), way, selected, call)
+        if is_outside_fsdp(self):  # called by itself, not by forward
+            return entrance(self, "extract")(x, selected)
         opening = self._open(selected, x, False)
         return dict.fromkeys(selected, self._features_of(x)) if opening is None else opening.carry_out(run)
 

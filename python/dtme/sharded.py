@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .interrupts import Deferred
 from .ranks import Ranks
-from .torch_private import class_before_fsdp, fsdp_mesh, fsdp_modules, is_note_of_fsdp, is_of_fsdp
+from .torch_private import class_before_fsdp, fsdp_mesh, fsdp_modules, is_note_of_fsdp, is_of_fsdp, is_outside_fsdp
 from .trees import map_tensors, tensors
 
 _ALIAS = "_dtme_sharded_"
@@ -67,8 +67,8 @@ def whole_state(module: nn.Module, state: Mapping[str, Tensor], ranks: Ranks) ->
         return dict(state)
     names: dict[str, str] = {}  # weights that are tied are gathered once
     firsts: dict[int, str] = {}
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        names[name] = firsts.setdefault(id(tensor), name)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[name] = firsts.setdefault(id(parameter), name)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         first = names.get(name, name)
@@ -103,7 +103,7 @@ def whole_copy(model: Any, what: str, device: torch.device | None = None) -> Any
         part.reshard()  # type: ignore[operator]
     memo: dict[int, Any] = {}
     for _, tensor in [*shards(model)]:
-        full = _whole(tensor, device or tensor.device, ranks)
+        full: Any = _whole(tensor, device or tensor.device, ranks)
         if isinstance(tensor, nn.Parameter):
             full = nn.Parameter(full, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = full
@@ -144,13 +144,14 @@ def refuse_tensor_parallel(model: nn.Module, what: str) -> None:
 
 
 def entrance(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The method ``name`` of ``module``, around which FSDP2 gathers what it shards, if it has not done so.
+    """The method ``name`` of ``module``, around which FSDP2 does what it does around ``forward``.
 
-    FSDP2 knows ``forward`` alone; what ``register_fsdp_forward_method`` adds is called by another name, as ``forward``
-    itself may call the method when all is gathered.
+    It knows no other method by itself, and without that, weights may be gathered still, after a forward in evaluation
+    say, but their gradients would stay those of one rank. What ``register_fsdp_forward_method`` adds has another name,
+    as ``forward`` itself may call the method.
     """
     method = getattr(module, name)
-    if fsdp_modules(module)[:1] != [module] or not any(map(is_shard, _own_parameters(module))):
+    if not is_outside_fsdp(module):
         return method
     alias = _ALIAS + name
     if alias not in vars(module):
@@ -162,16 +163,6 @@ def entrance(module: nn.Module, name: str) -> Callable[..., Any]:
         setattr(module, alias, types.MethodType(call, module))
         register_fsdp_forward_method(module, alias)
     return getattr(module, alias)
-
-
-def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Those that are gathered with ``module``, and not by a part of it that is sharded by itself."""
-    parts = {id(part) for part in fsdp_modules(module)} - {id(module)}
-    waiting = [module]
-    while waiting:
-        part = waiting.pop()
-        yield from part.parameters(recurse=False)
-        waiting.extend(child for child in part.children() if id(child) not in parts)
 
 
 def mesh_in_use(*modules: nn.Module) -> Any:

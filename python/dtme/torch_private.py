@@ -95,6 +95,14 @@ def fsdp_modules(module: nn.Module) -> list[nn.Module]:
     return [] if kind is None else [part for part in module.modules() if isinstance(part, kind)]
 
 
+def is_outside_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called with ``module``, and its forward does not run now."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None or not isinstance(module, kind):
+        return False
+    return bool(module._get_fsdp_state()._training_state.name != "FORWARD")
+
+
 def class_before_fsdp(module: nn.Module) -> type[nn.Module]:
     """Of one that ``fully_shard`` was called with."""
     cls = type(module)
