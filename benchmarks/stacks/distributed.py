@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .processes import (
     transformers_vit,
 )
 from .ranks import run_ranks
+from .sharded import FSDP2
 from .situation import largest, situation
 
 Backbone = Callable[[], nn.Module]
@@ -117,7 +119,7 @@ def tensor_parallel(rank: int, backbone: Backbone, names: Sequence[str]) -> floa
 
 
 OWN = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.0", "mlp.2")
-VIT = tuple(f"attention.{name}_proj" for name in "qkvo") + ("mlp.fc1", "mlp.fc2")
+VIT = (*(f"attention.{name}_proj" for name in "qkvo"), "mlp.fc1", "mlp.fc2")
 
 
 # --- analyses ---------------------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def in_groups() -> Any:
     model = model_of(is_expanded=False)
     first, second, third = blocks_of(model)
     plan = dtme.ExpansionPlan(
-        TASKS, 2, {first: TASKS, third: ("depth",)}, {second: TASKS}, groups={"maps": ("semseg", "depth")}
+        TASKS, 2, {first: TASKS, third: ("normals",)}, {second: TASKS}, groups={"maps": ("semseg", "depth")}
     )
     dtme.expand(model, plan)
     with torch.no_grad():
@@ -224,27 +226,35 @@ ANALYSES: dict[str, tuple[Callable[[int], float], float]] = {
     "two ratios, streamed": (lambda rank: analysed(rank, batches(5), method="streamed", ratio=(100.0, 10.0)), 0.0),
     "settled": (settled, 0.0),
 }
-STACKS = {"DDP": DDP, "tensor parallel": TENSOR_PARALLEL, "analyze on two ranks": ANALYSES}
+STACKS = {"FSDP2": FSDP2, "DDP": DDP, "tensor parallel": TENSOR_PARALLEL, "analyze on two ranks": ANALYSES}
 
 
-def work(rank: int, stack: str) -> dict[str, float | str]:
+def work(rank: int) -> dict[tuple[str, str], float | str]:
+    """All rows in one pair of processes: starting them takes longer than any row."""
     warnings.simplefilter("ignore")
-    found: dict[str, float | str] = {}
-    for name, (measure, _) in STACKS[stack].items():
-        try:
-            found[name] = measure(rank)
-        except Exception as error:  # a row of the table
-            found[name] = f"{type(error).__name__}: {error}"
+    found: dict[tuple[str, str], float | str] = {}
+    for stack, rows in STACKS.items():
+        for name, (measure, _) in rows.items():
+            if not all(map(find_spec, needs_of(name))):
+                continue
+            try:
+                found[stack, name] = measure(rank)
+            except Exception as error:  # a row of the table
+                found[stack, name] = f"{type(error).__name__}: {error}"
     return found
 
 
 @functools.cache
-def measured(stack: str) -> dict[str, float | str]:
-    return run_ranks(work, 2, stack)[0]
+def measured() -> dict[tuple[str, str], float | str]:
+    return run_ranks(work, 2)[0]
+
+
+def needs_of(name: str) -> tuple[str, ...]:
+    return tuple(library for library in ("timm", "transformers") if f"{library}'s" in name)
 
 
 def of_row(stack: str, name: str) -> float:
-    value = measured(stack)[name]
+    value = measured()[stack, name]
     if isinstance(value, str):
         raise RuntimeError(value)
     return value
@@ -252,5 +262,5 @@ def of_row(stack: str, name: str) -> float:
 
 for _stack, _rows in STACKS.items():
     for _name, (_, _limit) in _rows.items():
-        _needs = ("transformers",) if "transformers" in _name else ()
-        situation(_stack, _name, against="one process", limit=_limit, needs=_needs)(partial(of_row, _stack, _name))
+        _row = situation(_stack, _name, against="one process", limit=_limit, needs=needs_of(_name))
+        _row(partial(of_row, _stack, _name))

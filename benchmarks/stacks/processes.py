@@ -139,7 +139,7 @@ def mean_gradients(model: nn.Module, losses: Sequence[Callable[[nn.Module], Tens
 
 
 def largest_difference(found: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
-    """Relative to the largest entry of its tensor, or to 1e-3 of that of all, for gradients that are zero but for rounding.
+    """Relative to the largest entry of its tensor, or to 1e-3 of that of all: some are zero but for rounding.
 
     Infinite where names differ.
     """

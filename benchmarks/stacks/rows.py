@@ -9,7 +9,6 @@ FILES = (
     "mixed_rows",
     "trainers",
     "distributed",
-    "sharded",
     "gradients",
     "adapters",
     "quantised",

@@ -1,9 +1,7 @@
-"""FSDP2: what is expanded, then sharded by ``fully_shard``, against one process."""
+"""Rows of ``distributed`` about FSDP2: what is expanded, then sharded by ``fully_shard``, against one process."""
 
 import copy
-import functools
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,8 +36,7 @@ from .processes import (
     transformers_vit,
     whole,
 )
-from .ranks import run_ranks
-from .situation import difference, largest, situation
+from .situation import difference, largest
 
 Backbone = Callable[[], nn.Module]
 Shard = Callable[[Any], object]
@@ -50,6 +47,12 @@ def every_block(model: Any, **options: Any) -> None:
     for block in blocks_of(model).values():
         fully_shard(block, **options)
     fully_shard(model, **options)
+
+
+def replicated(model: Any) -> None:
+    """On a mesh of two dimensions."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
+    every_block(model, mesh=mesh)
 
 
 def backbone_alone(model: Any) -> None:
@@ -230,7 +233,7 @@ def verified(rank: int) -> float:
 
 LABELS = (("semseg", "depth"), ("normals",), ("depth",), TASKS)
 """Of each rank's batch."""
-TWO: dict[str, tuple[Callable[[int], float], float]] = {
+FSDP2: dict[str, tuple[Callable[[int], float], float]] = {
     "every block, then the rest": (partial(trained, shard=every_block), 1e-12),
     "every block of transformers' ViT": (partial(trained, shard=every_block, backbone=transformers_vit), 1e-12),
     "the model alone": (partial(trained, shard=fully_shard), 1e-12),
@@ -248,53 +251,12 @@ TWO: dict[str, tuple[Callable[[int], float], float]] = {
         1e-12,
     ),
     "a batch of one row on one rank": (partial(trained, shard=every_block, rows=(1, 4)), 1e-12),
+    "HSDP, two replicas": (partial(trained, shard=replicated, labels=LABELS), 1e-12),
     "bfloat16 by a mixed precision policy": (mixed_precision, 3e-2),
     "three steps of Adam": (three_steps, 1e-9),
     "save_pretrained, from_pretrained": (saved, 1e-12),
     "torch.distributed.checkpoint, on one rank and otherwise sharded": (checkpoint_of_all, 0.0),
-    "export_task": (exported, 1e-12),
+    "export_task of timm's ViT": (exported, 1e-12),
     "analyze, counts that differ": (analysed, 0.0),
     "verify": (verified, 1e-12),
 }
-FOUR: dict[str, tuple[Callable[[int], float], float]] = {
-    "HSDP, 2 x 2 ranks": (
-        partial(
-            trained,
-            shard=lambda net: every_block(
-                net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-            ),
-            labels=LABELS,
-        ),
-        1e-12,
-    ),
-}
-
-
-def work(rank: int, world: int) -> dict[str, float | str]:
-    warnings.simplefilter("ignore")
-    found: dict[str, float | str] = {}
-    for name, (measure, _) in (TWO if world == 2 else FOUR).items():
-        try:
-            found[name] = measure(rank)
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
-
-
-@functools.cache
-def measured(world: int) -> dict[str, float | str]:
-    return run_ranks(work, world, world)[0]
-
-
-def of_row(world: int, name: str) -> float:
-    value = measured(world)[name]
-    if isinstance(value, str):
-        raise RuntimeError(value)
-    return value
-
-
-for _world, _rows in ((2, TWO), (4, FOUR)):
-    for _name, (_, _limit) in _rows.items():
-        situation("FSDP2", _name, against="one process", limit=_limit, needs=("timm", "transformers"))(
-            partial(of_row, _world, _name)
-        )
