@@ -12,12 +12,13 @@ from .analysis.arguments import check_model
 from .analysis.losses import Step
 from .analysis.masks import TokenMask
 from .analysis.passes import Options
-from .analysis.ranks import Ranks
 from .blocks import find_blocks
 from .expansion import check_module
 from .interrupts import Deferred
 from .model import MultiTaskModel
+from .ranks import Ranks
 from .report import ConflictReport
+from .sharded import is_sharded
 from .streams import is_expanded
 from .trees import to_device
 
@@ -55,10 +56,16 @@ def conflict_map(
         ValueError: an unknown block or space; a report without bases, or of another model; losses of other tasks; a
             mask of another shape, or that hides every token; or as ``analyze`` for the batch.
         TypeError: ``model`` is no module, or ``report`` no report.
+        RuntimeError: ``model`` is shared among processes, by FSDP2 say.
     """
     check_module(model)
     if not isinstance(report, ConflictReport):
         raise TypeError(f"report must be a ConflictReport, got {type(report).__name__}")
+    if is_sharded(model):
+        raise RuntimeError(
+            f"{type(model).__name__} is shared among processes, and a map is made by one alone: make it of a plain "
+            "model, such as one that from_pretrained loads"
+        )
     basis, rank = _space(report, block, space)
     if isinstance(losses, Mapping) and set(losses) != set(report.tasks):
         raise ValueError(f"losses must be of the report's tasks {list(report.tasks)}, got {list(losses)}")

@@ -14,6 +14,7 @@ from . import nested_tensors
 from .forwards import Opening, run_folded
 from .mixed_rows import RowWays, call_mixed_rows
 from .output import remember_tasks
+from .sharded import entrance
 from .sharing import Call, Ways, caller_level
 from .streams import Expansion, chosen, chosen_by_row, chosen_for_part, running, survey
 from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
@@ -105,6 +106,8 @@ class Entry:
             if running(self.expansion) is None:
                 torch._dynamo.graph_break()  # which tasks this thread chose is not known to the compiler
             return self._function()(*args, **kwargs)
+        if self.name != "forward" and (method := eagerly(entrance, self.module, self.name)) is not self:
+            return method(*args, **kwargs)
         call = Call(self._function(), args, kwargs)
         rows = eagerly(chosen_by_row, self.expansion)
         if rows is not None and len(set(rows)) > 1 and eagerly(running, self.expansion) is None and not recomputing():

@@ -15,6 +15,7 @@ from .expanded import Expansion
 from .interrupts import all_or_nothing
 from .plan import ExpansionPlan
 from .randomness import random_state, wind_back
+from .sharded import shards
 from .sharing import SHARED_PREFIX
 from .streams import adapters, expansions
 from .torch_private import is_compiled
@@ -84,7 +85,7 @@ def collapse(model_or_backbone: nn.Module) -> Any:
     """Remove everything ``expand`` added: modules, hooks, frozen weights. The rest keeps what training gave it.
 
     Raises:
-        RuntimeError: it is not expanded.
+        RuntimeError: it is not expanded; or it is wrapped by DDP or FSDP.
         TypeError: it is no module.
     """
     check_module(model_or_backbone)
@@ -92,6 +93,11 @@ def collapse(model_or_backbone: nn.Module) -> Any:
     found = expansions(backbone)
     if not found:
         raise RuntimeError(f"{type(backbone).__name__} is not expanded: there is nothing to collapse")
+    if (wrapper := parallel_wrapper(model_or_backbone)) is not None:
+        raise RuntimeError(
+            f"{wrapper[0] or type(model_or_backbone).__name__} is wrapped by {wrapper[1]}, which holds on to what "
+            "expand added: collapse the model before that, or load what it saved into a plain one"
+        )
     for expansion in found:
         if (root := root_of(backbone, expansion)) is not None:
             root.check()
@@ -173,11 +179,13 @@ def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 def refuse_wrapped(model: nn.Module) -> None:
     """RuntimeError where a wrapper holds on to the parameters as they are."""
     compiled = ((name, "torch.compile") for name, module in model.named_modules() if is_compiled(module))
-    found = parallel_wrapper(model) or next(compiled, None)
+    parallel = ((name, "parallelize_module") for name, _ in shards(model))
+    found = parallel_wrapper(model) or next(parallel, None) or next(compiled, None)
     if found is not None:
         raise RuntimeError(
             f"{found[0] or type(model).__name__} is wrapped by {found[1]} already: expand, or replan, the model before "
-            "that"
+            "that. (What is expanded and sharded is saved by save_pretrained, loaded into a plain model, replanned "
+            "there and sharded again.)"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .caches import claim, filled_for, is_cache, mark_new
 from .expanded import alike
 from .randomness import random_state, wind_back
+from .sharded import mesh_in_use
 from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, layout_of, rows_of
 from .streams import Forward, Layout, Survey, apart, hide, repeat_rows, show, together, traced
 from .torch_private import eagerly, stay_eager
@@ -48,7 +49,8 @@ class Opening:
         if self._is_exposed:
             compiled_parts.acquire()
         try:
-            self.way = ways.find_out(self.tasks, call, state, force_eager=self._is_exposed)
+            self.mesh = mesh_in_use(ways.owner)
+            self.way = ways.find_out(self.tasks, call, state, mesh=self.mesh, force_eager=self._is_exposed)
         except BaseException:
             if self._is_exposed:
                 compiled_parts.release()
@@ -74,6 +76,12 @@ class Opening:
 
     def compare_again(self) -> None:
         """The call met something that the first one of its kind did not. The second time it no longer shares."""
+        if self.mesh is not None:
+            raise RuntimeError(
+                "what the backbone returns, or is given, is of another kind on this rank than at its first call, and "
+                "the ranks of a model sharded by FSDP2 cannot compare their tasks again by themselves: use "
+                "dtme.expand(..., shared_prefix=False)"
+            )
         self.forward.attempt += 1
         self.ways.forget(self.tasks, self.call, self.state)
         self._expose(None)

@@ -18,6 +18,7 @@ from .expanded import Expansion, alike
 from .forwards import compiled_parts
 from .plan import check_task_of_row
 from .randomness import left_as_it_was
+from .sharded import in_step, mesh_in_use
 from .sharing import Call, Comparison, caller_level, same, shown
 from .streams import Forward, Survey, by_row, expansions_of, running, survey, together
 from .torch_private import eagerly, takes_statistics
@@ -127,10 +128,15 @@ class RowWays:
             self._known.clear()
             self._fingerprint = state.fingerprint
         kind = state.is_training, structure(call[1:], single=True)
-        if kind in self._known:
+        is_new, mesh = kind not in self._known, mesh_in_use(self.owner)
+        if mesh is not None:  # a comparison is more forwards, for which all ranks have to be there
+            is_new = in_step(mesh, sorted(set(task_of_row)), is_new)
+        if not is_new:
             return self._known[kind]
         comparison = RowComparison(self.owner, self.expansions, task_of_row, call, state.is_training)
         verdict = comparison.verdict()
+        if mesh is not None and in_step(mesh, sorted(set(task_of_row)), not verdict.together) and verdict.together:
+            verdict = Verdict(False, "on another rank they cannot")
         if comparison.forward.distinct or comparison.mixed:  # else rows that were mixed up would not have been seen
             self._known[kind] = verdict
         elif verdict.together:
@@ -299,7 +305,7 @@ def _predict(model: "MultiTaskModel", x: Any, task_of_row: tuple[str, ...]) -> d
         found = {task: take_rows(output, own, verdict.axes) for task, own in rows.items()}
     else:
         found = ways.run_apart(rows, call, len(task_of_row), state)
-    return model.predict(found, tuple(rows))
+    return model.joined(model.predict(found, tuple(rows)))
 
 
 def _check_length(x: Any, task_of_row: Sequence[str]) -> None:

@@ -20,10 +20,11 @@ from .independence import Decoder, Example, check_independent, example_of, name_
 from .mixed_rows import RowWays, predict_mixed_rows
 from .parameters import users_of_parameters
 from .plan import check_tasks, choose
+from .sharded import entrance, in_step, is_sharded, learning_together, mesh_in_use, whole_copy
 from .sharing import Call, Way, Ways
 from .streams import Forward, expansions, expansions_of, running, survey
 from .task_model import Features, TaskModel, features_of
-from .torch_private import calls_compiler, eagerly, stay_eager
+from .torch_private import calls_compiler, eagerly, is_outside_fsdp, stay_eager
 
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
 
@@ -141,13 +142,13 @@ class MultiTaskModel(nn.Module):
         selected, needed = eagerly(self.tasks_for, tasks)
         opening = eagerly(self._open, needed, x, calls_compiler())
         if opening is None:
-            return self._predict_plainly(x, selected, needed)
+            return eagerly(self.joined, self._predict_plainly(x, selected, needed))
         if opening.tasks is ANY_TASK:  # the features are those of the one task that is needed
             (features,) = opening.carry_out(run).values()
             if self.decoder is not None:
                 return self.predict({needed[0]: features}, selected)
             return {selected[0]: run_head(self.heads[selected[0]], features)}
-        return opening.carry_out(partial(self._run_and_predict, selected))
+        return eagerly(self.joined, opening.carry_out(partial(self._run_and_predict, selected)))
 
     stay_eager(forward)
 
@@ -166,6 +167,8 @@ class MultiTaskModel(nn.Module):
         state = survey(self.backbone)
         expansions = expansions_of(state.adapters)
         if not expansions or any(running(expansion) is not None for expansion in expansions):
+            if not expansions and (mesh := mesh_in_use(self)) is not None:
+                in_step(mesh, selected)
             return None
         for expansion in expansions:
             choose(selected, expansion.tasks)
@@ -196,6 +199,12 @@ class MultiTaskModel(nn.Module):
         self, selected: tuple[str, ...], forward: Forward, way: Way, needed: tuple[str, ...], call: Call
     ) -> dict[str, Any]:
         return self.predict(run(forward, way, needed, call), selected)
+
+    def joined(self, predictions: dict[str, Any]) -> dict[str, Any]:
+        """With one backward pass for all tasks, where the ranks of a sharded model have to learn in step."""
+        if torch.is_grad_enabled() and mesh_in_use(self) is not None:
+            return learning_together(predictions)
+        return predictions
 
     def _predict_plainly(self, x: Any, selected: tuple[str, ...], needed: tuple[str, ...]) -> dict[str, Any]:
         return self.predict(dict.fromkeys(needed, self._features_of(x)), selected)
@@ -235,6 +244,8 @@ class MultiTaskModel(nn.Module):
             call = self.call_of(x)
             way = self._ways_of(expansions).find(selected, call, is_training=state.is_training)
             return run(Forward(expansions), way, selected, call)
+        if is_outside_fsdp(self):  # called by itself, not by forward
+            return entrance(self, "extract")(x, selected)
         opening = self._open(selected, x, False)
         return dict.fromkeys(selected, self._features_of(x)) if opening is None else opening.carry_out(run)
 
@@ -288,7 +299,9 @@ class MultiTaskModel(nn.Module):
         """Write ``dtme_config.json`` and ``model.safetensors`` into the folder ``path``.
 
         Args:
-            path: made if missing. An earlier save in it is replaced in one step: a crash leaves the old or the new.
+            path: made if missing. An earlier save in it is replaced in one step: a crash leaves the old or the new. Of
+                a model that FSDP2 or tensor parallelism shares among processes, every rank calls this and waits; the
+                first gathers and writes it, and what fails there fails on all.
             expansion_only: only what ``expand`` added, to be loaded into the same pretrained backbone and heads.
         """
         saving.save(self, path, expansion_only)
@@ -310,6 +323,7 @@ class MultiTaskModel(nn.Module):
 
         Raises:
             FileNotFoundError: ``path`` holds no saved model.
+            RuntimeError: a part is shared among processes already: load the plain model on every rank, then shard it.
             ValueError: it is damaged, foreign, or of another architecture. What was given is then as it was.
         """
         return saving.load(cls, path, backbone, heads, features, decoder)
@@ -317,7 +331,8 @@ class MultiTaskModel(nn.Module):
     def export_task(self, task: str) -> TaskModel:
         """A plain, independent module for one task: its stream alone, task keys and values folded to constants.
 
-        ``torch.export`` takes it; later changes of this model do not reach it.
+        ``torch.export`` takes it; later changes of this model do not reach it. Of a model that FSDP2 shards, every rank
+        calls this, and gets the whole module on the CPU.
 
         Raises:
             ValueError: the task is unknown.
@@ -331,7 +346,10 @@ class MultiTaskModel(nn.Module):
         seen = () if self._example is None else self._example.tasks
         (task,) = choose(task, self.tasks or seen or (task,))
         with torch.inference_mode(False):  # a copy made in inference mode could take part in no graph
-            single = copy.deepcopy(self).eval()
+            if is_sharded(self):
+                single = whole_copy(self, "export_task", torch.device("cpu")).eval()
+            else:
+                single = copy.deepcopy(self).eval()
             if single.decoder is not None:
                 check_independent(single, single.decoder, task, self.tasks or seen, self._example)
             fold(single.backbone, task)

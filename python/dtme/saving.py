@@ -22,6 +22,7 @@ from .formats import Document, Format, parse_json
 from .independence import Decoder, name_of
 from .interrupts import all_or_nothing
 from .plan import check_plan
+from .sharded import is_sharded, ranks_of, whole_state
 from .sharing import SHARED_PREFIX
 from .streams import adapters, expansions
 from .weights import check_digests, digests_of, read_weights, write_weights
@@ -55,9 +56,12 @@ FORMAT = Format("dtme.MultiTaskModel", FIELDS, version=2)
 
 
 def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: bool) -> None:
-    config = _config(model, expansion_only)
-    tensors, config["aliases"] = _without_aliases(_state(model, expansion_only))
-    _write(Path(path), config, tensors)
+    config, ranks = _config(model, expansion_only), ranks_of(model, "save_pretrained")
+    state = whole_state(model, _state(model, expansion_only), ranks)
+    tensors, config["aliases"] = _without_aliases(state)
+    with ranks.together():
+        if ranks.rank == 0:
+            _write(Path(path), config, tensors)
 
 
 def _config(model: "MultiTaskModel", expansion_only: bool) -> dict[str, Any]:
@@ -135,6 +139,11 @@ def _build(
 ) -> "MultiTaskModel":
     plan = config["plan"]
     given = [module for module in (backbone, *heads.values(), decoder) if isinstance(module, nn.Module)]
+    if (name := next((type(module).__name__ for module in given if is_sharded(module)), None)) is not None:
+        raise RuntimeError(
+            f"{name} is shared among processes already: load into a plain one on every rank, then call fully_shard or "
+            "parallelize_module"
+        )
     if any(tensor.is_meta for module in given for tensor in module.parameters()):
         raise ValueError(
             "backbone, heads and decoder must hold real tensors, not meta ones: call to_empty(device=...) first"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .caches import caches_in
 from .expanded import Expansion, alike
 from .randomness import left_as_it_was, random_state, was_drawn
+from .sharded import in_step
 from .streams import Forward, Layout, Survey, hide, show, together
 from .torch_private import takes_statistics
 from .trees import fresh, opaque, structure, tensors
@@ -100,6 +101,8 @@ class Ways:
         self._failed: dict[Any, list[int]] = {}
         self._has_warned = False
         self._before: dict[Any, Any] = {}
+        self._largest: dict[Any, int] = {}
+        """Rows of the input that each kind was compared with, where ranks have to compare together."""
         self._fingerprint: int | None = None
 
     def are_for(self, expansions: tuple[Expansion, ...], function: Any) -> bool:
@@ -113,11 +116,14 @@ class Ways:
             return ONE_BY_ONE
         return self.known.get(self._kind(tasks, call, is_training), ONE_BY_ONE)
 
-    def find_out(self, tasks: tuple[str, ...], call: Call, state: Survey, *, force_eager: bool = False) -> Way:
+    def find_out(
+        self, tasks: tuple[str, ...], call: Call, state: Survey, *, mesh: Any = None, force_eager: bool = False
+    ) -> Way:
         """The way for this call, which is compared now if it is the first of its kind.
 
         Args:
             state: of what is called; nothing is known any more once one of its modules was replaced.
+            mesh: of the processes that share the weights, which all find it out together.
             force_eager: parts of the model are compiled, and would be compiled for the comparison too.
         """
         if state.fingerprint != self._fingerprint:
@@ -125,20 +131,30 @@ class Ways:
             self._failed.clear()
             self._before.clear()
             self._fingerprint = state.fingerprint
+        is_one_stream = len(alike(tasks, self.expansions)) == 1  # one run, which is right for every backbone
+        may_share = not is_one_stream and not self._never_shares()
+        kind = self._kind(tasks, call, state.is_training) if may_share else None
+        is_new = may_share and (kind not in self.known or (mesh is not None and self._is_larger(kind, call)))
+        if mesh is not None:
+            is_new = in_step(mesh, tasks, is_new)  # a comparison is more forwards, for which all ranks have to be there
         if len(tasks) == 1:
             return ONE_BY_ONE
-        if len(alike(tasks, self.expansions)) == 1:  # one run, which is right for every backbone
+        if is_one_stream:
             self.last = self.last or Way(True)
             return ONE_BY_ONE
         _refuse_caches(call)
-        if self._never_shares():
+        if not may_share:
             self.last = Way(False, "shared_prefix=False")
             return ONE_BY_ONE
-        kind = self._kind(tasks, call, state.is_training)
-        if kind in self.known:
+        if not is_new:
             return self.known[kind]
         with torch.compiler.set_stance("force_eager") if force_eager else nullcontext():
             self.last = way = self._judge(tasks, call, kind, state.is_training)
+        if mesh is not None:
+            if in_step(mesh, tasks, not way.shares) and way.shares:
+                self.known.pop(kind, None)
+                self.last = way = Way(False, way.reason or "on another rank it cannot")
+            self._largest[kind] = _rows_in(call)
         if not way.shares:
             self._complain(way.reason)
         return way
@@ -152,6 +168,9 @@ class Ways:
     def _kind(self, tasks: tuple[str, ...], call: Call, is_training: bool) -> Any:
         """Calls of other tasks that part in the same way are of one kind."""
         return tuple(alike(tasks, self.expansions)), is_training, structure(call[1:], single=True)
+
+    def _is_larger(self, kind: Any, call: Call) -> bool:
+        return _rows_in(call) > self._largest.get(kind, 0)
 
     def _never_shares(self) -> bool:
         return any(expansion.shared_prefix is False for expansion in self.expansions)
@@ -205,6 +224,11 @@ def shown(forward: Forward) -> Iterator[None]:
         yield
     finally:
         hide(forward)
+
+
+def _rows_in(call: Call) -> int:
+    """A larger batch is compared anew; known before it runs, so that all ranks can do so together."""
+    return max((tensor.shape[0] for tensor in tensors(call[1:]) if tensor.ndim), default=0)
 
 
 def _refuse_caches(call: Call) -> None:

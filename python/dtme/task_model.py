@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .sharded import entrance
+
 Features = Callable[[nn.Module, Any], Any]
 
 
@@ -35,7 +37,7 @@ def features_of(backbone: nn.Module, features: str | Features, x: Any) -> Any:
 
 def backbone_tokens(backbone: nn.Module, x: Any) -> Tensor:
     """All a backbone returns per token, (B, N, p): timm's ``forward_features``, transformers' last hidden state."""
-    call = getattr(backbone, "forward_features", backbone)
+    call = entrance(backbone, "forward_features") if hasattr(backbone, "forward_features") else backbone
     output = call(**x) if isinstance(x, Mapping) else call(x)
     tokens = getattr(output, "last_hidden_state", output)
     if not isinstance(tokens, Tensor) or tokens.ndim < 3:

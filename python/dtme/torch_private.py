@@ -1,5 +1,6 @@
 """Every private name of torch that this package uses, with what it is used for: one place to look after an upgrade."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -71,3 +72,55 @@ def num_hooks(module: nn.Module) -> tuple[int, int, bool]:
     """Forward hooks before and after ``module``, and whether it has any backward hook."""
     backward = bool(module._backward_hooks or module._backward_pre_hooks)
     return len(module._forward_pre_hooks), len(module._forward_hooks), backward
+
+
+def fsdp_mesh(module: nn.Module) -> Any:
+    """The mesh of processes among which FSDP2 shares what ``module``, or a part of it, holds; None where none does.
+
+    It is asked in the middle of a forward, when parameters are gathered and do not tell.
+    """
+    for part in fsdp_modules(module):
+        state = part._get_fsdp_state()  # type: ignore[operator]
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.10 has one
+        for group in groups:
+            if group is not None:
+                return group.mesh_info.mesh
+    return None
+
+
+def fsdp_modules(module: nn.Module) -> list[nn.Module]:
+    """Those that ``fully_shard`` was called with."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(loaded, "FSDPModule", None)
+    return [] if kind is None else [part for part in module.modules() if isinstance(part, kind)]
+
+
+def is_outside_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called with ``module``, and its forward does not run now."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None or not isinstance(module, kind):
+        return False
+    return bool(module._get_fsdp_state()._training_state.name != "FORWARD")
+
+
+def class_before_fsdp(module: nn.Module) -> type[nn.Module]:
+    """Of one that ``fully_shard`` was called with."""
+    cls = type(module)
+    return cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)]
+
+
+def is_of_fsdp(hook: Any) -> bool:
+    """Whether FSDP2 hung ``hook`` on a module."""
+    while hook is not None:
+        names = type(getattr(hook, "__self__", None)).__name__, getattr(hook, "__qualname__", "").split(".")[0]
+        if any(name in ("FSDPState", "FSDPParamGroup") for name in names):
+            return True
+        hook = getattr(hook, "__wrapped__", None)
+    return False
+
+
+def is_note_of_fsdp(attribute: str) -> bool:
+    """Whether FSDP2 keeps its state under this attribute of a module."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    return attribute in (REGISTRY_KEY, STATE_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params")

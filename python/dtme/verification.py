@@ -9,6 +9,7 @@ from .model import MultiTaskModel
 from .output import split
 from .plan import choose
 from .randomness import left_as_it_was
+from .sharded import is_sharded, whole_copy
 from .streams import expansions
 from .streams import tasks as streams_of
 from .trees import tensors
@@ -18,7 +19,8 @@ def verify(model: nn.Module, x: Any, tasks: str | Sequence[str] | None = None) -
     """How far the predictions of all tasks at once are from each task's alone, in evaluation mode.
 
     Args:
-        model: a ``MultiTaskModel``, or an expanded backbone.
+        model: a ``MultiTaskModel``, or an expanded backbone. Of one that FSDP2 shards, every rank calls this, and
+            verifies a copy of the whole.
         x: what it takes.
         tasks: a name or several; None for all.
 
@@ -28,6 +30,8 @@ def verify(model: nn.Module, x: Any, tasks: str | Sequence[str] | None = None) -
     Raises:
         RuntimeError: ``model`` is a backbone that is not expanded.
     """
+    if is_sharded(model):
+        model = whole_copy(model, "verify")
     decodes = isinstance(model, MultiTaskModel) and model.decoder is not None
     if isinstance(model, MultiTaskModel):
         names, needed = model.tasks_for(tasks)

@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import dtme
 from dtme.analysis import _wanted
-from dtme.analysis.ranks import Ranks
 from dtme.analysis.spaces import TokenSpaces
 from dtme.interrupts import Deferred
+from dtme.ranks import Ranks
 from dtme.resampling import MIN_UNITS
 from tests.dtme.clients import TASKS
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ..blocks import BlockError, find_blocks
 from ..interrupts import Deferred
 from ..model import MultiTaskModel
+from ..ranks import Ranks
 from ..report import ConflictReport
 from ..resampling import MIN_UNITS
+from ..sharded import is_sharded, whole_copy
 from ..stability import agreement
 from .arguments import (
     check_counts,
@@ -32,7 +34,6 @@ from .loop import Pass, length_of
 from .losses import Step
 from .masks import TokenMask
 from .passes import Analysis, Options
-from .ranks import Ranks
 
 __all__ = ["analyze"]
 
@@ -104,7 +105,9 @@ def analyze(
         progress: show two progress bars.
         device: where batches are moved; by default the model's.
         process_group: under ``torch.distributed``, whose sums and counts are reduced; every rank calls this with its
-            own shard (``dataset[rank::world]``) and returns the same report. What stops one rank stops all.
+            own shard (``dataset[rank::world]``, uneven ones too) and returns the same report; a
+            ``DistributedSampler`` repeats images where they do not divide evenly, which then count twice. What stops
+            one rank stops all. Of a model that FSDP2 shards, each rank analyses a copy of the whole.
 
     Returns:
         The report. The model and whatever else ran, buffers, modes, hooks and the random state are as before, also
@@ -130,6 +133,8 @@ def analyze(
                 backbone = model.backbone if isinstance(model, MultiTaskModel) else model
                 found = find_blocks(backbone, blocks)
             ranks.same({"the names of the blocks": list(found)})
+            if is_sharded(model):
+                model, found = _whole(model, found)
             streamed = method == "streamed"
             options = Options(
                 ratios,
@@ -150,6 +155,13 @@ def analyze(
         except BlockError as error:
             error.named = blocks is not None
             raise
+
+
+def _whole(model: nn.Module, blocks: Mapping[str, nn.Module]) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A copy of a sharded model that each process runs by itself, and its blocks: shards of data may be uneven."""
+    whole = whole_copy(model, "analyze")
+    backbone = whole.backbone if isinstance(whole, MultiTaskModel) else whole
+    return whole, {name: backbone.get_submodule(name) for name in blocks}
 
 
 @contextmanager

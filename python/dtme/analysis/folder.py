@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..files import write_beside
 from ..randomness import State, random_state, wind_back
+from ..ranks import Ranks
 from ..trees import leaves
-from .ranks import Ranks
 
 EVERY = 60.0
 """Seconds between two files."""

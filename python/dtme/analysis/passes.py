@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dtme_kernels import count_conflicts
 
+from ..ranks import Ranks
 from ..report import ConflictReport
 from ..streams import Layout, together
 from ..trees import to_device
@@ -19,7 +20,6 @@ from .gradients import any_gradient, token_gradients, tokens_of_tasks
 from .losses import ByStep, ByTask, Started
 from .masks import Mask, TokenMask, TokenMasks
 from .outcome import Sums, report_of
-from .ranks import Ranks
 from .recompute import recomputed
 from .spaces import Space, TokenSpaces
 from .sums import SumFinder

@@ -9,7 +9,7 @@ from torch import Tensor
 from dtme_kernels import StreamingCovariance, split_token_space
 
 from ..blocks import BlockError
-from .ranks import Ranks
+from ..ranks import Ranks
 
 SETTLED = 0.01
 """How much ranks, as shares of the channels, and energies may still change where a token space is settled."""

@@ -1,4 +1,4 @@
-"""The processes of a distributed analysis, kept in step: what stops one of them stops all."""
+"""Processes that do something together, kept in step: what stops one of them stops all."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..interrupts import Deferred
+from .interrupts import Deferred
 
 
 class Ranks:
@@ -17,20 +17,33 @@ class Ranks:
     Args:
         signals: Ctrl-C comes through while one process waits for the others.
         alone: this process does something by itself.
+        what: they do, for messages.
     """
 
-    def __init__(self, group: Any, signals: Deferred, *, alone: bool = False) -> None:
-        self.group, self.signals = group, signals
+    def __init__(self, group: Any, signals: Deferred, *, alone: bool = False, what: str = "the analysis") -> None:
+        self.group, self.signals, self.what = group, signals, what
         in_group = dist.is_available() and dist.is_initialized() and not alone
         self.world = dist.get_world_size(group) if in_group else 1
         self.rank = dist.get_rank(group) if in_group else 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what needs all processes: where it fails, as after one of them was killed, the error says so."""
+        with self.signals.allowed():
+            try:
+                yield
+            except RuntimeError as error:  # torch's own errors of a process group are of this class
+                raise RuntimeError(
+                    f"{self.what} ended on rank {self.rank}: another rank is gone, or did not come in the time that "
+                    f"the process group allows: {error}"
+                ) from error
 
     def gather(self, value: Any) -> list[Any]:
         """What every process gives, in the order of ranks."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        with self.signals.allowed():
+        with self.waiting():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -45,7 +58,7 @@ class Ranks:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors if self.world > 1 else ():
-            with self.signals.allowed():
+            with self.waiting():
                 dist.all_reduce(tensor, group=self.group)
 
     def take_first_(self, tensors: Sequence[Tensor]) -> None:
@@ -53,7 +66,7 @@ class Ranks:
         if self.world > 1:
             source = dist.get_global_rank(self.group, 0) if self.group else 0
             for tensor in tensors:
-                with self.signals.allowed():
+                with self.waiting():
                     dist.broadcast(tensor, source, self.group)
 
     @contextmanager
@@ -79,13 +92,17 @@ class Ranks:
             return list(flags)
         kind = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
         state = torch.tensor([error is not None, *flags], dtype=torch.int32, device=kind)
-        with self.signals.allowed():
-            dist.all_reduce(state, group=self.group)
-        failed, *found = (state > 0).tolist()
-        if failed:
-            said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-            if error is not None:
-                raise error
-            rank, cause = next((rank, cause) for rank, cause in enumerate(said) if cause is not None)
-            raise RuntimeError(f"the analysis ended on all ranks because of rank {rank}: {cause}")
+        try:
+            with self.waiting():
+                dist.all_reduce(state, group=self.group)
+            failed, *found = (state > 0).tolist()
+            said = self.gather(None if error is None else f"{type(error).__name__}: {error}") if failed else []
+        except RuntimeError:
+            if error is None:
+                raise
+        if error is not None:  # this process's own, whatever became of the others
+            raise error
+        for rank, cause in enumerate(said):
+            if cause is not None:
+                raise RuntimeError(f"{self.what} ended on all ranks because of rank {rank}: {cause}")
         return found
