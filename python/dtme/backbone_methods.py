@@ -53,7 +53,7 @@ class BackboneMethods:
                 if activation_checkpointing_kwargs or given:
                     wrong = sorted({**(activation_checkpointing_kwargs or {}), **given})
                     raise ValueError(f"{type(module).__name__}.set_grad_checkpointing takes no options, got {wrong}")
-                module.set_grad_checkpointing(True)
+                getattr(module, name)(True)
             else:
                 getattr(module, name)(activation_checkpointing_kwargs, **given)
 

@@ -9,6 +9,7 @@ from .expansion import collapse, expand
 from .interrupts import all_or_nothing
 from .model import MultiTaskModel
 from .plan import ExpansionPlan
+from .randomness import random_state, wind_back
 from .saving import _add_gates, _only_expansion
 from .streams import adapters
 
@@ -65,7 +66,9 @@ def load_expansion_state(model_or_backbone: nn.Module, state: Mapping[str, Any])
             )
     elif state:
         options = {name: state[name] for name in ("modulator", "freeze_backbone", "shared_prefix")}
+        random = random_state()  # of a run that goes on; what expand draws is replaced by what is loaded
         expand(model_or_backbone, _plan_of(state), **options)
+        wind_back(random)
         try:
             _add_gates("what is loaded", backbone, state["gates"])
         except BaseException:

@@ -1,5 +1,7 @@
-"""transformers' ``Trainer`` for a ``MultiTaskModel``. Needs transformers and accelerate, and so is not part of ``dtme``'s
-own import: ``from dtme.trainer import MultiTaskTrainer``."""
+"""transformers' ``Trainer`` for a ``MultiTaskModel``: ``from dtme.trainer import MultiTaskTrainer``.
+
+It needs transformers and accelerate, and so is not among what ``import dtme`` imports.
+"""
 
 import inspect
 import json
@@ -63,8 +65,8 @@ class MultiTaskTrainer(Trainer):
             raise ValueError("compute_loss_func knows of one loss only: give losses={task: function}")
         if getattr(args, "label_smoothing_factor", 0):
             raise ValueError(
-                "label_smoothing_factor knows of one kind of labels only: leave it at 0, and give smoothed losses, such "
-                "as nn.CrossEntropyLoss(label_smoothing=0.1)"
+                "label_smoothing_factor knows of one kind of labels only: leave it at 0, and smooth in the losses, as "
+                "nn.CrossEntropyLoss(label_smoothing=0.1) does"
             )
         super().__init__(model, args, **options)
         known = self.multi_task_model.tasks
@@ -74,7 +76,7 @@ class MultiTaskTrainer(Trainer):
         self.losses, self.loss_weights = dict(losses), dict(loss_weights or {})
         self.model_accepts_loss_kwargs = False
         self.label_names = ["labels"] if self.args.label_names is None else self.label_names
-        self._signature_columns = self._columns()
+        self._signature_columns: Any = self._columns()
         if options.get("data_collator") is None:
             self.data_collator = _Collator(self.data_collator)
         self._sums: dict[str, Tensor] = {}  # of every task's losses since they were logged, and how many they are
@@ -91,13 +93,15 @@ class MultiTaskTrainer(Trainer):
         return model
 
     def _columns(self) -> list[str] | None:
-        """Of a data set, what the model has any use for; None where that is not known."""
+        """Of a data set, what the model has any use for; None where that is not known, and all of it is kept."""
         model = self.multi_task_model
-        if callable(model.features):
+        forward = getattr(model.backbone, "forward_features", model.backbone.forward)
+        parameters = inspect.signature(forward).parameters.values()
+        named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        if callable(model.features) or not named:
             self.args.remove_unused_columns = False
             return None
-        forward = getattr(model.backbone, "forward_features", model.backbone.forward)
-        return [*inspect.signature(forward).parameters, "x", "label", "label_ids", *self.label_names]
+        return [*named, "x", "label", "label_ids", *self.label_names]
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
@@ -164,16 +168,17 @@ class MultiTaskTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What ``Trainer`` writes beside a model, and the model as ``save_pretrained`` writes it."""
-        super()._save(output_dir, state_dict={})
+        folder = output_dir or self.args.output_dir or "."
+        super()._save(folder, state_dict={})
         if self.args.should_save or self.is_fsdp_enabled:  # a sharded model is gathered from all processes
-            self.multi_task_model.save_pretrained(self.args.output_dir if output_dir is None else output_dir)
+            self.multi_task_model.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         _check_checkpoint(resume_from_checkpoint, self.multi_task_model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        _check_checkpoint(self.state.best_model_checkpoint, self.multi_task_model)
+        _check_checkpoint(self.state.best_model_checkpoint or "", self.multi_task_model)
         super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -188,15 +193,13 @@ def _check_checkpoint(folder: str | os.PathLike[str], model: MultiTaskModel) -> 
     with safe_open(path, framework="pt") as file:
         names, embedded = set(file.keys()), (file.metadata() or {}).get("dtme")
     config = json.loads(embedded) if embedded else {}
-    names |= set(config.get("aliases", ()))
-    present, saved = expansion_state(model), config.get("plan")
-    if config and saved != present.get("plan") or names != set(model.state_dict()):
-        other = sorted(names ^ set(model.state_dict()))
+    differing = sorted((names | set(config.get("aliases", ()))) ^ set(model.state_dict()))
+    plan = expansion_state(model).get("plan")
+    if differing or config.get("plan", plan) != plan:
+        what = f"{len(differing)} names differ, as {differing[0]!r}" if differing else "its plan is another"
         raise RuntimeError(
-            f"{folder} holds another model than the one that is trained: the plan is "
-            f"{'another' if saved != present.get('plan') else 'the same'}, and {len(other)} names differ"
-            f"{': ' + ', '.join(other[:3]) if other else ''}. Expand the model by the plan in {saving.CONFIG} there, or "
-            "begin with MultiTaskModel.from_pretrained(folder, backbone, heads)"
+            f"{folder} holds another model than the one that is trained ({what}): begin with that one, "
+            "MultiTaskModel.from_pretrained(folder, backbone, heads), or expand a model by its plan"
         )
 
 
@@ -212,10 +215,10 @@ class _Collator:
         batch = self.rest([{name: value for name, value in sample.items() if name != "labels"} for sample in samples])
         labels = [{task: x for task, x in sample["labels"].items() if x is not None} for sample in samples]
         if any(one.keys() != labels[0].keys() for one in labels):
+            other = next(list(one) for one in labels if one.keys() != labels[0].keys())
             raise ValueError(
-                f"one batch has samples with labels of {list(labels[0])} and others with labels of "
-                f"{next(list(one) for one in labels if one.keys() != labels[0].keys())}: a batch needs the same tasks in "
-                "all samples; batch them by tasks, or give a data_collator and losses that ignore filled-in labels"
+                f"a batch has samples with labels of {list(labels[0])} and of {other}: all must have the same tasks. "
+                "Batch them by tasks, or give a data_collator, and losses that ignore what it fills in"
             )
         columns = {task: [{"x": one[task]} for one in labels] for task in labels[0]}
         batch["labels"] = {task: default_data_collator(column)["x"] for task, column in columns.items()}
