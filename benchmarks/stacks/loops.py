@@ -35,13 +35,6 @@ def timm_vit() -> nn.Module:
     )
 
 
-def encoder() -> nn.Module:
-    """torch's own encoder, on tokens."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(WIDTH, 3, 48, dropout=0.0, batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-
-
 def heads(seed: int = 0) -> dict[str, nn.Module]:
     torch.manual_seed(seed)
     return {task: nn.Linear(WIDTH, 2) for task in TASKS}
@@ -54,9 +47,9 @@ def plain_model(backbone: nn.Module | None = None, dtype: torch.dtype = torch.fl
 
 def plan(blocks: str = "layers", groups: Mapping[str, Any] | None = None) -> dtme.ExpansionPlan:
     """Streams part in the middle of the backbone, and not every task has every module."""
-    first, second, third = TASKS
-    own: dict[str, Any] = {f"{blocks}.1": (first, second), f"{blocks}.2": TASKS}
-    return dtme.ExpansionPlan(TASKS, 2, own, {f"{blocks}.2": (first, second)}, groups=groups or {})
+    some = TASKS[:2]
+    modulation = {f"{blocks}.1": some, f"{blocks}.2": TASKS}
+    return dtme.ExpansionPlan(TASKS, 2, modulation, {f"{blocks}.2": some}, groups=groups or {})
 
 
 def expanded_model(
