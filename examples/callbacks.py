@@ -83,13 +83,16 @@ def with_transformers() -> None:
 
 
 def train_with_trainer(model: nn.Module, callback: Any) -> None:
+    from torch.utils.data import default_collate
     from transformers import Trainer, TrainingArguments
 
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=STEPS, per_device_train_batch_size=8, report_to=[], save_strategy="no", use_cpu=True
         )
-        Trainer(model, arguments, train_dataset=make_samples(), callbacks=[callback]).train()
+        # Trainer's own collator cannot take nested targets
+        data = {"train_dataset": make_samples(), "data_collator": default_collate}
+        Trainer(model, arguments, callbacks=[callback], **data).train()
     print("transformers: trained by Trainer")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 import runpy
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,6 +25,11 @@ def printed(name, capsys):
     return capsys.readouterr().out
 
 
+def in_folder(name, folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [name, str(folder)])
+    return printed(name, capsys)
+
+
 @pytest.mark.parametrize("name", LIKE)
 def test_runs_as_a_script(name, capsys):
     out = printed(name, capsys)
@@ -31,8 +37,7 @@ def test_runs_as_a_script(name, capsys):
 
 
 def test_text_goes_through_everything(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["text", str(tmp_path)])
-    out = printed("text", capsys)
+    out = in_folder("text", tmp_path, capsys, monkeypatch)
     assert {path.name for path in tmp_path.iterdir()} == {"conflicts.png", "sentence.png", "model"}
     assert "range rate" in out and "reloaded: the same predictions" in out
     assert "4 analyses in 64 steps" in out and "failed" not in out and "pull apart most at" in out
@@ -47,7 +52,56 @@ def test_callbacks_run_in_the_libraries_that_are_here(capsys):
         assert f"{library}{said}" in out or f"{library} {said}" in out
     ran = sum(find_spec(library) is not None for library in ("transformers", "lightning"))
     assert out.count("3 analyses in 30 steps") == ran and "failed" not in out
-    assert set(NAMES) == {*LIKE, "text", "callbacks"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_resumes_from_a_saved_model(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("accelerate")
+    out = in_folder("trainer", tmp_path, capsys, monkeypatch)
+    assert "range rate" in out and "resumed half way: the same weights" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-30", "checkpoint-60", "resumed"}
+    losses = [float(loss) for loss in re.findall(r"'loss_colour': '([\d.]+)'", out)]
+    assert len(losses) == 6 and losses[3] < losses[0] / 3 and losses[2:4] == losses[4:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_takes_its_plan_from_a_checkpoint(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lightning")
+    out = in_folder("lightning_module", tmp_path, capsys, monkeypatch)
+    assert "range rate" in out and "loaded: the same predictions" in out
+    first, last = (float(loss) for loss in re.findall(r"'val': '([\d.]+)'", out))
+    assert last < 0.8 * first
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate_goes_on_half_way(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("accelerate")
+    out = in_folder("accelerate_loop", tmp_path, capsys, monkeypatch)
+    assert "range rate" in out and "resumed half way: the same weights" in out
+    ends = [(float(first), float(last)) for first, last in re.findall(r"([\d.]+) to ([\d.]+) in \d+ batches", out)]
+    assert len(ends) == 6 and all(last < first / 2 for first, last in ends[:3])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchjd_combines_what_is_shared(capsys):
+    pytest.importorskip("torchjd")
+    out = printed("torchjd_aggregators", capsys)
+    left_out = out.count("left out")
+    rows = re.findall(r"^ +\w+((?: +\d\.\d+){3})$", out, re.MULTILINE)
+    assert len(rows) + left_out == 11 and len(rows) >= 7
+    assert all(float(row.split()[1]) < 0.2 for row in rows)
+
+
+def test_every_example_is_run():
+    assert set(NAMES) == {
+        *LIKE,
+        "accelerate_loop",
+        "callbacks",
+        "lightning_module",
+        "text",
+        "torchjd_aggregators",
+        "trainer",
+    }
 
 
 def mixed_plan(model, width, with_tokens):

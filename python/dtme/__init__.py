@@ -4,6 +4,7 @@ from .add_task import add_task
 from .analysis import analyze
 from .conflict_map import conflict_map
 from .expansion import collapse, expand
+from .expansion_state import expansion_state, load_expansion_state
 from .map_plots import plot_conflict_map
 from .model import MultiTaskModel
 from .monitor import ConflictMonitor
@@ -27,7 +28,9 @@ __all__ = [
     "collapse",
     "conflict_map",
     "expand",
+    "expansion_state",
     "is_expanded",
+    "load_expansion_state",
     "plot_conflict_map",
     "replan",
     "sharing_of",

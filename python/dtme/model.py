@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import saving
+from .backbone_methods import BackboneMethods
 from .block.adapter import is_added
 from .entry import Root
 from .expanded import Expansion
@@ -29,7 +30,7 @@ from .torch_private import calls_compiler, eagerly, is_outside_fsdp, stay_eager
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
 
 
-class MultiTaskModel(nn.Module):
+class MultiTaskModel(BackboneMethods, nn.Module):
     """One backbone for several tasks, and a head for each, a decoder for all, or both; expanded by ``dtme.expand``.
 
     Args:
