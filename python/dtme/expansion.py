@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from . import nested_tensors
 from .block import BlockAdapter
-from .block.folding import fold as fold_block
+from .block.folding import fold as fold_blocks
 from .block.handover import adopt, draw_tokens
 from .block.site import Site, find_attention
 from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
@@ -147,14 +148,14 @@ def attach(
         raise
 
 
-def fold(backbone: nn.Module, task: str) -> None:
+def fold(backbone: nn.Module, task: str, plain: bool) -> None:
     """Leave one task's stream of an expanded backbone, its task keys and values constants: what is exported."""
     for expansion in expansions(backbone):
         root = root_of(backbone, expansion)
         if root is not None:
             root.detach()
-    for adapter in adapters(backbone):
-        fold_block(adapter, task)
+    nested_tensors.switch_off(backbone)  # blocks still have hooks
+    fold_blocks(adapters(backbone), task, plain)
 
 
 def check_module(model: Any) -> None:

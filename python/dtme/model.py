@@ -21,7 +21,7 @@ from .parameters import users_of_parameters
 from .plan import check_tasks, choose
 from .sharing import Call, Way, Ways
 from .streams import Forward, expansions, expansions_of, running, survey
-from .task_model import Features, TaskModel, features_of
+from .task_model import Features, TaskModel, features_of, one_input
 from .torch_private import calls_compiler, eagerly, stay_eager
 
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
@@ -106,12 +106,7 @@ class MultiTaskModel(nn.Module):
             ValueError: unknown tasks; tasks that nothing has named; a decoder that lacks a prediction.
             TypeError: ``inputs`` beside ``x``.
         """
-        if x is not None and inputs:
-            raise TypeError(
-                f"model(x, tasks) takes nothing beside x, got {', '.join(map(repr, inputs))} too: what the backbone "
-                "takes by name goes without x, or in it, as a mapping"
-            )
-        x = inputs if x is None else x
+        x = one_input(x, inputs)
         if torch.compiler.is_compiling():
             selected, needed = self.tasks_for(tasks)
             return self.predict(self.extract(x, needed), selected)
@@ -284,10 +279,14 @@ class MultiTaskModel(nn.Module):
         """
         return saving.load(cls, path, backbone, heads, features, decoder)
 
-    def export_task(self, task: str) -> TaskModel:
-        """A plain, independent module for one task: its stream alone, task keys and values folded to constants.
+    def export_task(self, task: str, plain: bool = False) -> TaskModel:
+        """An independent module for one task: its stream alone, task keys and values folded to constants.
 
-        ``torch.export`` takes it; later changes of this model do not reach it.
+        ``torch.export`` takes it; later changes of this model do not reach it. It is in evaluation mode.
+
+        Args:
+            plain: made of torch's own operators alone, so that ONNX takes it too, and what ``torch.export`` saves of it
+                runs where this package is not installed. Else of this package's faster ones.
 
         Raises:
             ValueError: the task is unknown.
@@ -304,7 +303,7 @@ class MultiTaskModel(nn.Module):
             single = copy.deepcopy(self).eval()
             if single.decoder is not None:
                 check_independent(single, single.decoder, task, self.tasks or seen, self._example)
-            fold(single.backbone, task)
+            fold(single.backbone, task, plain)
             return TaskModel(
                 single.backbone, single.features, single.decoder, dict(single.heads.items()).get(task), task
             )

@@ -9,7 +9,12 @@ Features = Callable[[nn.Module, Any], Any]
 
 
 class TaskModel(nn.Module):
-    """One task of a ``MultiTaskModel``; takes what its backbone takes and returns the prediction."""
+    """One task of a ``MultiTaskModel``; takes what its backbone takes and returns the prediction.
+
+    It keeps nothing of a call, so that threads may share it. All that is trained in it goes on training, but for task
+    keys and values, which are constants made of the weights of the moment it was exported; and a batch norm that
+    modulated is the affine map of its statistics then. So train the model, and export anew.
+    """
 
     def __init__(
         self, backbone: nn.Module, features: str | Features, decoder: Any, head: nn.Module | None, task: str
@@ -18,7 +23,9 @@ class TaskModel(nn.Module):
         self.task = task
         self.backbone, self.features, self.decoder, self.head = backbone, features, decoder, head
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any = None, **inputs: Any) -> Any:
+        """Predict from ``x``, or from ``inputs`` by the names that the backbone gives them."""
+        x = one_input(x, inputs)
         found = features_of(self.backbone, self.features, x)
         if self.decoder is not None:
             found = self.decoder({self.task: found})[self.task]
@@ -45,3 +52,19 @@ def backbone_tokens(backbone: nn.Module, x: Any) -> Tensor:
             "give a function, features=lambda backbone, x: backbone(x) for what it returns as it is"
         )
     return tokens
+
+
+def one_input(x: Any, inputs: dict[str, Any]) -> Any:
+    """What the backbone takes, of a call that gives either ``x`` or all of it by name.
+
+    Raises:
+        TypeError: both are given.
+    """
+    if x is None:
+        return inputs
+    if inputs:
+        raise TypeError(
+            f"a call takes nothing beside x, got {', '.join(map(repr, inputs))} too: what the backbone takes by name "
+            "goes without x, or in it, as a mapping"
+        )
+    return x
