@@ -1,5 +1,6 @@
 """One task of a ``MultiTaskModel`` as a module of its own, and the features that any model's heads read."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ class TaskModel(nn.Module):
         super().__init__()
         self.task = task
         self.backbone, self.features, self.decoder, self.head = backbone, features, decoder, head
+        vars(self)["forward"] = _Forward(self)
 
     def forward(self, x: Any = None, **inputs: Any) -> Any:
         """Predict from ``x``, or from ``inputs`` by the names that the backbone gives them."""
@@ -30,6 +32,33 @@ class TaskModel(nn.Module):
         if self.decoder is not None:
             found = self.decoder({self.task: found})[self.task]
         return found if self.head is None else self.head(found)
+
+
+class _Forward:
+    """Stands in for a ``TaskModel``'s forward and says what its backbone's inputs are called.
+
+    ``torch.export`` asks for that: where inputs come by names that a signature does not have, it knows no dynamic
+    shapes (torch 2.13), and neither does ONNX.
+    """
+
+    def __init__(self, module: TaskModel) -> None:
+        self.module = (module,)
+        x, inputs = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        own = inspect.signature(module.backbone.forward).parameters.values()
+        names = [one.name for one in own if one.kind in kinds and one.name not in (x.name, inputs.name)]
+        # without annotations, which may not be picklable
+        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+        self.__signature__ = inspect.Signature(
+            [x.replace(annotation=x.empty), *named, inputs.replace(annotation=x.empty)]
+        )
+
+    @property
+    def __code__(self) -> Any:  # which torch.export asks for, to say where a forward is defined
+        return type(self.module[0]).forward.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module[0]).forward(self.module[0], *args, **kwargs)
 
 
 def features_of(backbone: nn.Module, features: str | Features, x: Any) -> Any:

@@ -101,7 +101,9 @@ def _attend_plainly(
     block: str, is_square: bool, run: Any, query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any
 ) -> Tensor:
     check_own_tokens(block, is_square, query, key, value)
-    return run(query, key, value, *args, **options)
+    out = run(query, key, value, *args, **options)
+    # how torch's fused attention lays its output out is not how that lies which it is decomposed to for ONNX, say
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
 
 
 def _map_of(adapter: BlockAdapter, owner: str) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
