@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .expanded import alike
+from .parameters import is_frozen, warn_of_frozen
 from .randomness import random_state, wind_back
-from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, is_cache, layout_of, rows_of
+from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, caller_level, is_cache, layout_of, rows_of
 from .streams import Forward, Layout, Survey, apart, hide, repeat_rows, show, together, traced
 from .torch_private import eagerly, stay_eager
 from .trees import leaves, map_leaves, opaque, tensors
@@ -49,8 +50,15 @@ class Opening:
             if self._is_exposed:
                 _compiled_parts.release()
             raise
+        if state.is_training and torch.is_grad_enabled():
+            self._warn_of_frozen()
         self._expose(self.forward)
         show(self.forward)
+
+    def _warn_of_frozen(self) -> None:
+        if is_frozen(self.state.adapters) and not self.ways.expansions[0].has_warned_of_frozen:
+            self.ways.expansions[0].has_warned_of_frozen = True
+            warn_of_frozen(self.state.adapters, caller_level())
 
     def _task_index(self) -> Tensor | None:
         """The one task that was asked for, as a tensor, if all tasks may share a graph."""

@@ -17,10 +17,10 @@ from .expanded import Expansion
 from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
-from .parameters import users_of_parameters
+from .parameters import is_frozen, users_of_parameters, warn_of_frozen
 from .plan import check_tasks, choose
 from .sharing import Call, Way, Ways
-from .streams import Forward, expansions, expansions_of, running, survey
+from .streams import Forward, adapters, expansions, expansions_of, running, survey
 from .task_model import Features, TaskModel, features_of, one_input
 from .torch_private import calls_compiler, eagerly, stay_eager
 
@@ -207,8 +207,11 @@ class MultiTaskModel(nn.Module):
         """Trainable parameters for an optimizer; what ``expand`` added is not decayed (its identity is not zero).
 
         An expanded model has a group of added parameters even while its plan adds none: those of a later ``replan``
-        then join it, and a scheduler, which may not meet another number of groups, goes on.
+        then join it, and a scheduler, which may not meet another number of groups, goes on. Where all added ones are
+        frozen but others of their blocks are not, as PEFT leaves them, a warning says so (``dtme.unfreeze``).
         """
+        if is_frozen(found := adapters(self.backbone)):
+            warn_of_frozen(found, 1)
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         base = [parameter for name, parameter in named if not is_added(name)]
         added = [parameter for name, parameter in named if is_added(name)]
@@ -247,6 +250,8 @@ class MultiTaskModel(nn.Module):
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         added = sum(p.numel() for name, p in self.named_parameters() if is_added(name))
         share = f"{added / (total - added):.3%} of the model without them" if total > added else "all there is"
+        if added and not any(p.requires_grad for name, p in self.named_parameters() if is_added(name)):
+            share += ", all frozen: dtme.unfreeze(model) lets them train"
         print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}); added {added:,} ({share})")
 
     def save_pretrained(self, path: str | os.PathLike[str], *, expansion_only: bool = False) -> None:

@@ -19,6 +19,7 @@ from .independence import Decoder, name_of
 from .interrupts import all_or_nothing
 from .plan import ExpansionPlan
 from .streams import adapters, expansions
+from .wrappers import resolve, unwrapped
 
 if TYPE_CHECKING:
     from .model import Heads, MultiTaskModel
@@ -63,7 +64,7 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
 def _only_expansion(backbone: nn.Module) -> Expansion | None:
     """RuntimeError where the backbone was not expanded as the whole that ``load`` will be given."""
     found = expansions(backbone)
-    modules = dict(backbone.named_modules())
+    modules = dict(unwrapped(backbone).named_modules())
     at_home = all(modules.get(f"{adapter.name}.dtme") is adapter for adapter in adapters(backbone))
     if len(found) > 1 or not at_home:
         raise RuntimeError(
@@ -123,6 +124,9 @@ def _build(
         )
     try:
         _add_gates(path, model.backbone, config.get("gates", {}))
+        if config["expansion_only"]:
+            names = resolve(tensors, model.state_dict())
+            tensors = {names.get(name, name): value for name, value in tensors.items()}
         _check_state(path, model, tensors, config["expansion_only"])
     except BaseException:
         if config["plan"] is not None:
@@ -135,7 +139,9 @@ def _build(
 def _add_gates(path: Any, backbone: nn.Module, gates: Any) -> None:
     """Give task tokens the gates that ``replan`` had given them."""
     found = {adapter.name: adapter for adapter in adapters(backbone)}
+    names = resolve(gates, found) if isinstance(gates, Mapping) else {}
     for block, owners in gates.items() if isinstance(gates, Mapping) else [(gates, ())]:
+        block = names.get(block, block)
         if block not in found or not set(owners) <= set(found[block].tokens):
             raise ValueError(f"{path} is damaged: gates of block {block!r} are for {owners}, which have no task tokens")
         add_gates(found[block], owners)
