@@ -55,16 +55,6 @@ class JoinedStreams(NamedTuple):
         return torch.cat([streams[i] for i in everyone])
 
 
-def check_own_tokens(block: str, is_square: bool, query: Tensor, key: Tensor, value: Tensor | None) -> None:
-    """Refuse, by the name of ``block``, an attention that task tokens cannot join."""
-    if is_square and query.shape[-2] != key.shape[-2]:
-        sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
-        raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
-    if value is not None and key.shape[1] != value.shape[1]:
-        sizes = f"{key.shape[1]} heads of keys for {value.shape[1]} of values"
-        raise NotExpandable(f"block {block!r}: its attention has {sizes}, which task tokens do not support")
-
-
 def attend(
     streams: JoinedStreams,
     num_rows: int | None,
@@ -89,10 +79,15 @@ def attend(
         shift: added to all scores, those of the task keys too.
     """
     block = streams.block
-    check_own_tokens(block, is_square, query, key, value)
-    if query.shape[0] % streams.num_streams or (streams.num_streams > 1 and num_rows and query.shape[0] % num_rows):
+    if (is_square and query.shape[-2] != key.shape[-2]) or query.shape[0] % streams.num_streams:
+        sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
+        raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
+    if streams.num_streams > 1 and num_rows and query.shape[0] % num_rows:
         sizes = f"{query.shape[0]} of {num_rows} rows"
         raise NotExpandable(f"block {block!r}: its attention is given {sizes}, and whose they are is not known")
+    if value is not None and key.shape[1] != value.shape[1]:
+        sizes = f"{key.shape[1]} heads of keys for {value.shape[1]} of values"
+        raise NotExpandable(f"block {block!r}: its attention has {sizes}, which task tokens do not support")
     if attn_mask is not None and attn_mask.ndim < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
 

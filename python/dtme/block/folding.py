@@ -9,8 +9,9 @@ from torch import Tensor, nn
 import dtme_kernels
 
 from ..blocks import Arguments, channels_last, find_tokens, replace_argument
+from ..seams import NotExpandable
 from .adapter import BlockAdapter
-from .attention import JoinedStreams, attend, attend_concatenated, check_own_tokens
+from .attention import JoinedStreams, attend, attend_concatenated
 from .task_buffers import EPS
 from .watch import check_whole
 
@@ -100,7 +101,9 @@ def fold(adapters: list[BlockAdapter], task: str, plain: bool) -> None:
 def _attend_plainly(
     block: str, is_square: bool, run: Any, query: Tensor, key: Tensor, value: Tensor | None, *args: Any, **options: Any
 ) -> Tensor:
-    check_own_tokens(block, is_square, query, key, value)
+    if is_square and query.shape[-2] != key.shape[-2]:
+        sizes = f"{query.shape[-2]} queries for {key.shape[-2]} keys"
+        raise NotExpandable(f"block {block!r}: its attention is not over its own tokens: {sizes}")
     out = run(query, key, value, *args, **options)
     # how torch's fused attention lays its output out is not how that lies which it is decomposed to for ONNX, say
     return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
