@@ -9,6 +9,7 @@ from .map_plots import plot_conflict_map
 from .model import MultiTaskModel
 from .monitor import ConflictMonitor
 from .output import split
+from .parameters import unfreeze
 from .plan import ExpansionPlan
 from .replan import replan
 from .report import ConflictReport
@@ -36,5 +37,6 @@ __all__ = [
     "sharing_of",
     "split",
     "tasks",
+    "unfreeze",
     "verify",
 ]

@@ -86,9 +86,10 @@ def add_task(
 def _add_modules(root: Root, tasks: tuple[str, ...], task: str, like: str | None) -> None:
     backbone, old = root.module[0], root.expansion
     plan = with_task(old.plan, task, like)
-    new = Expansion(tasks, plan, old.modulator, old.shared_prefix, old.frozen)
+    planned = PlannedBlocks.of(backbone, tasks, plan)
+    new = Expansion(tasks, planned.plan, old.modulator, old.shared_prefix, old.frozen)
     state = random_state()
-    exchange(backbone, PlannedBlocks.of(backbone, tasks, plan), old, new, gate_tokens=False)
+    exchange(backbone, planned, old, new, gate_tokens=False)
     for adapter in adapters(backbone):
         if like is not None and like in adapter.own_tasks and task in adapter.own_tasks:
             begin_like(adapter, task, adapter.own_tasks[like])

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .wrappers import resolve
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -57,11 +59,13 @@ def _named(backbone: nn.Module, blocks: str | Sequence[str | nn.Module]) -> dict
         raise TypeError(f"blocks must be None, a path, or a sequence of names or modules, got {type(blocks).__name__}")
     names = {id(module): name for name, module in modules.items()}
     wanted = [block if isinstance(block, str) else names.get(id(block)) for block in blocks]
+    meant = resolve([name for name in wanted if name is not None], modules)
+    wanted = [meant.get(name or "", name) for name in wanted]
     for block, name in zip(blocks, wanted, strict=True):
         if name not in modules:
             shown = repr(block) if isinstance(block, str) else type(block).__name__
-            meant = _meant(block, modules) if isinstance(block, str) else ""
-            raise ValueError(f"blocks names {shown}, which is not a module of {type(backbone).__name__}{meant}")
+            hint = _meant(block, modules) if isinstance(block, str) else ""
+            raise ValueError(f"blocks names {shown}, which is not a module of {type(backbone).__name__}{hint}")
     if not wanted or len(set(wanted)) != len(wanted):
         raise ValueError(f"blocks must name one or more different blocks, got {wanted}")
     return {name: modules[name] for name in wanted if name is not None}

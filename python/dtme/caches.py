@@ -19,6 +19,8 @@ _MARK = "_dtme_filled_for"
 
 def is_cache(leaf: Any) -> bool:
     """transformers' base class of every key-value cache, told by name."""
+    if leaf is None or isinstance(leaf, (Tensor, bool, int, float, str)):  # of which dynamo knows no bases
+        return False
     return any(base.__name__ == "Cache" for base in type(leaf).__mro__)
 
 

@@ -21,6 +21,7 @@ from .report import ConflictReport
 from .sharded import is_sharded
 from .streams import is_expanded
 from .trees import to_device
+from .wrappers import resolve
 
 Maps = dict[tuple[str, str], Tensor]
 
@@ -114,7 +115,7 @@ def _gradients_at(
         analysis.masks.note(mask)
         analysis.check_masks()
         found = analysis.gradients(batch)
-        d = found.names.index(block)
+        d = found.names.index(resolve([block], found.names)[block])
         gradients = found.gradients[d]
         counts = analysis.masks.at(mask, block, gradients.shape[1:])
     return found.started.tasks, gradients, None if counts is None else counts.cpu()

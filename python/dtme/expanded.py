@@ -26,6 +26,7 @@ class Expansion(Stamped):
         # compiled code has run. For compiled parts of an eager forward threads wait for each other (forwards.Opening).
         self.traced: Forward | None = None
         self.has_warned_of_rows = False  # to whoever chose no tasks: those of all come back
+        self.has_warned_of_frozen = False  # to whoever trains without training what was added
 
     @property
     def plan(self) -> ExpansionPlan:

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from . import nested_tensors
 from .block import BlockAdapter
-from .block.folding import fold as fold_block
+from .block.folding import fold as fold_blocks
 from .block.handover import adopt, draw_tokens
 from .block.site import Site, find_attention
 from .blocks import block_widths, check_batch_first, check_blocks, find_blocks, module_like
@@ -19,6 +20,7 @@ from .sharded import shards
 from .sharing import SHARED_PREFIX
 from .streams import adapters, expansions
 from .torch_private import is_compiled
+from .wrappers import plan_for, unwrapped
 
 MODULATORS = ("affine", "batch_norm")
 
@@ -40,7 +42,8 @@ def expand(
 
     Args:
         model_or_backbone: a ``MultiTaskModel`` or any transformer.
-        plan: from ``ConflictReport.plan`` or by hand.
+        plan: from ``ConflictReport.plan`` or by hand. Its blocks may have the names of a model that PEFT, DDP or
+            ``torch.compile`` is around, or was not yet around.
         modulator: ``"affine"``, or ``"batch_norm"`` (Table 11).
         freeze_backbone: train only what is added, and the heads (Table 12).
         shared_prefix: ``"auto"``: the blocks before the first difference run once for all tasks where the first call of
@@ -74,7 +77,7 @@ def expand(
     planned = PlannedBlocks.of(backbone, tasks, plan)
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     frozen = trained if freeze_backbone else []
-    attach(backbone, planned, Expansion(tasks, plan, modulator, shared_prefix, frozen))
+    attach(backbone, planned, Expansion(tasks, planned.plan, modulator, shared_prefix, frozen))
     for name in frozen:
         backbone.get_parameter(name).requires_grad_(False)
     return model_or_backbone
@@ -115,14 +118,17 @@ class PlannedBlocks(NamedTuple):
     """Every block that sees task streams, in forward order."""
     widths: dict[str, int]
     """Of those that get modules."""
+    plan: ExpansionPlan
+    """The plan, by the names that its blocks have in the backbone."""
 
     @classmethod
     def of(cls, backbone: nn.Module, tasks: Sequence[str], plan: ExpansionPlan) -> "PlannedBlocks":
         """ValueError where the plan is for another model."""
         if unknown := [task for task in plan.tasks if task not in tasks]:
             raise ValueError(f"plan names the unknown task {unknown[0]!r}; the model's tasks are {list(tasks)}")
+        plan = plan_for(plan, [name for name, _ in backbone.named_modules()])
         blocks = _blocks_of(backbone, plan)
-        return cls(blocks, {name: _width(name, blocks[name], plan) for name in plan.blocks})
+        return cls(blocks, {name: _width(name, blocks[name], plan) for name in plan.blocks}, plan)
 
 
 def attach(
@@ -135,7 +141,7 @@ def attach(
 
     What blocks of ``earlier`` had too, they go on with; random numbers are drawn for new task tokens only.
     """
-    blocks, widths = planned
+    blocks, widths, _ = planned
     # every block is probed before any is changed: probing calls it
     sites = {name: find_attention(name, blocks[name], widths[name]) for name in expansion.plan.expansion}
     _refuse_shared(sites, blocks)
@@ -153,14 +159,14 @@ def attach(
         raise
 
 
-def fold(backbone: nn.Module, task: str) -> None:
+def fold(backbone: nn.Module, task: str, plain: bool) -> None:
     """Leave one task's stream of an expanded backbone, its task keys and values constants: what is exported."""
     for expansion in expansions(backbone):
         root = root_of(backbone, expansion)
         if root is not None:
             root.detach()
-    for adapter in adapters(backbone):
-        fold_block(adapter, task)
+    nested_tensors.switch_off(backbone)  # blocks still have hooks
+    fold_blocks(adapters(backbone), task, plain)
 
 
 def check_module(model: Any) -> None:
@@ -170,10 +176,14 @@ def check_module(model: Any) -> None:
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The backbone and its tasks; none for a bare one, and where a plan is the first to name them."""
+    """The backbone and its tasks; none for a bare one, and where a plan is the first to name them.
+
+    Around either there may be PEFT, which is taken off again by others: what is inside of it is expanded.
+    """
     from .model import MultiTaskModel
 
-    return (model.backbone, model.tasks) if isinstance(model, MultiTaskModel) else (model, ())
+    model = unwrapped(model)
+    return (unwrapped(model.backbone), model.tasks) if isinstance(model, MultiTaskModel) else (model, ())
 
 
 def refuse_wrapped(model: nn.Module) -> None:

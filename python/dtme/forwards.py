@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .caches import claim, filled_for, is_cache, mark_new
 from .expanded import alike
+from .parameters import is_frozen, warn_of_frozen
 from .randomness import random_state, wind_back
 from .sharded import mesh_in_use
-from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, layout_of, rows_of
+from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, caller_level, layout_of, rows_of
 from .streams import Forward, Layout, Survey, apart, hide, repeat_rows, show, together, traced
 from .torch_private import eagerly, stay_eager
 from .trees import leaves, map_leaves, opaque, tensors
@@ -55,8 +56,15 @@ class Opening:
             if self._is_exposed:
                 compiled_parts.release()
             raise
+        if state.is_training and torch.is_grad_enabled():
+            self._warn_of_frozen()
         self._expose(self.forward)
         show(self.forward)
+
+    def _warn_of_frozen(self) -> None:
+        if is_frozen(self.state.adapters) and not self.ways.expansions[0].has_warned_of_frozen:
+            self.ways.expansions[0].has_warned_of_frozen = True
+            warn_of_frozen(self.state.adapters, caller_level())
 
     def _task_index(self) -> Tensor | None:
         """The one task that was asked for, as a tensor, if all tasks may share a graph."""

@@ -19,12 +19,12 @@ from .expansion import fold
 from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
 from .mixed_rows import RowWays, predict_mixed_rows
-from .parameters import users_of_parameters
+from .parameters import is_frozen, users_of_parameters, warn_of_frozen
 from .plan import check_tasks, choose
 from .sharded import entrance, in_step, is_sharded, learning_together, mesh_in_use, whole_copy
 from .sharing import Call, Way, Ways
-from .streams import Forward, expansions, expansions_of, running, survey
-from .task_model import Features, TaskModel, features_of
+from .streams import Forward, adapters, expansions, expansions_of, running, survey
+from .task_model import Features, TaskModel, features_of, one_input
 from .torch_private import calls_compiler, eagerly, is_outside_fsdp, stay_eager
 
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
@@ -129,12 +129,7 @@ class MultiTaskModel(BackboneMethods, nn.Module):
             TypeError: ``inputs`` beside ``x``; ``task_of_row`` is no sequence of names.
             RuntimeError: ``task_of_row`` with a decoder, which reads the features of all tasks of every row.
         """
-        if x is not None and inputs:
-            raise TypeError(
-                f"model(x, tasks) takes nothing beside x, got {', '.join(map(repr, inputs))} too: what the backbone "
-                "takes by name goes without x, or in it, as a mapping"
-            )
-        x = inputs if x is None else x
+        x = one_input(x, inputs)
         if task_of_row is not None:
             return predict_mixed_rows(self, x, tasks, task_of_row)
         if torch.compiler.is_compiling():
@@ -254,8 +249,11 @@ class MultiTaskModel(BackboneMethods, nn.Module):
         """Trainable parameters for an optimizer; what ``expand`` added is not decayed (its identity is not zero).
 
         An expanded model has a group of added parameters even while its plan adds none: those of a later ``replan``
-        then join it, and a scheduler, which may not meet another number of groups, goes on.
+        then join it, and a scheduler, which may not meet another number of groups, goes on. Where all added ones are
+        frozen but others of their blocks are not, as PEFT leaves them, a warning says so (``dtme.unfreeze``).
         """
+        if is_frozen(found := adapters(self.backbone)):
+            warn_of_frozen(found, 1)
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         base = [parameter for name, parameter in named if not is_added(name)]
         added = [parameter for name, parameter in named if is_added(name)]
@@ -294,6 +292,8 @@ class MultiTaskModel(BackboneMethods, nn.Module):
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         added = sum(p.numel() for name, p in self.named_parameters() if is_added(name))
         share = f"{added / (total - added):.3%} of the model without them" if total > added else "all there is"
+        if added and not any(p.requires_grad for name, p in self.named_parameters() if is_added(name)):
+            share += ", all frozen: dtme.unfreeze(model) lets them train"
         print(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}); added {added:,} ({share})")
 
     def save_pretrained(self, path: str | os.PathLike[str], *, expansion_only: bool = False) -> None:
@@ -329,11 +329,15 @@ class MultiTaskModel(BackboneMethods, nn.Module):
         """
         return saving.load(cls, path, backbone, heads, features, decoder)
 
-    def export_task(self, task: str) -> TaskModel:
-        """A plain, independent module for one task: its stream alone, task keys and values folded to constants.
+    def export_task(self, task: str, plain: bool = False) -> TaskModel:
+        """An independent module for one task: its stream alone, task keys and values folded to constants.
 
-        ``torch.export`` takes it; later changes of this model do not reach it. Of a model that FSDP2 shards, every rank
-        calls this, and gets the whole module on the CPU.
+        ``torch.export`` takes it; later changes of this model do not reach it. It is in evaluation mode. Of a
+        model that FSDP2 shards, every rank calls this, and gets the whole module on the CPU.
+
+        Args:
+            plain: made of torch's own operators alone, so that ONNX takes it too, and what ``torch.export`` saves of it
+                runs where this package is not installed. Else of this package's faster ones.
 
         Raises:
             ValueError: the task is unknown.
@@ -353,7 +357,7 @@ class MultiTaskModel(BackboneMethods, nn.Module):
                 single = copy.deepcopy(self).eval()
             if single.decoder is not None:
                 check_independent(single, single.decoder, task, self.tasks or seen, self._example)
-            fold(single.backbone, task)
+            fold(single.backbone, task, plain)
             return TaskModel(
                 single.backbone, single.features, single.decoder, dict(single.heads.items()).get(task), task
             )

@@ -1,10 +1,15 @@
-"""Which parameters of a model are one task's alone, and which several tasks share."""
+"""Which parameters of a model are one task's alone, which several tasks share, and which of the added ones train."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .streams import adapters
+
+if TYPE_CHECKING:
+    from .block.adapter import BlockAdapter
 
 
 def users_of_parameters(model: nn.Module, heads: Mapping[str, nn.Module]) -> list[tuple[nn.Parameter, set[str]]]:
@@ -29,3 +34,41 @@ def users_of_parameters(model: nn.Module, heads: Mapping[str, nn.Module]) -> lis
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = set()
     return [(parameter, users[id(parameter)]) for parameter in model.parameters()]
+
+
+def unfreeze(model_or_backbone: nn.Module) -> Any:
+    """Let all that ``expand`` added train, also where somebody has frozen it since, as PEFT does.
+
+    ``get_peft_model`` freezes every parameter but those of its own adapters. Call this after it and before the
+    optimizer is made.
+
+    Returns:
+        The same object.
+
+    Raises:
+        RuntimeError: it is not expanded.
+    """
+    found = adapters(model_or_backbone)
+    if not found:
+        raise RuntimeError(f"{type(model_or_backbone).__name__} is not expanded: there is nothing to unfreeze")
+    for adapter in found:
+        adapter.requires_grad_(True)
+    return model_or_backbone
+
+
+def is_frozen(found: "Sequence[BlockAdapter]") -> bool:
+    """Whether nothing that ``expand`` added trains, though other parameters of its blocks do: an oversight."""
+    added = [parameter for adapter in found for parameter in adapter.parameters()]
+    if not added or any(parameter.requires_grad for parameter in added):
+        return False
+    return any(parameter.requires_grad for adapter in found for parameter in adapter._block[0].parameters())
+
+
+def warn_of_frozen(found: "Sequence[BlockAdapter]", stacklevel: int) -> None:
+    names = [f"{adapter.name}.dtme.{name}" for adapter in found for name, _ in adapter.named_parameters()]
+    warnings.warn(
+        f"nothing that dtme added trains: its {len(names)} parameters ({names[0]}, ...) are frozen, though others of "
+        "the same blocks train. PEFT's get_peft_model freezes all that it finds: call dtme.unfreeze(model) after it, "
+        "or expand after it",
+        stacklevel=stacklevel + 1,
+    )

@@ -72,7 +72,7 @@ def replan(
     root = only_root(model_or_backbone)
     backbone, old = root.module[0], root.expansion
     planned = PlannedBlocks.of(backbone, old.tasks, plan)
-    new = Expansion(old.tasks, plan, old.modulator, old.shared_prefix, old.frozen)
+    new = Expansion(old.tasks, planned.plan, old.modulator, old.shared_prefix, old.frozen)
     earlier = added_parameters(model_or_backbone)
     if optimizer is not None:
         check_optimizer(optimizer, model_or_backbone, backbone, earlier, may_add=bool(plan.blocks))

@@ -26,6 +26,7 @@ from .sharded import is_sharded, ranks_of, whole_state
 from .sharing import SHARED_PREFIX
 from .streams import adapters, expansions
 from .weights import check_digests, digests_of, read_weights, write_weights
+from .wrappers import resolve, unwrapped
 
 if TYPE_CHECKING:
     from .model import Heads, MultiTaskModel
@@ -97,7 +98,7 @@ def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) 
 def _only_expansion(backbone: nn.Module) -> Expansion | None:
     """RuntimeError where the backbone was not expanded as the whole that ``load`` will be given."""
     found = expansions(backbone)
-    modules = dict(backbone.named_modules())
+    modules = dict(unwrapped(backbone).named_modules())
     at_home = all(modules.get(f"{adapter.name}.dtme") is adapter for adapter in adapters(backbone))
     if len(found) > 1 or not at_home:
         raise RuntimeError(
@@ -160,6 +161,9 @@ def _build(
             )
     try:
         _add_gates(path, model.backbone, config.get("gates", {}))
+        if config["expansion_only"]:
+            names = resolve(tensors, model.state_dict())
+            tensors = {names.get(name, name): value for name, value in tensors.items()}
         _check_state(path, model, tensors, config["expansion_only"])
     except BaseException:
         if plan is not None:
@@ -181,7 +185,9 @@ def _naming(path: Any) -> Iterator[None]:
 def _add_gates(path: Any, backbone: nn.Module, gates: Mapping[str, list[str]]) -> None:
     """Give task tokens the gates that ``replan`` had given them."""
     found = {adapter.name: adapter for adapter in adapters(backbone)}
+    names = resolve(gates, found)
     for block, owners in gates.items():
+        block = names.get(block, block)
         if block not in found or not set(owners) <= set(found[block].tokens):
             raise ValueError(f"{path} is damaged: gates of block {block!r} are for {owners}, which have no task tokens")
         add_gates(found[block], owners)

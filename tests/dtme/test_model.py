@@ -240,8 +240,8 @@ def test_bad_models_say_what_is_wrong(backbone, heads, features, error, says):
 def test_what_would_be_dropped_is_refused(expanded):
     model, x = expanded("transformers ViT")
     by_name = model(**x) if isinstance(x, dict) else model(pixel_values=x)
-    with pytest.raises(TypeError, match="nothing beside x, got 'task_of_row', 'bool_masked_pos' too"):
-        model(x, "depth", task_of_row=[0, 1], bool_masked_pos=None)
+    with pytest.raises(TypeError, match="nothing beside x, got 'token_type_ids', 'bool_masked_pos' too"):
+        model(x, "depth", token_type_ids=x, bool_masked_pos=None)
     assert same_predictions(model(x), by_name)
 
 

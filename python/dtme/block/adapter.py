@@ -71,13 +71,6 @@ class BlockAdapter(Stamped, nn.Module):
         self.tokens, self.gate = nn.ParameterDict(), nn.ParameterDict()
         self.running_mean: TaskBuffers | None = None  # of the batch-norm modulator
         self.running_var: TaskBuffers | None = None
-        self.task_key: Tensor | None  # constants of an exported task
-        self.task_value: Tensor | None
-        self.task_gate: Tensor | None
-        for constant in ("task_key", "task_value", "task_gate"):
-            self.register_buffer(constant, None)
-        self.folded: Layout | None = None
-        """The only layout there is once one task was exported."""
         self.site: Site | None = None
         self.plain_norm: PlainNorm | None = None
         self._block = (block,)
@@ -140,10 +133,6 @@ class BlockAdapter(Stamped, nn.Module):
 
     def _enter(self, tokens: Tensor) -> Run:
         """The run of this block that begins with ``tokens``."""
-        if self.folded is not None:
-            alone = Forward((self.expansion,))
-            alone.start(self.folded)
-            return Run(self.name, self.folded, self.folded, alone)
         if recomputing():
             if (run := recomputation.recall(self, tokens)) is None:
                 raise self._lost()
@@ -185,8 +174,6 @@ class BlockAdapter(Stamped, nn.Module):
 
     def _run_with(self, tokens: Tensor | None) -> Run:
         """The run of this block that is in progress, whose attention reads ``tokens``."""
-        if self.folded is not None:
-            return self._enter(torch.empty(0))
         run = self._run_in_progress()
         if run is None and recomputing():
             run = (None if tokens is None else recomputation.recall(self, tokens)) or recomputation.last_run(self)
@@ -281,7 +268,7 @@ class BlockAdapter(Stamped, nn.Module):
 
     def _first_half(self, run: Run, tokens: Tensor) -> FirstHalf | None:
         """The first half of a plain pre-norm block where it can be run at once: every stream has task tokens."""
-        if self.plain_norm is None or self.running_mean is not None or self.folded is not None:
+        if self.plain_norm is None or self.running_mean is not None:
             return None
         if self._joined(run) != list(range(run.after.num_streams)) or self._gates(run):
             return None
@@ -306,7 +293,7 @@ class BlockAdapter(Stamped, nn.Module):
         """Stands in for the attention's own forward."""
         assert self.site is not None
         run = self._run_with(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None))
-        if self.site.is_direct and self.folded is None:
+        if self.site.is_direct:
             feeds.check(self.name, run, (*args, *kwargs.values()), self.training)
         half, run.half = run.half, None
         alone = not any(isinstance(value, Tensor) or value for value in (*args[1:], *kwargs.values()))
@@ -316,7 +303,7 @@ class BlockAdapter(Stamped, nn.Module):
 
     def note_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         """What the norm before the attention has just put out."""
-        run = None if self.folded is not None or torch.compiler.is_compiling() else self._run_in_progress()
+        run = None if torch.compiler.is_compiling() else self._run_in_progress()
         if run is not None and isinstance(output, Tensor):
             feeds.note(run, output, self.training)
 
@@ -336,8 +323,8 @@ class BlockAdapter(Stamped, nn.Module):
 
     def _gates(self, run: Run) -> dict[int, Tensor]:
         """() each, of streams whose task tokens have one."""
-        if self.task_gate is not None or not self.gate:
-            return {} if self.task_gate is None else {0: self.task_gate}
+        if not self.gate:
+            return {}
         gates = self._of_streams(run, self.gate, torch.ones_like(next(iter(self.gate.values()))))
         any_task = run.forward.task_index is not None
         return {i: gates[i] for i, owner in enumerate(self._owners(run.after)) if any_task or owner in self.gate}
@@ -346,13 +333,10 @@ class BlockAdapter(Stamped, nn.Module):
         """Streams that have task tokens in this block."""
         if run.forward.task_index is not None:
             return [0] if self.tokens else []
-        has_constants = self.task_key is not None
-        return [i for i, owner in enumerate(self._owners(run.after)) if owner in self.tokens or has_constants]
+        return [i for i, owner in enumerate(self._owners(run.after)) if owner in self.tokens]
 
     def task_keys_values(self, run: Run) -> KeysValues:
         """Keys and values of the task tokens, (T, H, t, d) each: once per step, not once per image."""
-        if self.task_key is not None and self.task_value is not None:
-            return self.task_key, self.task_value
         if run.forward.task_index is not None:
             some = next(iter(self.tokens.values()))
             return self.project(self._of_streams(run, self.tokens, torch.zeros_like(some)))
@@ -366,7 +350,7 @@ class BlockAdapter(Stamped, nn.Module):
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The block's tokens reach its norm: a part from here on may be run again without the hook before the block."""
-        if self.folded is not None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
         try:
             tokens = find_tokens(args, kwargs, self.name)[1]
@@ -383,7 +367,7 @@ class BlockAdapter(Stamped, nn.Module):
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """End the forward of a block that was called by itself; its output is task-major over all its tasks."""
-        if torch.compiler.is_compiling() or self.folded is not None:
+        if torch.compiler.is_compiling():
             return None
         forward = running(self.expansion)
         if forward is None or forward.closes_at != self.name:

@@ -194,9 +194,9 @@ def attend_concatenated(
             visible = visible.masked_fill(~has_tokens, -torch.inf)
         mask = torch.cat([hidden, visible.expand(*hidden.shape[:-1], task_kv[0].shape[-2])], -1)
     num_keys = key.shape[-2]
-    key = torch.cat([key, task_kv[0].expand(len(key), -1, -1, -1)], -2)
+    key = torch.cat([key, task_kv[0].expand(key.shape[0], -1, -1, -1)], -2)
     if value is None:
         return attention_weights(query, key, mask, False, scale)[..., :num_keys]
-    value = torch.cat([value, task_kv[1].expand(len(value), -1, -1, -1)], -2)
+    value = torch.cat([value, task_kv[1].expand(value.shape[0], -1, -1, -1)], -2)
     gqa = enable_gqa or query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=gqa)

@@ -63,7 +63,7 @@ class SwinSeam(Copied):
     def run(self, attend: Attend, x: Tensor, mask: Tensor | None = None) -> Tensor:
         attention = self.attention
         query, key, value = self.project(x)
-        bias = self._bias() if mask is None else window_bias(self._bias(), mask, len(x))
+        bias = self._bias() if mask is None else window_bias(self._bias(), mask, x.shape[0])
         dropout = attention.attn_drop.p if attention.training else 0.0
         out = attend(query, key, value, attn_mask=bias, dropout_p=dropout, scale=self._scale())
         return attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2)))

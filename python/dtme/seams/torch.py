@@ -40,7 +40,7 @@ class TorchSeam(Copied):
         if is_causal and attn_mask is None:
             raise NotExpandable(f"block {self.block!r}: its attention is given is_causal=True without an attn_mask")
         attention = self.attention
-        mask = self._mask(len(query), key_padding_mask, attn_mask)
+        mask = self._mask(query.shape[0], key_padding_mask, attn_mask)
         dropout = attention.dropout if attention.training else 0.0
         q, k, v = self.project(query)
         out = attention.out_proj(attend(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2))
@@ -57,12 +57,12 @@ class TorchSeam(Copied):
             for m in (padding, mask)
         )
         if mask is not None:
-            if mask.ndim == 3 and len(mask) != rows * num_heads:
+            if mask.ndim == 3 and mask.shape[0] != rows * num_heads:
                 raise self._other_rows("attn_mask", mask, f"{rows} rows of {num_heads} heads")
             mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (rows, num_heads))
         if padding is None:
             return mask
-        if len(padding) != rows:
+        if padding.shape[0] != rows:
             raise self._other_rows("key_padding_mask", padding, f"{rows} rows")
         padding = padding[:, None, None]
         return padding if mask is None else padding + mask

@@ -69,7 +69,7 @@ class TransformersSeam(Seam):
             self._hands_on = self._arrives(*args, **kwargs)
         if self._hands_on:
             return forward(self.attention, *args, **{_INNER: attend}, **kwargs)
-        with Catch(Caught(attend, len(next(tensors((args, kwargs)))), self.block)):
+        with Catch(Caught(attend, next(tensors((args, kwargs))).shape[0], self.block)):
             return forward(self.attention, *args, **kwargs)
 
     def _arrives(self, *args: Any, **kwargs: Any) -> bool:
@@ -216,7 +216,7 @@ class Swinv2Seam(Copied):
         table = attention.continuous_position_bias_mlp(attention.relative_coords_table)
         bias = continuous_bias(table, attention.relative_position_index, self.num_tokens())
         if attention_mask is not None:  # which the library adds twice
-            bias = window_bias(bias, 2 * attention_mask, len(hidden_states))
+            bias = window_bias(bias, 2 * attention_mask, hidden_states.shape[0])
         dropout = attention.dropout.p if attention.training else 0.0
         out = attend(*self.project(hidden_states), attn_mask=bias, dropout_p=dropout, scale=1.0)
         return (out.transpose(1, 2).flatten(2),)
