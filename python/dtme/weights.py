@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,23 +18,25 @@ from .formats import parse_json
 KEY = "dtme"
 """Under which the file's metadata holds the config."""
 DTYPES = {
-    **{
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "C64": torch.complex64,
-    },
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
-    **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": torch.bool,
 }
 """By the format's names for them."""
-SPEC = Record(
-    {"dtype": one_of(*DTYPES), "shape": list_of(at_least(0)), "data_offsets": list_of(at_least(0))},
-)
-MAX_THREADS, WORTH_THREADS = 4, 2**22
+SPEC = Record({"dtype": one_of(*DTYPES), "shape": list_of(at_least(0)), "data_offsets": list_of(at_least(0))})
+MAX_THREADS = 4
+WORTH_THREADS = 2**22
+"""Bytes below which starting threads takes longer than the checksums."""
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
@@ -52,13 +55,13 @@ def read_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
         ValueError: it is no such file, or damaged in its structure.
     """
     with path.open("rb") as file:
-        data = bytearray(os.fstat(file.fileno()).st_size)
-        if file.readinto(data) != len(data):
+        data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+        if file.readinto(data.data) != len(data):
             raise ValueError(f"{path} is damaged: it became shorter while it was read")
-    start = 8 + int.from_bytes(data[:8], "little")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if not 8 < start <= len(data):
         raise ValueError(f"{path} is damaged: it ends before its header does")
-    header = parse_json(bytes(memoryview(data)[8:start]), f"the header of {path}")
+    header = parse_json(data[8:start].tobytes(), f"the header of {path}")
     try:
         specs = mapping_of(anything)(header, "the header")
         metadata = mapping_of(anything)(specs.pop("__metadata__", {}), "its metadata")
@@ -70,7 +73,7 @@ def read_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
     return metadata[KEY], tensors
 
 
-def _tensors(data: bytearray, start: int, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def _tensors(data: np.ndarray, start: int, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """Views of ``data``, which they share among them without a gap."""
     tensors: dict[str, Tensor] = {}
     first = start
@@ -80,8 +83,8 @@ def _tensors(data: bytearray, start: int, specs: Mapping[str, Mapping[str, Any]]
         end = start + count * dtype.itemsize
         if [start, end] != [first + offset for offset in spec["data_offsets"]] or end > len(data):
             raise ValueError(f"{name!r} does not lie where a {dtype} of shape {shape} would")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
-        tensors[name] = tensors[name].to(dtype).reshape(shape)
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.reshape(shape)
         start = end
     if start != len(data):
         raise ValueError("it is longer than its tensors")
