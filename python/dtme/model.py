@@ -299,6 +299,9 @@ class MultiTaskModel(BackboneMethods, nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str], *, expansion_only: bool = False) -> None:
         """Write ``dtme_config.json`` and ``model.safetensors`` into the folder ``path``.
 
+        The weights carry all that is loaded again, with a checksum of every tensor. The config beside them is for
+        people to read: an edit of it changes nothing, and is an error when the folder is loaded.
+
         Args:
             path: made if missing. An earlier save in it is replaced in one step: a crash leaves the old or the new. Of
                 a model that FSDP2 or tensor parallelism shares among processes, every rank calls this and waits; the

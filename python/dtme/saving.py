@@ -241,7 +241,7 @@ def _parse_carried(where: Path, carried: str) -> Document:
         warnings.warn(
             f"{where} was saved by an earlier release, without checksums: a damaged weight would not be noticed. Save "
             "the model again to have them",
-            stacklevel=2,
+            stacklevel=5,  # whoever calls from_pretrained
         )
         return FORMAT.parse(json.dumps({"format": FORMAT.kind, "version": 1, **plain}), f"the config in {where}")
     document = FORMAT.parse(carried, f"the config in {where}")
@@ -269,7 +269,10 @@ def _state(model: nn.Module, expansion_only: bool) -> dict[str, Tensor]:
 
 
 def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expansion_only: bool) -> None:
-    """Every tensor of the model, or of its expansion, must be there in its shape; nothing else may."""
+    """Every tensor of the model, or of its expansion, must be there in its shape; nothing else may.
+
+    Floats of another precision are rounded to the model's, as ``load_state_dict`` does.
+    """
     state = _state(model, expansion_only)
     for name, value in state.items():
         if name not in tensors:
@@ -278,13 +281,13 @@ def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expans
             raise ValueError(
                 f"{path} holds {name!r} as {tuple(tensors[name].shape)}, the model needs {tuple(value.shape)}"
             )
-        if _sort(tensors[name]) != _sort(value):
+        if _kind(tensors[name]) != _kind(value):
             raise ValueError(f"{path} holds {name!r} in {tensors[name].dtype}, the model needs {value.dtype}")
     if unknown := tensors.keys() - state.keys():
         raise ValueError(f"{path} holds {min(unknown)!r}, which the model does not have")
 
 
-def _sort(tensor: Tensor) -> tuple[bool, bool, bool]:
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
     """What no other precision changes: real, complex, whole numbers or truth."""
     return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
@@ -295,7 +298,8 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, value in state.items():
-        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
+        memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        identity = memory if value.numel() else (name,)
         if identity in first:
             aliases[name] = first[identity]
             continue

@@ -137,6 +137,16 @@ def test_a_folder_of_another_analysis_is_refused(tmp_path, change, says):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    run(tmp_path)
+    (*_, last) = sorted(tmp_path.iterdir())
+    data = last.read_bytes()
+    for place in (3, 30, 60, len(data) // 2, len(data) - 1):
+        last.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(ValueError, match=r"sums-0-of-1-.*pt is damaged: it.* Delete it to begin anew"):
+            run(tmp_path)
+
+
 def test_damaged_files_and_no_folder(tmp_path):
     run(tmp_path)
     for file in tmp_path.iterdir():

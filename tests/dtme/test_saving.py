@@ -128,7 +128,7 @@ def test_a_crash_between_the_two_files_leaves_one_whole_model(expanded, tmp_path
         new.heads["depth"].weight.add_(1.0)
     from dtme import files
 
-    for stop in range(1, 5):
+    for stop in range(1, 7):
         old.save_pretrained(tmp_path)
         steps = iter(range(1, 9))
         replace = type(tmp_path).replace

@@ -1,5 +1,7 @@
 """The sums of an analysis in a folder, so that one that was killed goes on where it was."""
 
+import hashlib
+import io
 import os
 import time
 import zlib
@@ -18,6 +20,8 @@ from ..trees import leaves
 
 EVERY = 60.0
 """Seconds between two files."""
+HEAD = b"dtme sums, version 1\n"
+"""How every file begins; then come a checksum of the rest and the rest."""
 
 
 class Folder:
@@ -39,8 +43,6 @@ class Folder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.path.glob(f".{self.prefix}*"):  # of a process that was killed while it wrote
-                unfinished.unlink(missing_ok=True)
             write_beside(self.path / f"{self.prefix}probe", lambda beside: beside.touch())
             (self.path / f"{self.prefix}probe").unlink()
         except OSError as error:
@@ -57,7 +59,7 @@ class Folder:
         if self.path is None:
             return
         content = {"analysis": self.analysis, "pass": number, "batches": batches, **state}
-        write_beside(self.path / f"{self.prefix}{number}-{batches:09}.pt", lambda beside: torch.save(content, beside))
+        write_beside(self.path / f"{self.prefix}{number}-{batches:09}.pt", lambda beside: _write(beside, content))
         for old in self.files()[:-2]:
             old.unlink(missing_ok=True)
         self._written = time.monotonic()
@@ -75,7 +77,7 @@ class Folder:
         assert self.path is not None
         file = self.path / f"{self.prefix}{name}"
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = _read(file)
             saved = content["analysis"]
         except Exception as error:  # whatever torch finds wrong with it
             raise ValueError(f"{file} is damaged: {error}. Delete it to begin anew") from error
@@ -86,6 +88,22 @@ class Folder:
                     f"{value!r}. Give another folder, or delete that one"
                 )
         return content
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    torch.save(content, buffer := io.BytesIO())
+    data = buffer.getvalue()
+    file.write_bytes(HEAD + hashlib.sha256(data).digest() + data)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    if not data.startswith(HEAD):
+        raise ValueError(f"it does not begin with {HEAD!r}, as files of this release do")
+    start = len(HEAD) + hashlib.sha256().digest_size
+    if hashlib.sha256(memoryview(data)[start:]).digest() != data[len(HEAD) : start]:
+        raise ValueError("its checksum is that of other sums")  # torch looks at none
+    return torch.load(io.BytesIO(data[start:]), map_location="cpu", weights_only=True)
 
 
 def checksum(values: Iterable[Any]) -> int:
