@@ -153,7 +153,7 @@ def trainer_autocast() -> float:
 
 @situation(TRAINER, "compiled", against="a plain loop", limit=1e-12, needs=NEEDED)
 def trainer_compiled() -> float:
-    found, batches = _by_trainer(loops.expanded_model(), torch_compile=True, torch_compile_backend="aot_eager")
+    found, batches = _by_trainer(loops.expanded_model(), torch_compile=True, torch_compile_backend="eager")
     plain = loops.expanded_model()
     loops.train(plain, loops.in_steps(batches[:STEPS], 1), optimizer=_as_trainer_groups(plain))
     return largest(found, loops.weights(plain))
