@@ -87,8 +87,11 @@ def test_what_no_part_can_is_an_error_that_says_so():
 
 def test_what_the_backbone_says_of_itself():
     model = loops.expanded_model()
-    assert model.config is model.backbone.config and model.main_input_name == "pixel_values"
+    assert model.config is model.backbone.config
+    assert model.main_input_name == "pixel_values"
     assert model.dtype == torch.float64
+    model.backbone.config = {"width": 24}  # somebody's own, which a trainer could not write to
+    assert not hasattr(model, "config")
     assert dtme.MultiTaskModel(nn.Identity(), {"a": nn.Identity()}).dtype == torch.get_default_dtype()
 
 

@@ -1,5 +1,7 @@
 """What trips people up in transformers' Trainer: columns, labels, decay, and files of another model."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import dtme
 from benchmarks.stacks import loops
 from benchmarks.stacks.loops import LOSSES, TASKS
-from benchmarks.stacks.trainers import trainer
+from benchmarks.stacks.trainers import accelerator, trainer
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -159,6 +161,47 @@ def test_a_plain_trainer_gives_the_backbone_no_counts_of_labels(tmp_path):
     run.train()
     # a file that lacks names, as that of tied weights does, is only warned of
     run._issue_warnings_after_load(model.load_state_dict({}, strict=False))
+
+
+def test_a_tensor_input_is_named_x_and_the_model_may_come_from_a_function(tmp_path):
+    from transformers import TrainingArguments
+
+    from dtme.trainer import MultiTaskTrainer
+
+    samples = [{"x": sample["pixel_values"], "labels": sample["labels"]} for sample in loops.samples(4)]
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1, activation_checkpointing=True
+    )
+    run = MultiTaskTrainer(
+        None,
+        arguments,
+        losses=LOSSES,
+        model_init=lambda: loops.expanded_model(loops.timm_vit()),
+        train_dataset=samples,
+    )
+    run.train()
+    assert run.multi_task_model.is_activation_checkpointing and run.state.log_history[-1]["train_loss"] > 0
+
+
+def test_what_accelerate_prepared_is_copied_saved_and_exported(tmp_path):
+    """Its autocast replaces ``forward``."""
+    x = loops.images(3, dtype=torch.float32)
+    model = loops.expanded_model(dtype=torch.float32).eval()
+    with accelerator(mixed_precision="bf16") as one:
+        prepared = one.prepare(model)
+        want, plain = prepared(x)["depth"], one.unwrap_model(prepared)
+    assert want.dtype == torch.float32
+    single = plain.export_task("depth")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(single(x).float(), want, rtol=0.05, atol=0.05)
+    other = copy.deepcopy(plain)
+    with torch.no_grad():
+        other.heads["depth"].weight.zero_()
+        other.heads["depth"].bias.zero_()
+    assert not other(x)["depth"].any() and torch.equal(prepared(x)["depth"], want)
+    plain.save_pretrained(tmp_path)
+    fresh = loops.plain_model(dtype=torch.float32)
+    assert same_weights(plain, dtme.MultiTaskModel.from_pretrained(tmp_path, fresh.backbone, fresh.heads))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
