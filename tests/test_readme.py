@@ -48,6 +48,28 @@ def moved(model):
     return model
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_in_the_loops_of_others(printed, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import TrainingArguments
+
+    from benchmarks.stacks import loops
+
+    model, samples, fresh = loops.expanded_model(), loops.samples(8), loops.plain_model()
+    options = {"max_steps": 2, "save_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    names = printed(
+        "In the loops of others",
+        model=model,
+        arguments=TrainingArguments("run4", **options),
+        losses=loops.LOSSES,
+        samples=samples,
+        backbone=fresh.backbone,
+        heads=fresh.heads,
+    )
+    want, found = loops.weights(names["model"]), loops.weights(names["again"])
+    assert want.keys() == found.keys() and all(torch.equal(want[name], found[name]) for name in want)
+
+
 def test_the_example(printed, tmp_path, capsys):
     names = printed(
         "In your code",

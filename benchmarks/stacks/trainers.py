@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ def _quietly() -> Iterator[Path]:
             yield Path(folder)
     finally:
         logging.disable(before)
+        _forget_accelerators()
 
 
 def _equal_bits(found: dict[str, Tensor], want: dict[str, Tensor]) -> float:
@@ -153,7 +155,7 @@ def trainer_autocast() -> float:
 
 @situation(TRAINER, "compiled", against="a plain loop", limit=1e-12, needs=NEEDED)
 def trainer_compiled() -> float:
-    found, batches = _by_trainer(loops.expanded_model(), torch_compile=True, torch_compile_backend="aot_eager")
+    found, batches = _by_trainer(loops.expanded_model(), torch_compile=True, torch_compile_backend="eager")
     plain = loops.expanded_model()
     loops.train(plain, loops.in_steps(batches[:STEPS], 1), optimizer=_as_trainer_groups(plain))
     return largest(found, loops.weights(plain))
@@ -290,11 +292,33 @@ def lightning_resumed() -> float:
 # --- Accelerate -------------------------------------------------------------------------------------------------------
 
 
-def _accelerated(model: dtme.MultiTaskModel, folder: Path | None = None, resume: bool = False) -> Any:
-    """Two batches per step; in the middle the state is saved, or the run begins with what was saved there."""
+@contextlib.contextmanager
+def accelerator(**options: Any) -> Iterator[Any]:
+    """An Accelerator that knows nothing of others in this process, nor they of it: its settings are global."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    _forget_accelerators()
+    try:
+        yield Accelerator(cpu=True, **options)
+    finally:
+        _forget_accelerators()
+
+
+def _forget_accelerators() -> None:
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        GradientState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _accelerated(model: dtme.MultiTaskModel, folder: Path | None = None, resume: bool = False) -> Any:
+    """Two batches per step; in the middle the state is saved, or the run begins with what was saved there."""
+    with accelerator(gradient_accumulation_steps=2) as one:
+        return _run_accelerated(one, model, folder, resume)
+
+
+def _run_accelerated(accelerator: Any, model: dtme.MultiTaskModel, folder: Path | None, resume: bool) -> Any:
     optimizer = loops.optimizer_of(model)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, _loader())
     prepared.train()

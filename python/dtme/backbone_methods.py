@@ -95,8 +95,11 @@ class BackboneMethods:
 
     @property
     def config(self) -> Any:
-        """The backbone's configuration; missing where it has none."""
-        return self.backbone.config
+        """The backbone's configuration; missing where it has none of transformers' kind, which trainers write to."""
+        found = self.backbone.config
+        if not hasattr(found, "to_dict"):
+            raise AttributeError(f"the config of {type(self.backbone).__name__} is a {type(found).__name__}")
+        return found
 
     @property
     def main_input_name(self) -> Any:

@@ -14,8 +14,6 @@ from .saving import _add_gates, _only_expansion
 from .streams import adapters
 
 FIELDS = {"plan", "modulator", "freeze_backbone", "shared_prefix", "gates"}
-DEFINING = ("plan", "modulator", "gates")
-"""Of these, what parameters and their meaning depend on."""
 
 
 def expansion_state(model_or_backbone: nn.Module) -> dict[str, Any]:
@@ -53,12 +51,17 @@ def load_expansion_state(model_or_backbone: nn.Module, state: Mapping[str, Any])
         RuntimeError: the model is expanded in another way.
         ValueError: ``state`` is not what ``expansion_state`` returned; or as ``expand``. The model is then as it was.
     """
-    if not isinstance(state, Mapping) or (state and set(state) != FIELDS):
+    if (
+        not isinstance(state, Mapping)
+        or (state and set(state) != FIELDS)
+        or not isinstance(state.get("plan", {}), Mapping)
+    ):
         raise ValueError(f"state must be what dtme.expansion_state(model) returned, got {state!r}")
     backbone, kind = _backbone_of(model_or_backbone), type(model_or_backbone).__name__
     present = expansion_state(model_or_backbone)
     if present:
-        differing = [name for name in DEFINING if not state or present[name] != state[name]]
+        found, want = defining(present), defining(state)
+        differing = [name for name in found if found[name] != want.get(name)]
         if differing:
             raise RuntimeError(
                 f"{kind} is expanded in another way than the model that is loaded: they differ in {differing}. Begin "
@@ -75,6 +78,14 @@ def load_expansion_state(model_or_backbone: nn.Module, state: Mapping[str, Any])
             collapse(model_or_backbone)
             raise
     return model_or_backbone
+
+
+def defining(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What parameters and their meaning depend on: not so the widths of blocks, which plans by hand leave out."""
+    if not state:
+        return {}
+    plan = {name: value for name, value in state["plan"].items() if name != "num_features"}
+    return plan | {"modulator": state["modulator"], "gates": state.get("gates", {})}
 
 
 def _plan_of(state: Mapping[str, Any]) -> ExpansionPlan:

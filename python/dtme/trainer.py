@@ -17,7 +17,7 @@ from transformers import Trainer, default_data_collator
 
 from . import saving
 from .block.adapter import is_added
-from .expansion_state import expansion_state
+from .expansion_state import defining, expansion_state
 from .model import MultiTaskModel
 
 Loss = Callable[[Any, Any], Tensor]
@@ -74,7 +74,6 @@ class MultiTaskTrainer(Trainer):
             if unknown := [task for task in given if task not in known]:
                 raise ValueError(f"{name} are for the unknown task {unknown[0]!r}; the model's are {list(known)}")
         self.losses, self.loss_weights = dict(losses), dict(loss_weights or {})
-        self.model_accepts_loss_kwargs = False
         self.label_names = ["labels"] if self.args.label_names is None else self.label_names
         self._signature_columns: Any = self._columns()
         if options.get("data_collator") is None:
@@ -194,8 +193,8 @@ def _check_checkpoint(folder: str | os.PathLike[str], model: MultiTaskModel) -> 
         names, embedded = set(file.keys()), (file.metadata() or {}).get("dtme")
     config = json.loads(embedded) if embedded else {}
     differing = sorted((names | set(config.get("aliases", ()))) ^ set(model.state_dict()))
-    plan = expansion_state(model).get("plan")
-    if differing or config.get("plan", plan) != plan:
+    is_other_plan = config and defining(config if config["plan"] else {}) != defining(expansion_state(model))
+    if differing or is_other_plan:
         what = f"{len(differing)} names differ, as {differing[0]!r}" if differing else "its plan is another"
         raise RuntimeError(
             f"{folder} holds another model than the one that is trained ({what}): begin with that one, "
