@@ -47,7 +47,21 @@ def test_callbacks_run_in_the_libraries_that_are_here(capsys):
         assert f"{library}{said}" in out or f"{library} {said}" in out
     ran = sum(find_spec(library) is not None for library in ("transformers", "lightning"))
     assert out.count("3 analyses in 30 steps") == ran and "failed" not in out
-    assert set(NAMES) == {*LIKE, "text", "callbacks"}
+    assert set(NAMES) == {*LIKE, "text", "callbacks", "export", "lora"}
+
+
+def test_a_task_leaves(capfd):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    out = printed("export", capfd)
+    assert "a process without dtme: (5, 17, 2)" in out and "torch.export and ONNX Runtime: the same depth" in out
+
+
+def test_under_lora(capsys):
+    pytest.importorskip("peft")
+    out = printed("lora", capsys)
+    first, last = (float(x.split()[0]) for x in out.partition("\nloss ")[2].split(", ")[:2])
+    assert last < 0.5 * first and "range rate" in out and "merged: the same predictions" in out
 
 
 def mixed_plan(model, width, with_tokens):
