@@ -21,7 +21,7 @@ from .parameters import is_frozen, users_of_parameters, warn_of_frozen
 from .plan import check_tasks, choose
 from .sharing import Call, Way, Ways
 from .streams import Forward, adapters, expansions, expansions_of, running, survey
-from .task_model import Features, TaskModel, features_of, one_input
+from .task_model import Features, TaskModel, features_of, given_beside
 from .torch_private import calls_compiler, eagerly, stay_eager
 
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
@@ -106,7 +106,9 @@ class MultiTaskModel(nn.Module):
             ValueError: unknown tasks; tasks that nothing has named; a decoder that lacks a prediction.
             TypeError: ``inputs`` beside ``x``.
         """
-        x = one_input(x, inputs)
+        if x is not None and inputs:
+            raise given_beside(inputs)
+        x = inputs if x is None else x
         if torch.compiler.is_compiling():
             selected, needed = self.tasks_for(tasks)
             return self.predict(self.extract(x, needed), selected)
