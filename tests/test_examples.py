@@ -97,11 +97,28 @@ def test_every_example_is_run():
         *LIKE,
         "accelerate_loop",
         "callbacks",
+        "export",
+        "fsdp2",
         "lightning_module",
+        "lora",
         "text",
         "torchjd_aggregators",
         "trainer",
     }
+
+
+def test_a_task_leaves(capfd):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    out = printed("export", capfd)
+    assert "a process without dtme: (5, 17, 2)" in out and "torch.export and ONNX Runtime: the same depth" in out
+
+
+def test_under_lora(capsys):
+    pytest.importorskip("peft")
+    out = printed("lora", capsys)
+    first, last = (float(x.split()[0]) for x in out.partition("\nloss ")[2].split(", ")[:2])
+    assert last < 0.5 * first and "range rate" in out and "merged: the same predictions" in out
 
 
 def mixed_plan(model, width, with_tokens):

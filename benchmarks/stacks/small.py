@@ -10,17 +10,18 @@ from torch import Tensor, nn
 import dtme
 from benchmarks.models.oracle import concatenated, modulated
 from benchmarks.models.subject import randomise
-from dtme.blocks import find_blocks
+from dtme.blocks import block_widths, find_blocks
 
 TASKS, WIDTH = ("semseg", "depth"), 24
 Added = dict[str, Tensor]
 
 
-def vit(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+def vit(seed: int = 0, dtype: torch.dtype = torch.float64, width: int = WIDTH) -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(seed)
-    size = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 48}
+    heads = 3 if width == WIDTH else 4
+    size = {"hidden_size": width, "num_hidden_layers": 3, "num_attention_heads": heads, "intermediate_size": 2 * width}
     model = ViTModel(ViTConfig(**size, image_size=16, patch_size=8), add_pooling_layer=False)
     randomise(model, seed)
     return model.to(dtype).eval()
@@ -30,21 +31,17 @@ def images(rows: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(rows), dtype=torch.float64).to(dtype)
 
 
-def heads(dtype: torch.dtype = torch.float64) -> dict[str, nn.Module]:
+def heads(dtype: torch.dtype = torch.float64, width: int = WIDTH) -> dict[str, nn.Module]:
     torch.manual_seed(1)
-    return {task: nn.Linear(WIDTH, 2 + i).to(dtype) for i, task in enumerate(TASKS)}
+    return {task: nn.Linear(width, 2 + i).to(dtype) for i, task in enumerate(TASKS)}
 
 
 def plan_of(backbone: nn.Module) -> dtme.ExpansionPlan:
     """Streams part behind the first block, and not every task has every module."""
-    first, second, third = find_blocks(backbone)
-    return dtme.ExpansionPlan(
-        TASKS,
-        2,
-        {first: TASKS[:1], second: TASKS},
-        {second: TASKS, third: TASKS[1:]},
-        dict.fromkeys(find_blocks(backbone), WIDTH),
-    )
+    first, second, third = blocks = find_blocks(backbone)
+    modulation, expansion = {first: TASKS[:1], second: TASKS}, {second: TASKS, third: TASKS[1:]}
+    width = block_widths(blocks[first])[0]
+    return dtme.ExpansionPlan(TASKS, 2, modulation, expansion, dict.fromkeys(blocks, width))
 
 
 def move(module: nn.Module, part: str, seed: int = 7, scale: float = 0.3) -> None:

@@ -24,7 +24,7 @@ from .plan import check_tasks, choose
 from .sharded import entrance, in_step, is_sharded, learning_together, mesh_in_use, whole_copy
 from .sharing import Call, Way, Ways
 from .streams import Forward, adapters, expansions, expansions_of, running, survey
-from .task_model import Features, TaskModel, features_of, one_input
+from .task_model import Features, TaskModel, features_of, given_beside
 from .torch_private import calls_compiler, eagerly, is_outside_fsdp, stay_eager
 
 Heads = Mapping[str, nn.Module] | nn.ModuleDict
@@ -129,7 +129,9 @@ class MultiTaskModel(BackboneMethods, nn.Module):
             TypeError: ``inputs`` beside ``x``; ``task_of_row`` is no sequence of names.
             RuntimeError: ``task_of_row`` with a decoder, which reads the features of all tasks of every row.
         """
-        x = one_input(x, inputs)
+        if x is not None and inputs:
+            raise given_beside(inputs)
+        x = inputs if x is None else x
         if task_of_row is not None:
             return predict_mixed_rows(self, x, tasks, task_of_row)
         if torch.compiler.is_compiling():

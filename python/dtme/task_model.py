@@ -29,7 +29,9 @@ class TaskModel(nn.Module):
 
     def forward(self, x: Any = None, **inputs: Any) -> Any:
         """Predict from ``x``, or from ``inputs`` by the names that the backbone gives them."""
-        x = one_input(x, inputs)
+        if x is not None and inputs:
+            raise given_beside(inputs)
+        x = inputs if x is None else x
         found = features_of(self.backbone, self.features, x)
         if self.decoder is not None:
             found = self.decoder({self.task: found})[self.task]
@@ -85,17 +87,9 @@ def backbone_tokens(backbone: nn.Module, x: Any) -> Tensor:
     return tokens
 
 
-def one_input(x: Any, inputs: dict[str, Any]) -> Any:
-    """What the backbone takes, of a call that gives either ``x`` or all of it by name.
-
-    Raises:
-        TypeError: both are given.
-    """
-    if x is None:
-        return inputs
-    if inputs:
-        raise TypeError(
-            f"a call takes nothing beside x, got {', '.join(map(repr, inputs))} too: what the backbone takes by name "
-            "goes without x, or in it, as a mapping"
-        )
-    return x
+def given_beside(inputs: Mapping[str, Any]) -> TypeError:
+    """The error of a call that gives ``inputs`` by name beside ``x``."""
+    return TypeError(
+        f"a call takes nothing beside x, got {', '.join(map(repr, inputs))} too: what the backbone takes by name goes "
+        "without x, or in it, as a mapping"
+    )

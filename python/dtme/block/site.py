@@ -53,7 +53,8 @@ def find_attention(name: str, block: nn.Module, num_features: int) -> Site:
         NotExpandable: names the block and says what is in the way.
     """
     title = f"block {name!r} ({type(block).__name__})"
-    with torch.inference_mode(False), left_as_it_was(block), unseen(block):
+    # without a graph, which some quantised layers cannot make in evaluation mode
+    with torch.inference_mode(False), torch.no_grad(), left_as_it_was(block), unseen(block):
         seam = _known_seam(name, title, block)
         try:
             return _tried(name, title, block, seam, num_features)
