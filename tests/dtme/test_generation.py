@@ -24,7 +24,7 @@ from benchmarks.stacks.generation import (
     prompts,
     text,
 )
-from dtme.block.attention import JoinedStreams, OwnTokens, attend
+from dtme.block.attention import JoinedStreams, OwnTokens, attend, attend_concatenated
 from dtme.caches import Sizes
 from dtme.streams import adapters
 
@@ -288,3 +288,31 @@ def test_compiled_steps_of_all_tasks_share_one_graph():
             compiled(**given, cache=cache, use_cache=True)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("has_tokens", [None, True, False], ids=["known task", "any task, with", "any task, without"])
+@pytest.mark.parametrize("by", [{"softcap": 1.5}, {"sinks": True}, {"softcap": 1.5, "sinks": True}], ids=str)
+def test_scores_that_are_capped_and_keys_without_values(by, has_tokens):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, n, 8).double() for heads, n in ((4, 3), (2, 5), (2, 5)))
+    task_kv = tuple(torch.randn(1, 2, 3, 8).double() for _ in range(2))
+    sinks = torch.randn(4).double()
+    by = {name: sinks if name == "sinks" else value for name, value in by.items()}
+    mask = (torch.rand(2, 1, 3, 5) > 0.4) | (torch.arange(5) == 0)
+    own, options = OwnTokens("x", True, Sizes(3, 5)), {"attn_mask": mask, "scale": 0.7, **by}
+    if has_tokens is None:
+        found = attend(JoinedStreams("x", 1, [0], task_kv), 2, own, query, key, value, **options)
+    else:
+        found = attend_concatenated(torch.tensor([has_tokens]), task_kv, None, own, query, key, value, **options)
+    if has_tokens is not False:
+        key, value = (
+            torch.cat([x, more.expand(2, -1, -1, -1)], 2) for x, more in zip((key, value), task_kv, strict=True)
+        )
+        mask = F.pad(mask, (0, 3), value=True)
+    scores = query @ key.repeat_interleave(2, 1).mT * 0.7
+    scores = 1.5 * (scores / 1.5).tanh() if "softcap" in by else scores
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if "sinks" in by:
+        scores = torch.cat([scores, sinks[:, None, None].expand(2, 4, 3, 1)], -1)
+    want = scores.softmax(-1)[..., : key.shape[2]] @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
