@@ -254,11 +254,9 @@ WAYS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     ("a", False, {"do_sample": True, "top_k": 8}),
 )
 """Tasks, whether prompts are padded, and options of ``generate``."""
-NO_CACHE, DYNAMIC, STATIC = (
-    {"use_cache": False},
-    {"cache_implementation": "dynamic"},
-    {"cache_implementation": "static"},
-)
+NO_CACHE: dict[str, Any] = {"use_cache": False}
+DYNAMIC, STATIC = {"cache_implementation": "dynamic"}, {"cache_implementation": "static"}
+ROUNDED = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
 
 
 def measure(host: Host, caches: tuple[dict[str, Any], ...], want: dict[str, Any] = NO_CACHE, ways: Any = WAYS) -> float:
@@ -279,6 +277,52 @@ def measure(host: Host, caches: tuple[dict[str, Any], ...], want: dict[str, Any]
     return worst
 
 
+def assisted(host: Host) -> float:
+    """Several tokens at a time are read and some of them taken back: found in the prompt, or guessed by a model."""
+    model, worst = expanded(host), 0.0
+    inputs = {name: tensor[:1] for name, tensor in prompts(host, padded=False).items()}
+    inputs = {name: torch.cat([tensor, tensor], 1) for name, tensor in inputs.items()}  # so that something is found
+    guesses = host.build()
+    fixed = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    known = oracle(host, model, "a").generate(**inputs, **fixed, **NO_CACHE)
+    for way in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": guesses}):
+        with dtme.tasks(model, "a"):
+            found = model.generate(**inputs, **fixed, **way)
+        pairs = zip((found.sequences, *found.logits), (known.sequences, *known.logits), strict=True)
+        worst = max(worst, *(difference(one, other) for one, other in pairs))
+    return worst
+
+
+def continued(host: Host) -> float:
+    """A prompt read in parts, its cache copied, and two texts that go on from there; every step's scores."""
+    from transformers import DynamicCache, StaticCache
+
+    model, worst = expanded(host), 0.0
+    inputs = prompts(host, padded=True)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for task in TASKS:
+        plain = oracle(host, model, task)
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=ids.shape[1])):
+            for first, last in ((0, 3), (3, 5), (5, 7)):
+                kept = copy.deepcopy(cache) if last == 7 else None
+                for reading in (cache, kept) if kept is not None else (cache,):
+                    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, first:last]
+                    with torch.no_grad(), dtme.tasks(model, task):
+                        found = model(
+                            input_ids=ids[:, first:last],
+                            attention_mask=mask[:, :last],
+                            position_ids=positions,
+                            cache=reading,
+                            use_cache=True,
+                        ).logits
+                    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :last]
+                    with torch.no_grad():
+                        want = plain(ids[:, :last], attention_mask=mask[:, :last], position_ids=positions).logits
+                    seen = mask[:, first:last].bool()
+                    worst = max(worst, difference(found[seen], want[:, first:last][seen]))
+    return worst
+
+
 AGAINST = "a plain model without a cache, whose attention is written out over task keys too"
 
 
@@ -292,6 +336,27 @@ def _rows() -> None:
             needs=("transformers",),
         )
         row(partial(measure, host, (NO_CACHE, DYNAMIC, STATIC)))
+    for host in (LLAMA, MISTRAL):
+        row = situation(
+            "generate", f"{host.name}; prompt lookup, assistant", against=AGAINST, limit=1e-5, needs=("transformers",)
+        )
+        row(partial(assisted, host))
+        row = situation(
+            "generate",
+            f"{host.name}; a prompt in parts, a copied cache",
+            against=AGAINST,
+            limit=1e-10,
+            needs=("transformers",),
+        )
+        row(partial(continued, host))
+    row = situation(
+        "generate",
+        "Llama; a cache of eight bits",
+        against="the plain model whose attention is written out over task keys too, with such a cache",
+        limit=1e-10,
+        needs=("transformers",),
+    )
+    row(partial(measure, LLAMA, (ROUNDED,), ROUNDED, WAYS[:1]))
 
 
 _rows()

@@ -6,15 +6,16 @@ copies of it take along, for which stream it was filled.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .expanded import Expansion, alike
 from .trees import leaves, tensors
 
-_MARK = "_dtme_filled_for"
+_MARK, _TASK_KEYS = "_dtme_filled_for", "_dtme_task_keys"
 
 
 def is_cache(leaf: Any) -> bool:
@@ -39,15 +40,25 @@ class Filled(NamedTuple):
     """The stream that the tokens of a cache ran in."""
 
     stream: tuple[tuple[str, ...], ...]
-    """What ``alike`` tells its tasks by."""
+    """What ``alike`` tells its tasks by, and the plans that the backbone was expanded by."""
     tasks: tuple[str, ...]
     """As they were asked for, for messages."""
 
 
 def filled_for(tasks: Sequence[str], expansions: Sequence[Expansion]) -> Filled | None:
     """The mark of a cache that ``tasks`` fill together; None if they have several streams, and no cache in common."""
-    streams = tuple(alike(tasks, expansions))
-    return Filled(streams, tuple(tasks)) if len(streams) == 1 else None
+    return (
+        filled_by_row(tasks[:1], expansions)._replace(tasks=tuple(tasks))
+        if len(alike(tasks, expansions)) == 1
+        else None
+    )
+
+
+def filled_by_row(task_of_row: Sequence[str], expansions: Sequence[Expansion]) -> Filled:
+    """The mark of a cache whose rows are of these tasks; of one alone, all are."""
+    plans = tuple([expansion.fingerprint for expansion in expansions])
+    streams = [stream for task in task_of_row for stream in alike([task], expansions)]
+    return Filled((*streams, plans), tuple(task_of_row))
 
 
 def claim(tree: Any, mark: Filled) -> None:
@@ -62,7 +73,8 @@ def claim(tree: Any, mark: Filled) -> None:
         if known is not None and known.stream == mark.stream:
             continue
         if _is_filled(cache):
-            held = "not known to have run in this expanded backbone" if known is None else f"of {list(known.tasks)}"
+            held = "that did not run in this expanded backbone" if known is None else f"of {list(known.tasks)}"
+            held += ", run by another plan" if known is not None and known.tasks == mark.tasks else ""
             raise RuntimeError(
                 f"a key-value cache ({type(cache).__name__}) holds tokens {held}, and {list(mark.tasks)} cannot go on "
                 "with their keys and values: give every task a cache of its own, filled inside of its "
@@ -113,18 +125,20 @@ class Sizes(NamedTuple):
     num_queries: int
     num_keys: int
     """Places for keys, of which a mask may hide some: a static cache has all of its places from the start."""
+    cache: Any = None
 
 
 _OTHER_TOKENS = ("key_value_states", "encoder_hidden_states", "encoder_hidden_state", "kv_states")
 """Arguments of attentions over tokens that are not their own, and whose cache holds those."""
 
 
-def cached_sizes(attention: Any, names: Sequence[str], args: Any, kwargs: Any) -> Sizes | str | None:
+def cached_sizes(layer: int | None, names: Sequence[str], args: Any, kwargs: Any) -> Sizes | str | None:
     """By transformers' contract: for N more tokens the keys will be as many as ``cache.get_mask_sizes(N, layer)`` says.
 
     To be asked before the attention runs, which fills the cache.
 
     Args:
+        layer: of the cache, which the attention fills; None where it does not say.
         names: of the attention's parameters, for ``args``.
 
     Returns:
@@ -136,14 +150,36 @@ def cached_sizes(attention: Any, names: Sequence[str], args: Any, kwargs: Any) -
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
         if name in _OTHER_TOKENS and isinstance(value, Tensor):
             return f"it is given {name!r} beside a key-value cache"
-    layer = getattr(attention, "layer_idx", None)
-    if not isinstance(layer, int):
-        return (
-            f"it is given a key-value cache ({type(cache).__name__}), and does not say by layer_idx which layer of it"
-        )
+    if layer is None:
+        return f"it does not say by layer_idx which layer of its key-value cache ({type(cache).__name__}) it fills"
     try:
         num_queries = next(tensors((args, kwargs))).shape[1]  # the first are its tokens, (B, N, p)
         num_keys, _ = cache.get_mask_sizes(num_queries, layer)
     except (AttributeError, TypeError, ValueError, IndexError) as error:
-        return f"the key-value cache ({type(cache).__name__}) does not say how many keys its layer {layer} has: {error}"
-    return Sizes(num_queries, num_keys)
+        return f"its key-value cache ({type(cache).__name__}) does not say how many keys layer {layer} has: {error}"
+    return Sizes(num_queries, num_keys, cache)
+
+
+# --- keys of task tokens ----------------------------------------------------------------------------------------------
+
+
+def with_cache(
+    sizes: Sizes | str | None, name: Any, make: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a block's task tokens, which a cache remembers for as long as it holds earlier tokens.
+
+    They are then what those of the earlier tokens are: computed once, when the first of them ran. Whoever changes the
+    weights in the middle of a text finds the keys of all its tokens, and of the task's, as they were; a cache that was
+    emptied or is new has them computed anew. A static cache, whose length nobody knows without reading it, remembers
+    nothing, nor does one whose keys are to be differentiated.
+
+    Args:
+        name: of the block and of who owns the tokens of its streams.
+    """
+    cache = getattr(sizes, "cache", None)
+    if cache is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or cache.is_compileable:
+        return make()
+    known = vars(cache).setdefault(_TASK_KEYS, {})
+    if sizes.num_keys == sizes.num_queries or name not in known:  # type: ignore[union-attr]
+        known[name] = make()
+    return known[name]

@@ -1,5 +1,6 @@
 """What all adapters of one ``expand`` share, and which tasks it tells apart."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,9 @@ class Expansion(Stamped):
         self.owner_of = {task: plan.owner(task) for task in self.tasks}
         """Of every task, whose modules it has where it has some."""
         self.owners = plan.owners(self.tasks)
+        fields = (plan.num_tokens, dict(plan.modulation), dict(plan.expansion), dict(plan.groups))
+        self.fingerprint = hashlib.sha256(repr(fields).encode()).hexdigest()
+        """Of the modules that the plan adds: another if they are others."""
         self.changed = {x for blocks in (plan.modulation, plan.expansion) for tasks in blocks.values() for x in tasks}
         """Tasks that have modules in some block."""
 

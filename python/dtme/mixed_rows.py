@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .caches import Filled, claim, copy_of, is_cache, mark_new
-from .expanded import Expansion, alike
+from .caches import claim, copy_of, filled_by_row, is_cache, mark_new
+from .expanded import Expansion
 from .forwards import compiled_parts
 from .plan import check_task_of_row
 from .randomness import left_as_it_was
@@ -92,7 +92,7 @@ class RowWays:
             verdict = self._find_out(task_of_row, call, state)
             if not verdict.together:
                 return None, verdict
-            mark = self._mark(task_of_row)
+            mark = filled_by_row(task_of_row, self.expansions)
             claim(call[1:], mark)
             forward = Forward(self.expansions)
             with shown(forward):
@@ -100,15 +100,6 @@ class RowWays:
                 output = call()
             mark_new(output, mark)
             return output, verdict
-
-    def _mark(self, task_of_row: tuple[str, ...]) -> Filled:
-        """Of a cache whose rows are of these tasks."""
-        stream_of = {
-            task: stream
-            for stream, tasks in alike(dict.fromkeys(task_of_row), self.expansions).items()
-            for task in tasks
-        }
-        return Filled(tuple([stream_of[task] for task in task_of_row]), task_of_row)
 
     def run_apart(self, rows: dict[str, list[int]], call: Call, num_rows: int, state: Survey) -> dict[str, Any]:
         """``{task: what call returns for its rows}``, one task after the other."""

@@ -133,13 +133,14 @@ def test_flash_attention_masks_are_refused_at_once():
 
 
 def test_attention_arguments_nobody_knows_are_refused():
-    model = two_tasks(
-        transformers_model("T5Encoder", d_model=WIDTH, num_layers=2, num_heads=3, d_kv=8, d_ff=48, vocab_size=50)
-    )
+    model = two_tasks(transformers_model("Llama", **HF, vocab_size=50))
     first = next(iter(find_blocks(model.backbone)))
-    with pytest.raises(ValueError, match=rf"'{first}' passes 'position_bias'"):
-        dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
-    assert not hasattr(model.backbone, "_dtme") and "forward" not in vars(model.backbone.encoder.block[0].layer[0])
+    dtme.expand(model, dtme.ExpansionPlan(("a", "b"), 1, {}, {first: ("a",)}))
+    ids = make_input("Llama")["input_ids"]
+    with dtme.tasks(model, "a"):
+        model.backbone(ids, num_items_in_batch=3, output_router_logits=True)  # which are not about attention
+        with pytest.raises(ValueError, match=rf"'{first}' passes 'relative_places'"):
+            model.backbone(ids, relative_places=ids)
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import dtme_kernels
 
 from ..blocks import Arguments, channels_last, find_tokens, replace_argument
+from ..caches import with_cache
 from ..expanded import Expansion
 from ..pickles import Stamped
 from ..seams import KeysValues
@@ -312,7 +313,10 @@ class BlockAdapter(Stamped, nn.Module):
         seam = self.site.seam
         own = OwnTokens(self.name, seam.is_square, seam.cached_sizes(args, kwargs))
         joined = self._joined(run)
-        task_kv = self.task_keys_values(run) if joined else None
+        make = partial(self.task_keys_values, run)
+        if self.folded is None:
+            make = partial(with_cache, own.cached, (self.name, *self._owners(run.after)), make)
+        task_kv = make() if joined else None
         owners, index = self.expansion.owners, run.forward.task_index
         if index is not None and len(self.tokens) < len(owners) and task_kv is not None:
             has = torch.tensor([owner in self.tokens for owner in owners], device=index.device)

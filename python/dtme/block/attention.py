@@ -29,15 +29,17 @@ class OwnTokens(NamedTuple):
     """What there must be instead with the cache that the attention was given; or why that is not known."""
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        found = (query.shape[-2], key.shape[-2])
-        is_known = isinstance(self.cached, Sizes)
-        if found == tuple(self.cached) if is_known else not self.is_square or found[0] == found[1]:  # type: ignore[arg-type]
+        found, cached = Sizes(query.shape[-2], key.shape[-2]), self.cached
+        if not self.is_square or found.num_queries == found.num_keys:
             return
-        wanted = f" where its key-value cache says {self.cached[1]}" if isinstance(self.cached, Sizes) else ""
-        reason = f", and {self.cached}" if isinstance(self.cached, str) else wanted
+        reason = "" if cached is None else f", and {cached}"
+        if isinstance(cached, Sizes):
+            if found[:2] == cached[:2]:
+                return
+            reason = f", where its key-value cache says {cached.num_queries} for {cached.num_keys}"
         raise NotExpandable(
-            f"block {self.block!r}: its attention is not over its own tokens: {found[0]} queries for {found[1]} "
-            f"keys{reason}"
+            f"block {self.block!r}: its attention is not over its own tokens: {found.num_queries} queries for "
+            f"{found.num_keys} keys{reason}"
         )
 
 

@@ -153,10 +153,11 @@ def _check_joined(site: Site, seam: GenericSeam, title: str) -> None:
     tokens = find_tokens(args, kwargs, title)[1]
     task_kv = seam.keys_values(random_like(tokens, 1, 3, tokens.shape[-1]))
     try:
+        streams, own = JoinedStreams(seam.block, 1, [0], task_kv), OwnTokens(seam.block, seam.is_square)
         got, want = (
             list(tensors(seam.run(way, *args, **kwargs)))
             for way in (
-                partial(attend, JoinedStreams(seam.block, 1, [0], task_kv), None, OwnTokens(seam.block, seam.is_square)),
+                partial(attend, streams, None, own),
                 partial(attend_concatenated, None, task_kv, None, None),
             )
         )

@@ -55,9 +55,14 @@ class Seam(ABC):
         self.block, self.attention = block, attention
         self._required = required_parameters(attention.forward)
         self._names = list(inspect.signature(type(attention).forward).parameters)[1:]
+        layers = {
+            module.layer_idx for module in attention.modules() if isinstance(getattr(module, "layer_idx", None), int)
+        }
+        self._layer = layers.pop() if len(layers) == 1 else None  # of a key-value cache
         self._rotary = "position_embeddings" in inspect.signature(attention.forward).parameters
         # of the cosines and sines of task tokens: some models halve them, and want them as wide as a head
-        self._widths = tuple(dict.fromkeys((1, getattr(attention, "head_dim", None) or 1))) if self._rotary else (1,)
+        widths = (getattr(attention, name, None) or 1 for name in ("head_dim", "qk_rope_head_dim"))
+        self._widths = tuple(dict.fromkeys((1, *widths))) if self._rotary else (1,)
 
     def install(self, forward: Callable[..., Any]) -> None:
         self.attention.forward = forward
@@ -74,7 +79,7 @@ class Seam(ABC):
 
     def cached_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes | str | None:
         """How many queries and keys there will be with the cache that the attention is about to be given, if it is."""
-        return cached_sizes(self.attention, self._names, args, kwargs)
+        return cached_sizes(self._layer, self._names, args, kwargs)
 
     def keys_values(self, tokens: Tensor) -> KeysValues:
         """What the attention makes of (T, t, p) tokens."""

@@ -4,7 +4,6 @@ Tried on torch 2.13, on attentions written for the tests, on timm 0.5.4, 0.6.13 
 PVT and SegFormer. What the arguments of such blocks mean is not known.
 """
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -218,7 +217,9 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor | None, *args: Any
     scores, shift = options.pop("scores", None), options.pop("shift", None)
     softcap, sinks = options.pop("softcap", None), options.pop("sinks", None)
     if scores is None and (softcap is not None or sinks is not None):
-        scores = attention_scores(query, key, options.get("attn_mask"), options.get("is_causal", False), options.get("scale"), softcap)
+        scores = attention_scores(
+            query, key, options.get("attn_mask"), options.get("is_causal", False), options.get("scale"), softcap
+        )
     if scores is not None:
         none = key.new_empty(*key.shape[:-2], 0, key.shape[-1])
         no_value = none if value is None else value.new_empty(*value.shape[:-2], 0, value.shape[-1])

@@ -118,7 +118,10 @@ class TransformersSeam(Seam):
 
 
 # arguments of transformers' attention functions that do not change what is computed; a sliding window is in the mask
-_HARMLESS = {"output_hidden_states", "return_dict", "use_cache", "position_ids", "cache_position", "sliding_window"}
+_HARMLESS = {
+    *("output_hidden_states", "return_dict", "use_cache", "position_ids", "cache_position", "sliding_window"),
+    *("output_router_logits", "logits_to_keep", "num_items_in_batch"),
+}
 
 
 def _attention(
@@ -224,8 +227,14 @@ class Swinv2Seam(Copied):
 
 _SWIN, _SWIN_V2 = "transformers.models.swin.modeling_swin", "transformers.models.swinv2.modeling_swinv2"
 
+_FROM_THE_END = {("transformers.models.mpt.modeling_mpt", "MptAttention")}
+"""Attentions whose bias of a key is its distance to the last of all keys, rather than to the query. The softmax does
+not mind, until keys join that have none: what they change would depend on how many tokens follow."""
+
 
 def _seam(module: nn.Module) -> type[Seam] | str | None:
+    if class_of(module) in _FROM_THE_END:
+        return "its bias of a key is counted from the last token, and task tokens would count for less in longer text"
     if "ALL_ATTENTION_FUNCTIONS" in names_in_forward(module) and hasattr(module, "config"):
         implementation = getattr(module.config, "_attn_implementation", None) or "eager"
         if implementation not in ("eager", "sdpa"):
