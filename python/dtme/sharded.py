@@ -206,7 +206,7 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.view_as(part) for part in parts)
+        return tuple(part.detach() for part in parts)  # no views, which nobody may write to
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
