@@ -47,7 +47,15 @@ def test_callbacks_run_in_the_libraries_that_are_here(capsys):
         assert f"{library}{said}" in out or f"{library} {said}" in out
     ran = sum(find_spec(library) is not None for library in ("transformers", "lightning"))
     assert out.count("3 analyses in 30 steps") == ran and "failed" not in out
-    assert set(NAMES) == {*LIKE, "text", "callbacks"}
+    assert set(NAMES) == {*LIKE, "text", "callbacks", "fsdp2"}
+
+
+def test_two_processes_share_the_weights_and_one_loads_them(capfd):
+    runpy.run_path(str(FOLDER / "fsdp2.py"), run_name="__main__")
+    out = capfd.readouterr().out
+    assert "2 processes" in out and "range rate" in out and "reloaded in one process: the same predictions" in out
+    losses = [float(line.split()[1]) for line in out.splitlines() if line.startswith("loss ")]
+    assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]
 
 
 def mixed_plan(model, width, with_tokens):
