@@ -16,7 +16,7 @@ from .output import remember_tasks
 from .sharded import entrance
 from .sharing import Call, Ways, caller_level
 from .streams import Expansion, chosen, chosen_for_part, running, survey
-from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
+from .torch_private import calls_compiler, eagerly, is_outside_fsdp, recomputing, stay_eager
 
 _STANDS_IN = re.compile(r"(?!forward_head)forward\w*|(encode|extract)_\w+|get_(intermediate|image|text|audio|video)\w*")
 
@@ -105,8 +105,8 @@ class Entry:
             if running(self.expansion) is None:
                 torch._dynamo.graph_break()  # which tasks this thread chose is not known to the compiler
             return self._function()(*args, **kwargs)
-        if self.name != "forward" and (method := eagerly(entrance, self.module, self.name)) is not self:
-            return method(*args, **kwargs)
+        if self.name != "forward" and eagerly(is_outside_fsdp, self.module):
+            return eagerly(entrance, self.module, self.name)(*args, **kwargs)
         opening = eagerly(self._open, Call(self._function(), args, kwargs), calls_compiler())
         if opening is None:
             return self._function()(*args, **kwargs)

@@ -113,9 +113,11 @@ def is_of_fsdp(hook: Any) -> bool:
     """Whether FSDP2 hung ``hook`` on a module."""
     while hook is not None:
         names = type(getattr(hook, "__self__", None)).__name__, getattr(hook, "__qualname__", "").split(".")[0]
-        if any(name in ("FSDPState", "FSDPParamGroup") for name in names):
+        if any(name in ("FSDPState", "FSDPParamGroup", "FSDPParam") for name in names):
             return True
-        hook = getattr(hook, "__wrapped__", None)
+        hook = getattr(hook, "__wrapped__", None) or getattr(
+            hook, "hook", None
+        )  # copies of wrapped ones have that alone
     return False
 
 

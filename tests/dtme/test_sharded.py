@@ -1,6 +1,7 @@
 """Sharded models: what is refused by name, what fails on all ranks, and ranks that are killed."""
 
 import os
+import pickle
 import re
 import signal
 import time
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import dtme
 from benchmarks.stacks.processes import (
@@ -71,6 +72,7 @@ def refusals(rank, folder):
     refused(lambda: dtme.ConflictMonitor(model, LOSSES), RuntimeError, "between epochs")
     refused(lambda: dtme.collapse(nn.parallel.DistributedDataParallel(model_of())), RuntimeError, "DistributedData")
     different_tasks(rank, model, x)
+    copies(model, x)
     saves(rank, model, f"{folder}/model")
     loads(f"{folder}/model")
     assert same_state(model, before)
@@ -96,7 +98,31 @@ def different_tasks(rank, model, x):
             backbone(x)
 
     refused(chosen, RuntimeError, *says)
+
+    class FullyShardedDataParallel(nn.Sequential):  # the earlier one needs a GPU
+        pass
+
+    wrapped = model_of()
+    wrapped.heads["depth"] = FullyShardedDataParallel(wrapped.heads["depth"])
+    refused(lambda: wrapped(x), RuntimeError, "fully_shard")
     loss_of(model(x)).backward()  # nobody waits for anything
+    model.zero_grad()
+
+
+def seen(module, args, output):
+    module.times = getattr(module, "times", 0) + 1
+
+
+def copies(model, x):
+    """What is exported has nothing of FSDP2 any more, but hooks of others."""
+    handle = model.backbone.register_forward_hook(seen)
+    single = pickle.loads(pickle.dumps(model.export_task("depth")))
+    handle.remove()
+    assert not any("FSDP" in type(module).__name__ for module in single.modules())
+    torch.testing.assert_close(single(x), model_of()(x, "depth")["depth"], rtol=1e-12, atol=1e-12)
+    assert single.backbone.times == 1 and len(single.state_dict())
+    loss_of(model(x)).backward()
+    assert not hasattr(model.backbone, "times") and all(p.grad is None for p in single.parameters())
     model.zero_grad()
 
 
@@ -138,6 +164,9 @@ def tensor_parallel(folder):
         lambda: dtme.verify(model, input_of(Transformer, 0)),
     ):
         refused(call, RuntimeError, "tensor parallel", "before parallelize_module")
+    for block in blocks_of(sequences := model_of()).values():
+        parallelize_module(block, init_device_mesh("cpu", (2,)), {"norm1": SequenceParallel()})
+    refused(lambda: sequences(input_of(Transformer, 0)), RuntimeError, "block 'blocks.0' is sequence parallel")
     model.save_pretrained(folder)
     heads = {task: nn.Linear(WIDTH, 2).double() for task in TASKS}
     loaded = dtme.MultiTaskModel.from_pretrained(folder, Transformer().double(), heads)
