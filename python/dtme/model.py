@@ -19,6 +19,7 @@ from .forwards import ANY_TASK, Opening, run
 from .independence import Decoder, Example, check_independent, example_of, name_of
 from .parameters import users_of_parameters
 from .plan import check_tasks, choose
+from .replicas import watch_backward
 from .sharded import entrance, in_step, is_sharded, learning_together, mesh_in_use, whole_copy
 from .sharing import Call, Way, Ways
 from .streams import Forward, expansions, expansions_of, running, survey
@@ -174,6 +175,7 @@ class MultiTaskModel(nn.Module):
         """With one backward pass for all tasks, where the ranks of a sharded model have to learn in step."""
         if torch.is_grad_enabled() and mesh_in_use(self) is not None:
             return learning_together(predictions)
+        watch_backward(predictions)
         return predictions
 
     def _predict_plainly(self, x: Any, selected: tuple[str, ...], needed: tuple[str, ...]) -> dict[str, Any]:

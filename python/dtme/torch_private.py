@@ -126,3 +126,22 @@ def is_note_of_fsdp(attribute: str) -> bool:
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
     return attribute in (REGISTRY_KEY, STATE_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+
+
+def ddp_in_forward() -> Any:
+    """The DistributedDataParallel whose forward runs now; None where none does."""
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def has_reduced(ddp: Any) -> bool:
+    """Whether a DistributedDataParallel has averaged all gradients of the last backward pass."""
+    try:
+        ddp.reducer._check_reducer_finalized()
+    except RuntimeError:
+        return False
+    return True
+
+
+def after_backward(function: Callable[[], Any]) -> None:
+    """Call ``function`` at the end of the backward pass that runs in this thread now."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -71,6 +71,7 @@ def refusals(rank, folder):
     refused(lambda: dtme.conflict_map(model, batch_of(0), LOSSES, report, "blocks.0"), RuntimeError, "plain model")
     refused(lambda: dtme.ConflictMonitor(model, LOSSES), RuntimeError, "between epochs")
     refused(lambda: dtme.collapse(nn.parallel.DistributedDataParallel(model_of())), RuntimeError, "DistributedData")
+    not_averaged(rank, x)
     different_tasks(rank, model, x)
     copies(model, x)
     saves(rank, model, f"{folder}/model")
@@ -78,6 +79,20 @@ def refusals(rank, folder):
     assert same_state(model, before)
     tensor_parallel(f"{folder}/parallel")
     loops(rank)
+
+
+def not_averaged(rank, x):
+    """Plain DDP waits for the gradients of all parameters, which the backward pass says, not the next forward."""
+    says = ("has not averaged the gradients", "find_unused_parameters=True")
+    for tasks, labels in ((("depth", "normals")[rank], None), (None, TASKS[:2])):
+        wrapped = nn.parallel.DistributedDataParallel(model_of())
+        found = wrapped(x, tasks)
+        loss = loss_of(found if labels is None else {task: found[task] for task in labels})
+        refused(loss.backward, RuntimeError, *says)
+    wrapped = nn.parallel.DistributedDataParallel(model_of())
+    sum(loss_of(wrapped(x, task)) for task in TASKS).backward()  # one pass through several forwards is averaged
+    with wrapped.no_sync():
+        loss_of(wrapped(x, "depth")).backward()
 
 
 def different_tasks(rank, model, x):
