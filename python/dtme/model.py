@@ -107,6 +107,8 @@ class MultiTaskModel(nn.Module):
         Raises:
             ValueError: unknown tasks; tasks that nothing has named; a decoder that lacks a prediction.
             TypeError: ``inputs`` beside ``x``.
+            RuntimeError: ranks that share the weights by FSDP2 are about to run different tasks. Let all run all tasks,
+                each with a loss of those that it has labels of. (Ranks of DDP may, with find_unused_parameters=True.)
         """
         if x is not None and inputs:
             raise TypeError(
