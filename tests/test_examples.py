@@ -121,6 +121,14 @@ def test_under_lora(capsys):
     assert last < 0.5 * first and "range rate" in out and "merged: the same predictions" in out
 
 
+def test_two_processes_share_the_weights_and_one_loads_them(capfd):
+    runpy.run_path(str(FOLDER / "fsdp2.py"), run_name="__main__")
+    out = capfd.readouterr().out
+    assert "2 processes" in out and "range rate" in out and "reloaded in one process: the same predictions" in out
+    losses = [float(line.split()[1]) for line in out.splitlines() if line.startswith("loss ")]
+    assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]
+
+
 def mixed_plan(model, width, with_tokens):
     """Streams part at different blocks, and not every task has every module."""
     first, second, third, fourth = (

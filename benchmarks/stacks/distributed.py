@@ -178,7 +178,7 @@ def by_step(model: Any, batch: Any) -> dict[str, Any]:
 
 def settled(rank: int) -> float:
     """Both ranks stop at the same look, with the plan that both have; batches that only one has counted."""
-    data = batches(64)
+    data = batches(40)
     found = dtme.analyze(model_of(), data[rank::2], LOSSES, settle=0.6, plan_options={"expansion": 0.0}, progress=False)
     every: list[Any] = [None, None]
     dist.all_gather_object(every, (found.num_batches, found.settled, found.range_counts.tolist()))

@@ -17,7 +17,7 @@ from .output import remember_tasks
 from .sharded import entrance
 from .sharing import Call, Ways, caller_level
 from .streams import Expansion, chosen, chosen_by_row, chosen_for_part, running, survey
-from .torch_private import calls_compiler, eagerly, recomputing, stay_eager
+from .torch_private import calls_compiler, eagerly, is_outside_fsdp, recomputing, stay_eager
 
 _STANDS_IN = re.compile(r"(?!forward_head)forward\w*|(encode|extract)_\w+|get_(intermediate|image|text|audio|video)\w*")
 
@@ -106,8 +106,8 @@ class Entry:
             if running(self.expansion) is None:
                 torch._dynamo.graph_break()  # which tasks this thread chose is not known to the compiler
             return self._function()(*args, **kwargs)
-        if self.name != "forward" and (method := eagerly(entrance, self.module, self.name)) is not self:
-            return method(*args, **kwargs)
+        if self.name != "forward" and eagerly(is_outside_fsdp, self.module):
+            return eagerly(entrance, self.module, self.name)(*args, **kwargs)
         call = Call(self._function(), args, kwargs)
         rows = eagerly(chosen_by_row, self.expansion)
         if rows is not None and len(set(rows)) > 1 and eagerly(running, self.expansion) is None and not recomputing():

@@ -21,6 +21,7 @@ from .independence import Decoder, Example, check_independent, example_of, name_
 from .mixed_rows import RowWays, predict_mixed_rows
 from .parameters import is_frozen, users_of_parameters, warn_of_frozen
 from .plan import check_tasks, choose
+from .replicas import watch_backward
 from .sharded import entrance, in_step, is_sharded, learning_together, mesh_in_use, whole_copy
 from .sharing import Call, Way, Ways
 from .streams import Forward, adapters, expansions, expansions_of, running, survey
@@ -128,6 +129,8 @@ class MultiTaskModel(BackboneMethods, nn.Module):
                 of another length than the batch, or beside ``tasks``.
             TypeError: ``inputs`` beside ``x``; ``task_of_row`` is no sequence of names.
             RuntimeError: ``task_of_row`` with a decoder, which reads the features of all tasks of every row.
+                Or ranks that share the weights by FSDP2 are about to run different tasks. Let all run all tasks, each
+                with a loss of those that it has labels of. (Ranks of DDP may, with find_unused_parameters=True.)
         """
         if x is not None and inputs:
             raise given_beside(inputs)
@@ -202,6 +205,7 @@ class MultiTaskModel(BackboneMethods, nn.Module):
         """With one backward pass for all tasks, where the ranks of a sharded model have to learn in step."""
         if torch.is_grad_enabled() and mesh_in_use(self) is not None:
             return learning_together(predictions)
+        watch_backward(predictions)
         return predictions
 
     def _predict_plainly(self, x: Any, selected: tuple[str, ...], needed: tuple[str, ...]) -> dict[str, Any]:

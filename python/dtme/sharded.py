@@ -92,7 +92,7 @@ def whole_copy(model: Any, what: str, device: torch.device | None = None) -> Any
 
     Args:
         what: it is for, for messages.
-        device: of the copy; by default that of the shards.
+        device: of the copy; by default where the processes compute.
 
     Raises:
         RuntimeError: the model is tensor parallel, whose modules compute with parts.
@@ -103,7 +103,7 @@ def whole_copy(model: Any, what: str, device: torch.device | None = None) -> Any
         part.reshard()  # type: ignore[operator]
     memo: dict[int, Any] = {}
     for _, tensor in [*shards(model)]:
-        full: Any = _whole(tensor, device or tensor.device, ranks)
+        full: Any = _whole(tensor, device or torch.device(tensor.device_mesh.device_type), ranks)
         if isinstance(tensor, nn.Parameter):
             full = nn.Parameter(full, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = full
@@ -140,6 +140,27 @@ def refuse_tensor_parallel(model: nn.Module, what: str) -> None:
             )
 
 
+def refuse_sequence_parallel(name: str, block: nn.Module) -> None:
+    """RuntimeError where the norms of ``block`` are for a part of its tokens: each rank would learn of its part alone.
+
+    Such norms are known by their parameters, vectors that are the same on all ranks.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    for part in block.modules():
+        vectors = [parameter for parameter in part._parameters.values() if parameter is not None]
+        if vectors and all(is_shard(one) and one.ndim == 1 and _is_replicated(one) for one in vectors):
+            raise RuntimeError(
+                f"block {name!r} is sequence parallel ({type(part).__name__}): each rank sees a part of its tokens, "
+                "and would learn its modulation and task tokens from these alone. Parallelize its linear layers, and "
+                "leave its norms as they are"
+            )
+
+
+def _is_replicated(tensor: Any) -> bool:
+    return all(placement.is_replicate() for placement in tensor.placements)
+
+
 # --- forwards ---------------------------------------------------------------------------------------------------------
 
 
@@ -166,9 +187,18 @@ def entrance(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def mesh_in_use(*modules: nn.Module) -> Any:
-    """The mesh of several processes among which FSDP2 shares one of ``modules``; None where there is none."""
+    """The mesh of several processes among which FSDP2 shares one of ``modules``; None where there is none.
+
+    Raises:
+        RuntimeError: a part of them is wrapped by the earlier FullyShardedDataParallel.
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
+    if any(type(part).__name__ == "FullyShardedDataParallel" for module in modules for part in module.modules()):
+        raise RuntimeError(
+            "parts of the model are wrapped by FullyShardedDataParallel, whose ranks are not kept in step here: use "
+            "torch.distributed.fsdp.fully_shard"
+        )
     found = next((mesh for module in modules if (mesh := fsdp_mesh(module)) is not None), None)
     return None if found is None or found.size() == 1 else found
 
@@ -206,7 +236,7 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.view_as(part) for part in parts)
+        return tuple(part.detach() for part in parts)  # no views, which nobody may write to
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:

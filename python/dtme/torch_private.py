@@ -113,9 +113,11 @@ def is_of_fsdp(hook: Any) -> bool:
     """Whether FSDP2 hung ``hook`` on a module."""
     while hook is not None:
         names = type(getattr(hook, "__self__", None)).__name__, getattr(hook, "__qualname__", "").split(".")[0]
-        if any(name in ("FSDPState", "FSDPParamGroup") for name in names):
+        if any(name in ("FSDPState", "FSDPParamGroup", "FSDPParam") for name in names):
             return True
-        hook = getattr(hook, "__wrapped__", None)
+        hook = getattr(hook, "__wrapped__", None) or getattr(
+            hook, "hook", None
+        )  # copies of wrapped ones have that alone
     return False
 
 
@@ -124,3 +126,22 @@ def is_note_of_fsdp(attribute: str) -> bool:
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
     return attribute in (REGISTRY_KEY, STATE_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+
+
+def ddp_in_forward() -> Any:
+    """The DistributedDataParallel whose forward runs now; None where none does."""
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def has_reduced(ddp: Any) -> bool:
+    """Whether a DistributedDataParallel has averaged all gradients of the last backward pass."""
+    try:
+        ddp.reducer._check_reducer_finalized()
+    except RuntimeError:
+        return False
+    return True
+
+
+def after_backward(function: Callable[[], Any]) -> None:
+    """Call ``function`` at the end of the backward pass that runs in this thread now."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -13,6 +13,7 @@ from ..caches import with_cache
 from ..expanded import Expansion
 from ..pickles import Stamped
 from ..seams import KeysValues
+from ..sharded import refuse_sequence_parallel
 from ..streams import (
     Forward,
     Layout,
@@ -202,6 +203,8 @@ class BlockAdapter(Stamped, nn.Module):
         last = tokens if self.num_features is None else channels_last(block, self.name, tokens, self.num_features)
         is_whole = block is self._block[0] and block._modules.get("dtme") is self
         check_whole(self.name, is_whole, (self.weight, self.bias, self.tokens, self.gate), self._watched)
+        if self.own_tasks and not torch.compiler.is_compiling():
+            refuse_sequence_parallel(self.name, block)
         run = self._enter(tokens)
         others = [value for value in (*args, *kwargs.values()) if value is not tokens]
         plain = tokens.ndim == 3 and not any(isinstance(value, Tensor) or value for value in others)
