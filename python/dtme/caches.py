@@ -16,11 +16,12 @@ from .expanded import Expansion, alike
 from .trees import leaves, tensors
 
 _MARK, _TASK_KEYS = "_dtme_filled_for", "_dtme_task_keys"
+_PLAIN = (Tensor, bool, int, float, str, bytes, torch.dtype, torch.device, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def is_cache(leaf: Any) -> bool:
     """transformers' base class of every key-value cache, told by name."""
-    if leaf is None or isinstance(leaf, (Tensor, bool, int, float, str)):  # of which dynamo knows no bases
+    if leaf is None or isinstance(leaf, _PLAIN):  # torch.compile knows no bases of numbers
         return False
     return any(base.__name__ == "Cache" for base in type(leaf).__mro__)
 

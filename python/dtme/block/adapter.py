@@ -231,10 +231,12 @@ class BlockAdapter(Stamped, nn.Module):
 
     def _maps(self, run: Run, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, shared (B, N, p) or in streams (T, B, N, p), and every stream's map (T, p)."""
-        some = next(iter(self.weight.values()), None)
-        one = tokens.new_ones(tokens.shape[-1]) if some is None else torch.ones_like(some)
-        weight = self._of_streams(run, self.weight, one)
-        bias = self._of_streams(run, self.bias, torch.zeros_like(one))
+        one = zero = None
+        if run.forward.task_index is not None or any(x not in self.weight for x in self._owners(run.after)):
+            some = next(iter(self.weight.values()), None)
+            one = tokens.new_ones(tokens.shape[-1]) if some is None else torch.ones_like(some)
+            zero = torch.zeros_like(one)
+        weight, bias = self._of_streams(run, self.weight, one), self._of_streams(run, self.bias, zero)
         # whatever lies between the batch and the channels is one token axis
         if run.before.num_streams == 1:
             return tokens.flatten(1, -2), weight, bias
@@ -246,7 +248,8 @@ class BlockAdapter(Stamped, nn.Module):
         owners = self._owners(run.after) if index is None else self.expansion.owners
         owners = [owner for owner in owners if default is not None or owner in parameters]
         take = partial(probe, self.name) if run.forward.probes else nn.ParameterDict.get
-        rows = torch.stack([take(parameters, owner, default) for owner in owners])  # type: ignore[misc]
+        found: list[Any] = [take(parameters, owner, default) for owner in owners]
+        rows = torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)  # a view, for steps of one token
         return rows if index is None else rows.index_select(0, index)
 
     def _normalised_together(self, layout: Layout) -> list[tuple[str, list[int]]]:
