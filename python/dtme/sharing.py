@@ -130,7 +130,8 @@ class Ways:
             self._failed.clear()
             self._before.clear()
             self._fingerprint = state.fingerprint
-        may_share = len(alike(tasks, self.expansions)) > 1 and not self._never_shares()
+        differ = len(alike(tasks, self.expansions)) > 1  # else it is one run, which is right for every backbone
+        may_share = differ and not self._never_shares()
         kind = self._kind(tasks, call, state.is_training) if may_share else None
         is_new = may_share and (kind not in self.known or (mesh is not None and self._is_larger(kind, call)))
         if mesh is not None:
@@ -139,8 +140,7 @@ class Ways:
             return ONE_BY_ONE
         _refuse_caches(call)
         if not may_share:
-            never = self._never_shares()  # else one run, which is right for every backbone
-            self.last = Way(False, "shared_prefix=False") if never else self.last or Way(True)
+            self.last = Way(False, "shared_prefix=False") if differ else self.last or Way(True)
             return ONE_BY_ONE
         if not is_new:
             return self.known[kind]
