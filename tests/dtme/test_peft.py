@@ -134,4 +134,4 @@ def test_what_torchs_attention_never_calls_has_no_effect_with_task_tokens_either
     dtme.expand(model, dtme.ExpansionPlan(TASKS, 2, {}, {"layers.1": TASKS}))
     want = model(x)
     model.backbone = lora(model.backbone, target_modules=["out_proj"])
-    assert all(torch.equal(found, want[task]) for task, found in model(x).items())
+    torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
