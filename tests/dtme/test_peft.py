@@ -122,3 +122,16 @@ def test_names_that_wrappers_change():
     assert plan_for(plan, ["layers.0"]) is plan
     with pytest.raises(ValueError, match=r"plan names block 'module\.layers\.0', which ViTModel does not have"):
         dtme.expand(vit(), plan)
+
+
+def test_what_torchs_attention_never_calls_has_no_effect_with_task_tokens_either():
+    def encoder():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(24, 3, 48, 0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().eval()
+
+    model, x = dtme.MultiTaskModel(encoder(), heads()).eval(), torch.randn(2, 5, 24).double()
+    dtme.expand(model, dtme.ExpansionPlan(TASKS, 2, {}, {"layers.1": TASKS}))
+    want = model(x)
+    model.backbone = lora(model.backbone, target_modules=["out_proj"])
+    torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)

@@ -43,7 +43,9 @@ class TorchSeam(Copied):
         mask = self._mask(query.shape[0], key_padding_mask, attn_mask)
         dropout = attention.dropout if attention.training else 0.0
         q, k, v = self.project(query)
-        out = attention.out_proj(attend(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2))
+        out = attend(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
+        # as torch does, which reads the weights and never calls the module: what PEFT hangs on that has no effect
+        out = F.linear(out, attention.out_proj.weight, attention.out_proj.bias)
         if not need_weights:
             return out, None
         weights = attend(q, k, None, attn_mask=mask).to(q.dtype)
