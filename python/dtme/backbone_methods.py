@@ -23,6 +23,8 @@ class BackboneMethods:
 
     backbone: nn.Module
 
+    base_model_prefix = "backbone"
+    """Where transformers, and PEFT with it, look for the model whose names a file may have without a prefix."""
     accepts_loss_kwargs = False
     """What transformers' ``Trainer`` would give to a forward that takes ``**inputs``, the backbone may not know."""
     _keys_to_ignore_on_save: list[str] | None = None
