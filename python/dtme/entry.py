@@ -117,6 +117,7 @@ class Entry:
         opening = eagerly(self._open, call, calls_compiler())
         if opening is None:
             return self._function()(*args, **kwargs)
+        opening.forward.num_named = None if rows is None else len(rows)
         output = opening.carry_out(run_folded)
         eagerly(remember_tasks, output, opening.asked)
         return output

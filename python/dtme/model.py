@@ -244,7 +244,7 @@ class MultiTaskModel(BackboneMethods, nn.Module):
             if not expansions or expansions[0].traced is not None:
                 return dict.fromkeys(selected, self._features_of(x))
             call = self.call_of(x)
-            way = self._ways_of(expansions).find(selected, call, is_training=state.is_training)
+            way = self._ways_of(expansions).find(selected, call, state)
             return run(Forward(expansions), way, selected, call)
         if is_outside_fsdp(self):  # called by itself, not by forward
             return entrance(self, "extract")(x, selected)

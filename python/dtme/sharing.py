@@ -110,11 +110,11 @@ class Ways:
         same = same and all(a is b for a, b in zip(expansions, self.expansions, strict=True))
         return same and function is self.function
 
-    def find(self, tasks: tuple[str, ...], call: Call, *, is_training: bool) -> Way:
+    def find(self, tasks: tuple[str, ...], call: Call, state: Survey) -> Way:
         """The way for this call if it is known; else the slower one, which is always right."""
         if len(alike(tasks, self.expansions)) == 1 or self._never_shares():
             return ONE_BY_ONE
-        return self.known.get(self._kind(tasks, call, is_training), ONE_BY_ONE)
+        return self.known.get(self._kind(tasks, call, state), ONE_BY_ONE)
 
     def find_out(
         self, tasks: tuple[str, ...], call: Call, state: Survey, *, mesh: Any = None, force_eager: bool = False
@@ -133,7 +133,7 @@ class Ways:
             self._fingerprint = state.fingerprint
         is_one_stream = len(alike(tasks, self.expansions)) == 1  # one run, which is right for every backbone
         may_share = not is_one_stream and not self._never_shares()
-        kind = self._kind(tasks, call, state.is_training) if may_share else None
+        kind = self._kind(tasks, call, state) if may_share else None
         is_new = may_share and (kind not in self.known or (mesh is not None and self._is_larger(kind, call)))
         if mesh is not None:
             is_new = in_step(mesh, tasks, is_new)  # a comparison is more forwards, for which all ranks have to be there
@@ -161,13 +161,13 @@ class Ways:
 
     def forget(self, tasks: tuple[str, ...], call: Call, state: Survey) -> None:
         """Compare the next call of this kind again, beginning from what is known of its blocks' arguments."""
-        kind = self._kind(tasks, call, state.is_training)
+        kind = self._kind(tasks, call, state)
         if (way := self.known.pop(kind, None)) is not None:
             self._before[kind] = way.arguments
 
-    def _kind(self, tasks: tuple[str, ...], call: Call, is_training: bool) -> Any:
+    def _kind(self, tasks: tuple[str, ...], call: Call, state: Survey) -> Any:
         """Calls of other tasks that part in the same way are of one kind."""
-        return tuple(alike(tasks, self.expansions)), is_training, structure(call[1:], single=True)
+        return tuple(alike(tasks, self.expansions)), state.mode, structure(call[1:], single=True)
 
     def _is_larger(self, kind: Any, call: Call) -> bool:
         return _rows_in(call) > self._largest.get(kind, 0)
@@ -283,8 +283,11 @@ class Comparison:
         with left_as_it_was(self.owner, training=True), shown(self.forward):
             state = random_state()
             self.forward.start(together(self.tasks[:1]))
-            self.call.on_fresh_inputs()
+            self._called(self.call)
             return was_drawn(state)
+
+    def _called(self, call: Call) -> Any:
+        return call.on_fresh_inputs()
 
     def way(self) -> Way:
         statistics = [module for module in self.owner.modules() if takes_statistics(module)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .expanded import Expansion, alike
 from .plan import check_task_of_row, choose
-from .torch_private import is_compiled
+from .torch_private import is_compiled, takes_statistics
 
 if TYPE_CHECKING:
     from .block.adapter import BlockAdapter
@@ -85,6 +85,13 @@ def by_row(task_of_row: Sequence[str]) -> Layout:
     return Layout(tuple(dict.fromkeys(task_of_row)), tuple([(task,) for task in task_of_row]), True)
 
 
+def thinned_out(task_of_row: Sequence[str], num_rows: int) -> tuple[str, ...]:
+    """Every k-th of the names, where k after each other are the same; none, where that does not make ``num_rows``."""
+    every, rest = divmod(len(task_of_row), num_rows or 1)
+    some = tuple(task_of_row[::every]) if every > 1 and not rest else ()
+    return some if tuple([task for task in some for _ in range(every)]) == tuple(task_of_row) else ()
+
+
 def repeat_rows(tensor: Tensor, index: Sequence[int], num_streams: int, axis: int = 0) -> Tensor:
     """(num_streams * B, ...) → (len(index) * B, ...), stream ``index[i]`` in place i; itself if nothing moves."""
     if list(index) == list(range(num_streams)):
@@ -146,6 +153,10 @@ class Forward:
         """The block that opened it, being called by itself, and closes it."""
         self.attempt = 0
         """How often it was begun anew because of something that its comparison had not met."""
+        self.num_named: int | None = None
+        """How many rows somebody has named the task of, if all have the same."""
+        self.may_thin_out = False
+        """Whether ``thinned_out`` names will do for fewer rows."""
         self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def start(self, layout: Layout) -> None:
@@ -167,6 +178,9 @@ class Forward:
 
     def run_block(self, key: str, block: str, tokens: Tensor, leaving: Mapping[str, str]) -> Run:
         """``block`` is about to run on ``tokens``; the tasks of ``leaving`` have modules there, their owners'."""
+        if self.may_thin_out and self.num_rows is None and self.layout.by_row:
+            names = thinned_out([task for (task,) in self.layout.streams], tokens.shape[0])
+            self.layout = by_row(names) if names else self.layout
         before = self.layout
         after = before.part(leaving) if self.may_part else before
         self._check_rows(block, tokens, before.num_streams)
@@ -182,10 +196,11 @@ class Forward:
 
     def _check_rows(self, block: str, tokens: Tensor, num_streams: int) -> None:
         rows = tokens.shape[0]
-        if self.layout.by_row and rows != num_streams:
+        named = num_streams if self.layout.by_row else self.num_named if self.num_rows is None else None
+        if named not in (None, rows) and (self.layout.by_row or not rows or not named or named % rows):
             raise RuntimeError(
-                f"block {block!r} got {rows} rows, but task_of_row names the tasks of {num_streams}: it names one for "
-                "every row that the blocks see"
+                f"block {block!r} got {rows} rows, but task_of_row names the tasks of {named}: it names one for every "
+                "row that the blocks see"
             )
         if self.num_rows is None:
             self.num_rows = 1 if self.layout.by_row else rows
@@ -312,7 +327,8 @@ class tasks:
         names: a task or a sequence of tasks; the rows of the output follow their order.
         task_of_row: instead of ``names``, the task of every row: row i runs in the stream of its task alone, and the
             output has as many rows as the input, in its order. A row for every beam where ``generate`` makes several
-            of one: ``[task for task in task_of_row for _ in range(num_beams)]``.
+            of one: ``[task for task in task_of_row for _ in range(num_beams)]``, also where an encoder reads that one
+            just once before.
 
     A generator that yields inside of ``with dtme.tasks`` leaves its choice to whoever goes on: choose outside of it.
 
@@ -364,14 +380,22 @@ class Survey(NamedTuple):
     """Whether a part is compiled by itself."""
     is_training: bool
     """Whether any module is in training mode."""
+    num_statistics: int
+    """How many modules compute with statistics of their batch, as batch norm does unless it is frozen."""
     fingerprint: int
     """Other if any module was replaced."""
+
+    @property
+    def mode(self) -> tuple[bool, int]:
+        """Calls in another one may do other things with their rows."""
+        return self.is_training, self.num_statistics
 
 
 def survey(module: nn.Module) -> Survey:
     """Look through ``module``, several times as fast as by ``modules()``: every forward asks."""
     found: list[BlockAdapter] = []
     compiled = training = False
+    statistics = 0
     seen: dict[int, type] = {}
     waiting: list[nn.Module] = [module]
     while waiting:
@@ -384,9 +408,10 @@ def survey(module: nn.Module) -> Survey:
             found.append(module)  # type: ignore[arg-type]
             continue
         training = training or module.training
+        statistics += takes_statistics(module)
         if children := module._modules:
             waiting.extend([child for child in reversed(children.values()) if child is not None])
-    return Survey(found, compiled, training, hash(tuple(seen.items())))
+    return Survey(found, compiled, training, statistics, hash(tuple(seen.items())))
 
 
 def adapters(module: nn.Module) -> "list[BlockAdapter]":

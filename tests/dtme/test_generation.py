@@ -290,6 +290,31 @@ def test_compiled_steps_of_all_tasks_share_one_graph():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("host", [LLAMA, BART, T5], ids=lambda host: host.name)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_texts_of_several_tasks_at_once(host: Host, beams):
+    """An encoder reads a text once for all its beams, and a decoder begins all texts alike."""
+    model, inputs = expanded(host), prompts(host, padded=True)
+    options = {"num_beams": beams, "max_new_tokens": 5, "return_dict_in_generate": True, "output_scores": True}
+    with dtme.tasks(model, task_of_row=[task for task in TASKS for _ in range(beams)]):
+        found = model.generate(**inputs, **options)
+    for i, task in enumerate(TASKS):
+        with dtme.tasks(model, task):
+            want = model.generate(**{name: x[i : i + 1] for name, x in inputs.items()}, **options)
+        assert torch.equal(found.sequences[i : i + 1], want.sequences)
+        for scores, own in zip(found.scores, want.scores, strict=True) if beams == 1 else ():
+            torch.testing.assert_close(scores[i : i + 1], own, rtol=1e-9, atol=1e-9)
+
+
+def test_texts_of_several_tasks_while_training(llama):
+    """The comparison of the first call must not fill the cache."""
+    model, inputs = copy.deepcopy(llama), prompts(LLAMA, padded=True)
+    options = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_scores": True}
+    with dtme.tasks(model, task_of_row=TASKS):
+        want, found = model.generate(**inputs, **options), model.train().generate(**inputs, **options)
+    torch.testing.assert_close(found.scores, want.scores, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("has_tokens", [None, True, False], ids=["known task", "any task, with", "any task, without"])
 @pytest.mark.parametrize("by", [{"softcap": 1.5}, {"sinks": True}, {"softcap": 1.5, "sinks": True}], ids=str)
 def test_scores_that_are_capped_and_keys_without_values(by, has_tokens):

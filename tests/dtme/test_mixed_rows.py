@@ -227,6 +227,113 @@ def test_what_is_given_is_checked():
         torch.testing.assert_close(prediction, plain(x[rows_of(task)], task)[task], rtol=1e-12, atol=1e-13)
 
 
+class Reading(nn.Module):
+    """Returns what ``read(encoder, x)`` makes."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.encoder, self.read = OwnTransformer(), read
+        self.table = nn.Parameter(torch.randn(6, 2))
+
+    def forward(self, x):
+        return self.read(self, x)
+
+
+def read_by(read, plan=None):
+    torch.manual_seed(0)
+    heads = {task: nn.Identity() for task in TASKS}
+    model = dtme.MultiTaskModel(Reading(read), heads, features=lambda net, x: net(x)).double().eval()
+    plan = plan or dtme.ExpansionPlan(TASKS, 2, {"encoder.layers.0": TASKS, "encoder.layers.2": TASKS}, {})
+    return far_from_the_identity(dtme.expand(model, plan))
+
+
+def right(model, task_of_row):
+    x = torch.randn(len(task_of_row), LENGTH, WIDTH).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = model(x, task_of_row=task_of_row)
+    for task, want in alone(model, x, task_of_row).items():
+        torch.testing.assert_close(found[task], want, rtol=1e-9, atol=1e-10)
+    return [verdict.together for verdict in model._row_ways._known.values()]
+
+
+A, B, C = TASKS
+
+
+@pytest.mark.parametrize(
+    ("read", "batches", "together"),
+    [
+        (lambda net, x: net.encoder(x.flip(0)).flip(0), [(A, A, B), (A, B, B, A, A)], [False]),
+        (lambda net, x: net.encoder(x.roll(2, 0)).roll(-2, 0), [(A, A, B, B)], [False]),
+        (lambda net, x: net.encoder(x - x.mean(0)), [(A, A, B, B)], [False]),
+        (lambda net, x: (net.encoder(x), net.table), [(A, B) * 3, (A, B, C, A)], [True]),
+        (lambda net, x: (net.encoder(x), x.transpose(0, 1)), [(A, B, C, A), (A, B)], None),
+        (lambda net, x: (net.encoder(x), x.flatten(0, 1)), [(A, B, C, A)], [False]),
+        (lambda net, x: torch.cat([net.encoder(part) for part in x.split(4)]), [(A, B, C), (A, B, C) * 3], [False]),
+    ],
+    ids=["flip", "roll", "mean", "table of B entries", "tokens first", "rows flattened", "parts of a larger batch"],
+)
+def test_what_one_order_of_tasks_or_one_size_would_not_show(read, batches, together):
+    model = read_by(read)
+    for task_of_row in batches:
+        known = right(model, task_of_row)
+    assert together is None or known == together
+
+
+def test_as_many_rows_as_tokens_on_another_axis():
+    model, rows = read_by(lambda net, x: (net.encoder(x).transpose(0, 1), x.transpose(0, 1))), (A, B, C, A, B)
+    assert len(rows) == LENGTH
+    for task_of_row in (rows, rows[:4]):
+        x = torch.randn(len(task_of_row), LENGTH, WIDTH).double()
+        found = model(x, task_of_row=task_of_row)
+        for task, want in alone(model, x, task_of_row).items():
+            torch.testing.assert_close(found[task], want, rtol=1e-12, atol=1e-13)
+
+
+def test_tasks_that_nothing_tells_apart_teach_nothing_about_others():
+    plan = dtme.ExpansionPlan(TASKS, 2, {"encoder.layers.0": (C,)}, {})
+    model = read_by(lambda net, x: net.encoder(x) - net.encoder(x).mean(0), plan)
+    for task_of_row in ((A, B, A, B), (A, C, A, C)):
+        right(model, task_of_row)
+
+
+def test_a_call_that_returns_something_else_is_compared_again():
+    model = read_by(lambda net, x: (net.encoder(x), net.table))
+    right(model, ROWS)
+    for read in (lambda net, x: (net.table, net.encoder(x)), lambda net, x: net.encoder(x)):
+        model.backbone.read = read
+        right(model, ROWS)
+
+
+def test_statistics_that_were_frozen_when_calls_were_compared():
+    """Of rows with their own tasks, and of all tasks at once."""
+
+    def read(net, x):
+        return net.norm(net.encoder(x))
+
+    model, rows = read_by(read), (*ROWS, "normals")
+    model.backbone.norm = nn.BatchNorm1d(LENGTH).double()
+    x = torch.randn(6, LENGTH, WIDTH).double()
+    for freeze in (True, False):
+        model.train()
+        model.backbone.norm.train(not freeze)
+        twin = copy.deepcopy(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found, everyone = model(x, task_of_row=rows), model(x)
+        for task, want in alone(twin, x, rows).items():
+            torch.testing.assert_close(found[task], want, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(everyone[task], twin(x, task)[task], rtol=1e-9, atol=1e-10)
+
+
+def test_rows_of_one_task_are_counted_too():
+    backbone, x = made(OwnTransformer()).backbone, make_input("own", rows=5)
+    for task_of_row in ([], ["depth"], ["depth"] * 3):
+        said = f"5 rows, but task_of_row names the tasks of {len(task_of_row)}"
+        with dtme.tasks(backbone, task_of_row=task_of_row), pytest.raises(RuntimeError, match=said):
+            backbone(x)
+
+
 def test_rows_that_were_all_the_same_teach_nothing():
     model, x = made(OwnTransformer()), make_input("own", rows=5)
     model(x[:1].expand(5, -1, -1), task_of_row=ROWS)
