@@ -116,9 +116,12 @@ class RowWays:
         )
         comparison.forward.may_thin_out = not is_taken_apart
         verdict = comparison.verdict()
+        is_certain = comparison.distinct or not verdict.together  # of rows that are all the same not all is known
+        if is_taken_apart and not is_certain:
+            verdict = Verdict(False)
         if mesh is not None and in_step(mesh, sorted(set(task_of_row)), not verdict.together) and verdict.together:
             verdict = Verdict(False, "on another rank they cannot")
-        if comparison.distinct or not verdict.together:  # of rows that are all the same not all is known
+        if is_certain:
             self._known[kind] = verdict
         if verdict.reason and not self._has_warned:
             self._has_warned = True
