@@ -315,6 +315,17 @@ def test_texts_of_several_tasks_while_training(llama):
     torch.testing.assert_close(found.scores, want.scores, rtol=1e-9, atol=1e-9)
 
 
+def test_another_kind_of_call_in_the_middle_of_texts_of_several_tasks(llama, ids):
+    """It is compared with a copy of the cache, which remembers the real keys of task tokens."""
+    cache, want = dynamic(llama), []
+    with torch.no_grad(), dtme.tasks(llama, task_of_row=TASKS):
+        llama(ids, cache=cache, use_cache=True)
+        found = llama(ids[:, :1], cache=cache, use_cache=True, logits_to_keep=1).logits
+    for i, task in enumerate(TASKS):
+        want.append(read(llama, task, torch.cat([ids, ids[:, :1]], 1)[i : i + 1]).logits[:, -1:])
+    torch.testing.assert_close(found, torch.cat(want), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("has_tokens", [None, True, False], ids=["known task", "any task, with", "any task, without"])
 @pytest.mark.parametrize("by", [{"softcap": 1.5}, {"sinks": True}, {"softcap": 1.5, "sinks": True}], ids=str)
 def test_scores_that_are_capped_and_keys_without_values(by, has_tokens):
