@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from .caches import caches_in, claim, filled_by_row, mark_new
-from .expanded import Expansion, alike
+from .expanded import Expansion
 from .forwards import compiled_parts
 from .plan import check_task_of_row
-from .row_comparison import RowComparison, Verdict, check_parts, parts_of, take_rows
+from .row_comparison import RowComparison, Verdict, check_parts, parts_of, take_rows, telling_tasks
 from .sharded import in_step, mesh_in_use
 from .sharing import Call, caller_level, shown
 from .streams import Forward, Survey, by_row, expansions_of, running, survey, together
@@ -77,7 +77,7 @@ class RowWays:
                 mark_new(output, mark)
                 if not is_taken_apart or verdict.fits(output, len(task_of_row)):
                     return output, verdict
-                self._known.pop(self._kind(task_of_row, call, state), None)
+                self._known.pop(_kind(call, state), None)
                 if mesh_in_use(self.owner) is not None or any(caches_in(call[1:])):  # it cannot be called again
                     break
             return None, Verdict(False, "what it returns is of another kind than at its first call")
@@ -94,26 +94,20 @@ class RowWays:
                     found[task] = Call(call.function, *parts_of(call[1:], own, num_rows)).on_fresh_inputs()
         return found
 
-    def _kind(self, task_of_row: tuple[str, ...], call: Call, state: Survey) -> Any:
-        """Tasks that no block tells apart tell nothing about others."""
-        differ = len(alike(tuple(dict.fromkeys(task_of_row)), self.expansions)) > 1
-        return differ, state.mode, structure(call[1:], single=True)
-
     def _find_out(self, task_of_row: tuple[str, ...], call: Call, state: Survey, is_taken_apart: bool) -> Verdict:
         """The verdict for this call, which is compared now if it is the first of its kind, or the largest."""
         if state.fingerprint != self._fingerprint:
             self._known.clear()
             self._fingerprint = state.fingerprint
-        kind = self._kind(task_of_row, call, state)
+        kind = _kind(call, state)
         known, mesh = self._known.get(kind), mesh_in_use(self.owner)
         is_new = known is None or (known.together and known.num_rows < len(task_of_row))
         if mesh is not None:  # a comparison is more forwards, for which all ranks have to be there
             is_new = in_step(mesh, sorted(set(task_of_row)), is_new)
         if known is not None and not is_new:
             return known
-        comparison = RowComparison(
-            self.owner, self.expansions, task_of_row, call, state.is_training, is_taken_apart and mesh is None
-        )
+        tasks, has_part = telling_tasks(state.adapters, self.expansions[0].tasks), is_taken_apart and mesh is None
+        comparison = RowComparison(self.owner, self.expansions, tasks, task_of_row, call, state.is_training, has_part)
         comparison.forward.may_thin_out = not is_taken_apart
         verdict = comparison.verdict()
         is_certain = comparison.distinct or not verdict.together  # of rows that are all the same not all is known
@@ -129,6 +123,11 @@ class RowWays:
             message = f"{kind_of_owner} runs the rows of every task by themselves, not in one pass: {verdict.reason}"
             warnings.warn(message, stacklevel=caller_level())
         return verdict
+
+
+def _kind(call: Call, state: Survey) -> Any:
+    """What calls have in common that one comparison is for."""
+    return state.mode, structure(call[1:], single=True)
 
 
 @contextmanager

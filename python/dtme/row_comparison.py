@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,23 @@ from .streams import Layout, by_row, thinned_out, together
 from .torch_private import takes_statistics
 from .trees import leaves, map_leaves, map_tensors, tensors
 
-MOST_ALONE = 4
-"""Tasks that a comparison runs alone: whether a backbone keeps its rows apart does not depend on the task."""
+if TYPE_CHECKING:
+    from .block.adapter import BlockAdapter
+
 ORDERS = 3
 """In which a comparison gives its rows tasks. In any single one, a backbone that turns the rows around or swaps halves
 may put rows of one task in each other's places, where nothing shows."""
+
+
+def telling_tasks(adapters: "Sequence[BlockAdapter]", tasks: Sequence[str]) -> tuple[str, ...]:
+    """A few tasks of which some two differ at every block where any do, so that they tell rows apart behind it."""
+    chosen = [tasks[0]]
+    untold = [a for a in adapters if len({a.own_tasks.get(task) for task in tasks}) > 1]
+    while untold:
+        told = {task: [a for a in untold if a.own_tasks.get(task) != a.own_tasks.get(chosen[0])] for task in tasks}
+        chosen.append(max(tasks, key=lambda task: len(told[task])))
+        untold = [a for a in untold if a not in told[chosen[-1]]]
+    return tuple(chosen)
 
 
 def take_rows(output: Any, rows: Sequence[int], axes: Sequence[int | None] | None = None) -> Any:
@@ -95,6 +107,7 @@ class RowComparison(Comparison):
     """Rows of several tasks in one pass against all rows run for each of these tasks, on probe values.
 
     Args:
+        tasks: as ``telling_tasks`` chooses them, whatever the rows of this call are for: what is found holds for all.
         has_part: also against some of the rows run by themselves, where they can be taken from what is given. That
             shows which tensors have rows at all: a table may have as many entries as there are rows, now.
     """
@@ -103,13 +116,13 @@ class RowComparison(Comparison):
         self,
         owner: nn.Module,
         expansions: tuple[Expansion, ...],
+        tasks: tuple[str, ...],
         task_of_row: tuple[str, ...],
         call: Call,
         training: bool,
         has_part: bool,
     ) -> None:
-        super().__init__(owner, expansions, tuple(dict.fromkeys(task_of_row)), call, training)
-        self.tasks = self.tasks[:MOST_ALONE]
+        super().__init__(owner, expansions, tasks, call, training)
         self.task_of_row, self.has_part = task_of_row, has_part
         self.distinct = False
         """Whether not all rows of what came out were the same."""

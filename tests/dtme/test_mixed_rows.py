@@ -297,6 +297,27 @@ def test_tasks_that_nothing_tells_apart_teach_nothing_about_others():
         right(model, task_of_row)
 
 
+def test_tasks_that_differ_elsewhere_are_compared_too():
+    """The rows are turned around where only the fifth task has a module of its own."""
+    tasks = ("a", "b", "c", "d", "e")
+
+    def read(net, x):
+        first, second, third = net.encoder.layers
+        return third(second(first(x).flip(0)).flip(0))
+
+    model = dtme.MultiTaskModel(Reading(read), {task: nn.Identity() for task in tasks}, features=lambda net, x: net(x))
+    plan = dtme.ExpansionPlan(tasks, 2, {"encoder.layers.1": tasks[4:], "encoder.layers.2": tasks}, {})
+    far_from_the_identity(dtme.expand(model.double().eval(), plan))
+    x = torch.randn(5, LENGTH, WIDTH).double()
+    for task_of_row in (tasks[:2] * 2 + tasks[:1], ("e", "e", "a", "a", "a"), tasks):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = model(x, task_of_row=task_of_row)
+        for task, prediction in found.items():
+            want = model(x[rows_of(task, task_of_row)], task)[task]
+            torch.testing.assert_close(prediction, want, rtol=1e-9, atol=1e-10)
+
+
 def test_a_call_that_returns_something_else_is_compared_again():
     model = read_by(lambda net, x: (net.encoder(x), net.table))
     right(model, ROWS)
