@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -90,9 +91,10 @@ def _add_modules(root: Root, tasks: tuple[str, ...], task: str, like: str | None
     new = Expansion(tasks, planned.plan, old.modulator, old.shared_prefix, old.frozen)
     state = random_state()
     exchange(backbone, planned, old, new, gate_tokens=False)
-    for adapter in adapters(backbone):
-        if like is not None and like in adapter.own_tasks and task in adapter.own_tasks:
-            begin_like(adapter, task, adapter.own_tasks[like])
+    with torch.inference_mode(False):
+        for adapter in adapters(backbone):
+            if like is not None and like in adapter.own_tasks and task in adapter.own_tasks:
+                begin_like(adapter, task, adapter.own_tasks[like])
     wind_back(state)  # task tokens were drawn, of which none is left
 
 

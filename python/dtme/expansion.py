@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from . import nested_tensors
@@ -141,6 +142,13 @@ def attach(
 
     What blocks of ``earlier`` had too, they go on with; random numbers are drawn for new task tokens only.
     """
+    with torch.inference_mode(False):  # parameters made in inference mode could not be trained
+        _attach_or_leave(backbone, planned, expansion, earlier or {})
+
+
+def _attach_or_leave(
+    backbone: nn.Module, planned: PlannedBlocks, expansion: Expansion, earlier: Mapping[str, BlockAdapter]
+) -> None:
     blocks, widths, _ = planned
     # every block is probed before any is changed: probing calls it
     sites = {name: find_attention(name, blocks[name], widths[name]) for name in expansion.plan.expansion}
@@ -148,7 +156,7 @@ def attach(
     state = random_state()
     try:
         for adapter in _attach(blocks, sites, widths, expansion):
-            before = (earlier or {}).get(adapter.name)
+            before = earlier.get(adapter.name)
             if before is not None:
                 adopt(adapter, before)
             draw_tokens(adapter, before)

@@ -19,7 +19,7 @@ from .forwards import compiled_parts
 from .plan import check_task_of_row
 from .row_comparison import RowComparison, Verdict, check_parts, parts_of, take_rows, telling_tasks
 from .sharded import in_step, mesh_in_use
-from .sharing import Call, caller_level, shown
+from .sharing import MOST_KINDS, Call, caller_level, shown
 from .streams import Forward, Survey, by_row, expansions_of, running, survey, together
 from .torch_private import eagerly
 from .trees import structure, tensors
@@ -116,6 +116,8 @@ class RowWays:
         if mesh is not None and in_step(mesh, sorted(set(task_of_row)), not verdict.together) and verdict.together:
             verdict = Verdict(False, "on another rank they cannot")
         if is_certain:
+            if len(self._known) >= MOST_KINDS:
+                self._known.clear()
             self._known[kind] = verdict
         if verdict.reason and not self._has_warned:
             self._has_warned = True

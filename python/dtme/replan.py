@@ -109,8 +109,9 @@ def exchange(backbone: nn.Module, planned: PlannedBlocks, old: Expansion, new: E
     before = {adapter.name: adapter for adapter in adapters(backbone)}
     detach(backbone, old)
     attach(backbone, planned, new, before)
-    for adapter in adapters(backbone) if gate_tokens else ():
-        add_gates(adapter, new_tokens(adapter, before.get(adapter.name)))
+    with torch.inference_mode(False):
+        for adapter in adapters(backbone) if gate_tokens else ():
+            add_gates(adapter, new_tokens(adapter, before.get(adapter.name)))
     new.has_warned_of_rows = old.has_warned_of_rows
 
 

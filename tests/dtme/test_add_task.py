@@ -158,3 +158,14 @@ def test_a_plain_model_gets_a_head():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model(torch.randn(2, 5, WIDTH))["edges"].shape == (2, 5, 3)
+
+
+def test_what_is_made_in_inference_mode_can_be_trained():
+    model = dtme.MultiTaskModel(OwnTransformer(), {task: nn.Linear(WIDTH, 2) for task in TASKS})
+    head, blocks = nn.Linear(WIDTH, 2), {"layers.1": TASKS[:2]}
+    with torch.inference_mode():
+        dtme.expand(model, dtme.ExpansionPlan(TASKS, 2, blocks, blocks))
+        dtme.add_task(model, "edges", head, like=TASKS[0])
+        dtme.replan(model, dtme.ExpansionPlan(model.tasks, 3, blocks, blocks), gate_tokens=True)
+    sum(prediction.sum() for prediction in model(torch.randn(2, 5, WIDTH)).values()).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".gate." in name)

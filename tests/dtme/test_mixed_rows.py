@@ -111,6 +111,14 @@ def test_batch_statistics_are_those_of_a_task_alone():
     for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13, msg=name)
 
+    blocks = {"layers.0": TASKS[1:], "layers.2": TASKS[:1]}
+    plan = dtme.ExpansionPlan(TASKS, 2, blocks, {}, groups={"both": TASKS[1:]})
+    model = made(OwnTransformer(), plan, modulator="batch_norm").train()
+    twin = copy.deepcopy(model)
+    found, want = model(x, task_of_row=ROWS), alone(twin, x)
+    for task in want:  # those of a group too
+        torch.testing.assert_close(found[task], want[task], rtol=1e-12, atol=1e-13)
+
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()

@@ -253,12 +253,12 @@ class BlockAdapter(Stamped, nn.Module):
         return rows if index is None else rows.index_select(0, index)
 
     def _normalised_together(self, layout: Layout) -> list[tuple[str, list[int]]]:
-        """Owners of maps, and the streams whose statistics are taken together: all rows of an owner, as alone."""
+        """Owners of maps, and the streams whose statistics are taken together: all rows of a task, as alone."""
         owners = self._owners(layout)
-        if not layout.by_row:
-            return [(owner, [i]) for i, owner in enumerate(owners) if owner in self.weight]
-        own = [owner for owner in dict.fromkeys(owners) if owner in self.weight]
-        return [(owner, [i for i, other in enumerate(owners) if other == owner]) for owner in own]
+        parts: dict[Any, list[int]] = {}
+        for i, tasks in enumerate(layout.streams):
+            parts.setdefault(tasks if layout.by_row else i, []).append(i)
+        return [(owners[some[0]], some) for some in parts.values() if owners[some[0]] in self.weight]
 
     def _batch_norm(self, layout: Layout, tokens: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
