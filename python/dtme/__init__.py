@@ -2,6 +2,7 @@
 
 from .add_task import add_task
 from .analysis import analyze
+from .choices import tasks
 from .conflict_map import conflict_map
 from .expansion import collapse, expand
 from .expansion_state import expansion_state, load_expansion_state
@@ -14,7 +15,7 @@ from .plan import ExpansionPlan
 from .replan import replan
 from .report import ConflictReport
 from .sharing import sharing_of
-from .streams import is_expanded, tasks
+from .streams import is_expanded
 from .verification import verify
 from .written_out import attention
 

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from . import nested_tensors
+from .choices import chosen, chosen_by_row, chosen_for_part
+from .expanded import Expansion
 from .forwards import Opening, run_folded
 from .mixed_rows import RowWays, call_mixed_rows
 from .output import remember_tasks
 from .sharded import entrance
 from .sharing import Call, Ways, caller_level
-from .streams import Expansion, chosen, chosen_by_row, chosen_for_part, running, survey
+from .streams import running, survey
 from .torch_private import calls_compiler, eagerly, is_outside_fsdp, recomputing, stay_eager
 
 _STANDS_IN = re.compile(r"(?!forward_head)forward\w*|(encode|extract)_\w+|get_(intermediate|image|text|audio|video)\w*")

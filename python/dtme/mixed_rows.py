@@ -78,7 +78,12 @@ class RowWays:
                 if not is_taken_apart or verdict.fits(output, len(task_of_row)):
                     return output, verdict
                 self._known.pop(_kind(call, state), None)
-                if mesh_in_use(self.owner) is not None or any(caches_in(call[1:])):  # it cannot be called again
+                if mesh_in_use(self.owner) is not None:
+                    raise RuntimeError(
+                        "what the backbone returns is of another kind on this rank than at its first call, and the "
+                        "ranks of a model sharded by FSDP2 cannot compare their rows again by themselves"
+                    )
+                if any(caches_in(call[1:])):  # filled now: it cannot be called again
                     break
             return None, Verdict(False, "what it returns is of another kind than at its first call")
 

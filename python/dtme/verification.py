@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
+from .choices import tasks as streams_of
 from .model import MultiTaskModel
 from .output import split
 from .plan import choose
 from .randomness import left_as_it_was
 from .sharded import is_sharded, whole_copy
 from .streams import expansions
-from .streams import tasks as streams_of
 from .trees import tensors
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dtme
-from dtme import streams
+from dtme import choices, streams
 from tests.dtme.clients import TASKS
 
 CHOICES = (None, *TASKS, TASKS[:2], (TASKS[2], TASKS[0]))
@@ -152,7 +152,7 @@ def test_exceptions_in_the_middle_leave_nothing_behind(expanded, client):
         except kind:
             interrupted += 1
         handle.remove()
-        assert streams._forwards.get() == () == streams._choices.get()
+        assert streams._forwards.get() == () == choices._choices.get()
         if i % 20 == 0:
             assert all(equal(model(x, names), want[names]) for names in CHOICES)
     assert interrupted > 60

@@ -10,6 +10,7 @@ import dtme_kernels
 
 from ..blocks import Arguments, channels_last, find_tokens, replace_argument
 from ..caches import with_cache
+from ..choices import chosen_for_part
 from ..expanded import Expansion
 from ..pickles import Stamped
 from ..seams import KeysValues
@@ -19,7 +20,6 @@ from ..streams import (
     Layout,
     Run,
     apart,
-    chosen_for_part,
     hide,
     repeat_rows,
     running,
@@ -188,7 +188,8 @@ class BlockAdapter(Stamped, nn.Module):
     def _lost(self) -> RuntimeError:
         return RuntimeError(
             f"block {self.name!r}, or a part of it, is run by itself, or again by activation checkpointing on other "
-            "tensors than before: which tasks it is for is not known. Call the whole block, and checkpoint whole blocks"
+            "tensors than before: which tasks it is for is not known. Call the whole block, and checkpoint whole blocks; where one "
+            "tensor goes in for different tasks before the backward pass, give every call a copy of it"
         )
 
     def _keep(self, tokens: Tensor, run: Run) -> None:
