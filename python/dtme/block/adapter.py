@@ -188,8 +188,8 @@ class BlockAdapter(Stamped, nn.Module):
     def _lost(self) -> RuntimeError:
         return RuntimeError(
             f"block {self.name!r}, or a part of it, is run by itself, or again by activation checkpointing on other "
-            "tensors than before: which tasks it is for is not known. Call the whole block, and checkpoint whole blocks; where one "
-            "tensor goes in for different tasks before the backward pass, give every call a copy of it"
+            "tensors than before: which tasks it is for is not known. Call the whole block, and checkpoint whole "
+            "blocks; where one tensor goes in for different tasks before the backward pass, give each call a copy"
         )
 
     def _keep(self, tokens: Tensor, run: Run) -> None:
