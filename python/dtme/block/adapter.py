@@ -319,8 +319,8 @@ class BlockAdapter(Stamped, nn.Module):
         seam = self.site.seam
         own = OwnTokens(self.name, seam.is_square, seam.cached_sizes(args, kwargs))
         joined = self._joined(run)
-        make = partial(with_cache, own.cached, (self.name, *self._owners(run.after)), partial(self.task_keys_values, run))
-        task_kv = make() if joined else None
+        key = (self.name, *self._owners(run.after))
+        task_kv = with_cache(own.cached, key, partial(self.task_keys_values, run)) if joined else None
         owners, index = self.expansion.owners, run.forward.task_index
         if index is not None and len(self.tokens) < len(owners) and task_kv is not None:
             has = torch.tensor([owner in self.tokens for owner in owners], device=index.device)
