@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from .caches import claim, copy_of, filled_by_row, is_cache, mark_new
 from .expanded import Expansion
 from .forwards import compiled_parts
+from .layouts import by_row, together
 from .plan import check_task_of_row
 from .randomness import left_as_it_was
 from .sharded import in_step, mesh_in_use
 from .sharing import Call, Comparison, caller_level, same, shown
-from .streams import Forward, Survey, by_row, expansions_of, running, survey, together
+from .streams import Forward, Survey, expansions_of, running, survey
 from .torch_private import eagerly, takes_statistics
 from .trees import leaves, map_leaves, map_tensors, structure, tensors
 

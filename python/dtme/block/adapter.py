@@ -11,22 +11,11 @@ import dtme_kernels
 from ..blocks import Arguments, channels_last, find_tokens, replace_argument
 from ..caches import with_cache
 from ..expanded import Expansion
+from ..layouts import Layout, apart, repeat_rows, together, unfold
 from ..pickles import Stamped
 from ..seams import KeysValues
 from ..sharded import refuse_sequence_parallel
-from ..streams import (
-    Forward,
-    Layout,
-    Run,
-    apart,
-    chosen_for_part,
-    hide,
-    repeat_rows,
-    running,
-    show,
-    together,
-    unfold,
-)
+from ..streams import Forward, Run, chosen_for_part, hide, running, show
 from ..torch_private import recomputing
 from ..trees import map_tensors
 from . import feeds, recomputation
