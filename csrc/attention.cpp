@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t SCORE_BYTES = 128 << 10;  // of one block of queries
 constexpr int64_t MOST_QUERIES = 96;
+constexpr int64_t FEW_QUERIES = 4;  // of all heads that share a key; of 6 the other way is as fast
 
 struct Sizes {
   int64_t streams, images, heads, key_heads, queries, shared, task, d;
@@ -175,6 +176,52 @@ void forward(const Parallel& parallel, const Attention& a, const View& output) {
   });
 }
 
+// As forward, of a few queries, as when text is written: laying keys and values out would take longer than all
+// products, so they are read where they lie, once.
+template <class S>
+void forward_few(const Parallel& parallel, const Attention& a, const View& output) {
+  Sizes size(a);
+  int64_t keys = size.keys(), d = size.d, group = size.group(), rows = group * size.queries;
+  parallel(size.units(), 1, [&](int64_t begin, int64_t end) {
+    Buffer<S> query(rows * d), scores(rows * keys), out(rows * d);
+    Mask<S> mask(a, size);
+    for (int64_t unit = begin; unit < end; unit++) {
+      Head head = key_head(size, unit);
+      auto own = [&](int64_t row) {
+        return Head{head.stream, head.image, head.head * group + row / size.queries};
+      };
+      for (int64_t i = 0; i < rows; i += size.queries) copy_rows<S>(query + i * d, d, a.query, own(i), 0, size.queries);
+      for_each_key<S>(size, head, a.key, a.task_key, [&](int64_t j, const S* key) {
+        for (int64_t i = 0; i < rows; i++) {
+          const S* one = query + i * d;
+          S sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t c = 0; c < d; c++) sum += one[c] * key[c];
+          scores[i * keys + j] = sum;
+        }
+      });
+      Buffer<S> inverse_sums(rows);
+      for (int64_t i = 0; i < rows; i++)
+        inverse_sums[i] = softmax<S>(scores + i * keys, keys, S(a.scale), mask.of(own(i), i % size.queries));
+      std::fill_n(static_cast<S*>(out), rows * d, S(0));
+      for_each_key<S>(size, head, a.value, a.task_value, [&](int64_t j, const S* value) {
+        for (int64_t i = 0; i < rows; i++) {
+          S* __restrict to = out + i * d;
+          S weight = scores[i * keys + j];
+#pragma omp simd
+          for (int64_t c = 0; c < d; c++) to[c] += weight * value[c];
+        }
+      });
+      Rows to(output, 3);
+      for (int64_t i = 0; i < rows; i++) {
+        S* row = out + i * d;
+        for (int64_t c = 0; c < d; c++) row[c] *= inverse_sums[i];
+        to.put<S>(row, i % size.queries, own(i).in(output));
+      }
+    }
+  });
+}
+
 // --- backward --------------------------------------------------------------------------------------------------------
 
 // One thread's memory. Of one head: keys, and keys and values in panels, and the sums of their gradients; of a block of
@@ -305,7 +352,11 @@ void backward(const Parallel& parallel, const Attention& a, const View& grad, co
 }  // namespace
 
 void attend(const Parallel& parallel, const Attention& a, const View& output) {
-  with_wide_type(a.query.dtype, [&](auto type) { forward<decltype(type)>(parallel, a, output); });
+  Sizes size(a);
+  bool few = size.group() * size.queries <= FEW_QUERIES;
+  with_wide_type(a.query.dtype, [&](auto type) {
+    (few ? forward_few<decltype(type)> : forward<decltype(type)>)(parallel, a, output);
+  });
 }
 
 void attend_backward(const Parallel& parallel, const Attention& a, const View& grad, const View& d_query,

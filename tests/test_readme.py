@@ -181,6 +181,34 @@ def test_attention_that_is_written_out(printed):
     torch.testing.assert_close(scores, all_scores[..., :5, :5], rtol=1e-10, atol=1e-10)
 
 
+def test_rows_text_and_leaving(printed):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50, pad_token_id=0, eos_token_id=None)).eval()
+    both, block = ("chat", "code"), "model.layers.1"
+    moved(dtme.expand(llama, dtme.ExpansionPlan(both, 2, {block: both}, {block: both})))
+    heads = {task: nn.Linear(WIDTH, c) for task, c in CHANNELS.items()}
+    model, tasks = dtme.MultiTaskModel(CLIENTS["transformers ViT"](), heads).eval(), tuple(CHANNELS)
+    moved(dtme.expand(model, dtme.ExpansionPlan(tasks, 2, {"layers.1": tasks}, {"layers.1": tasks})))
+    x, prompts = torch.randn(3, 3, 16, 16), torch.randint(1, 50, (2, 5))
+    names = printed(
+        "Rows with tasks of their own, text, and leaving",
+        model=model,
+        x=x,
+        edges_head=copy.deepcopy(heads["depth"]),
+        llama=llama,
+        prompts=prompts,
+        mask=torch.ones_like(prompts),
+    )
+    torch.testing.assert_close(names["predictions"]["depth"], model(x[::2], "depth")["depth"])
+    torch.testing.assert_close(model(x, "edges")["edges"], model(x, "depth")["depth"])
+    torch.testing.assert_close(names["program"].module()(x), model(x, "depth")["depth"])
+    for i, task in enumerate(both):
+        with dtme.tasks(llama, task):
+            assert torch.equal(llama.generate(prompts[i : i + 1], max_new_tokens=8)[0], names["text"][i])
+
+
 def test_pictures_and_paths_it_names_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
         assert (README.parent / path).is_file(), path

@@ -262,5 +262,5 @@ def of_row(stack: str, name: str) -> float:
 
 for _stack, _rows in STACKS.items():
     for _name, (_, _limit) in _rows.items():
-        _row = situation(_stack, _name, against="one process", limit=_limit, needs=needs_of(_name))
+        _row = situation(_stack, _name, against="one process", limit=_limit, needs=needs_of(_name), run="two ranks")
         _row(partial(of_row, _stack, _name))

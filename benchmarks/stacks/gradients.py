@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,39 +108,15 @@ def torchjd_sum() -> float:
 
 
 def aggregators() -> dict[str, Callable[[], nn.Module]]:
-    """Those that need nothing else installed; UPGrad is given a solver for its small quadratic program."""
+    """All but those that want a convex solver."""
     from torchjd import aggregation as of
 
-    names = ("AlignedMTL", "ConFIG", "GradDrop", "GradVac", "IMTLG", "MGDA", "Mean", "PCD", "PCGrad", "Random", "Sum")
-    found = {name: getattr(of, name) for name in names}
+    names = ("AlignedMTL", "ConFIG", "DualProj", "GradDrop", "GradVac", "IMTLG", "MGDA", "Mean", "PCD", "PCGrad")
+    found = {name: getattr(of, name) for name in (*names, "Random", "Sum", "UPGrad")}
     found["Constant"] = lambda: of.Constant(torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64))
     found["Krum"] = lambda: of.Krum(n_byzantine=0, n_selected=2)
     found["TrimmedMean"] = lambda: of.TrimmedMean(trim_number=1)
-    found["UPGrad"] = lambda: of.UPGrad(projector=projector())
-    found["DualProj"] = lambda: of.DualProj(projector=projector())
     return found
-
-
-def projector() -> Any:
-    """Trying out every set of weights that stay at their bounds."""
-    from torchjd.linalg import DualConeProjector
-
-    class TryAll(DualConeProjector):
-        def __call__(self, U: Tensor, G: Tensor) -> Tensor:
-            return torch.stack([self.project(u, G) for u in U.reshape(-1, len(G))]).view_as(U)
-
-        def project(self, u: Tensor, G: Tensor) -> Tensor:
-            """The v of least v G v among those of v >= u."""
-            found = []
-            for free in itertools.product((False, True), repeat=len(u)):
-                at, others = torch.tensor(free), ~torch.tensor(free)
-                v = u.clone()
-                v[at] = torch.linalg.solve(G[at][:, at], -G[at][:, others] @ u[others])
-                if (v >= u - 1e-12).all():
-                    found.append(v)
-            return min(found, key=lambda v: (v @ G @ v).item())
-
-    return TryAll()
 
 
 @situation(
@@ -149,7 +124,7 @@ def projector() -> Any:
     "sixteen aggregators on what is shared",
     against="the same on a plain loop's rows",
     limit=1e-9,
-    needs=NEEDED,
+    needs=(*NEEDED, "quadprog"),
 )
 def torchjd_aggregators() -> float:
     model, batch = loops.expanded_model(), batch_of()

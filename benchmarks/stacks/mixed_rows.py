@@ -44,6 +44,12 @@ def gradients(model: dtme.MultiTaskModel, predictions: dict[str, Tensor]) -> dic
     return {"all": torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) / scale}
 
 
+def off(model: dtme.MultiTaskModel, x: Tensor) -> float:
+    """How far predictions and gradients of one pass are from those of every task by itself."""
+    found, want = model(x, task_of_row=ROWS), alone(model, x)
+    return max(largest(found, want), largest(gradients(model, found), gradients(model, want)))
+
+
 def vit() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -58,9 +64,7 @@ def vit() -> nn.Module:
     needs=("timm",),
 )
 def timm_vit() -> float:
-    model, x = expanded(vit()), torch.randn(5, 3, 16, 16).double()
-    found, want = model(x, task_of_row=ROWS), alone(model, x)
-    return max(largest(found, want), largest(gradients(model, found), gradients(model, want)))
+    return off(expanded(vit()), torch.randn(5, 3, 16, 16).double())
 
 
 @situation(STACK, "windows of a timm Swin v2", against=AGAINST, limit=1e-12, needs=("timm",))
@@ -70,9 +74,7 @@ def windows() -> float:
     backbone = SwinTransformerV2(
         img_size=24, patch_size=2, embed_dim=WIDTH, depths=(2,), num_heads=(3,), window_size=4, num_classes=0
     )
-    model, x = expanded(backbone), torch.randn(5, 3, 24, 24).double()
-    found, want = model(x, task_of_row=ROWS), alone(model, x)
-    return max(largest(found, want), largest(gradients(model, found), gradients(model, want)))
+    return off(expanded(backbone), torch.randn(5, 3, 24, 24).double())
 
 
 @situation(

@@ -23,6 +23,8 @@ class Situation(NamedTuple):
     """Runs the situation; the largest such difference. What must not happen is an exception."""
     needs: tuple[str, ...]
     """Libraries that have to be installed."""
+    run: str
+    """Situations that name the same run are measured by it together."""
 
     @property
     def title(self) -> str:
@@ -36,12 +38,12 @@ _known: dict[str, Situation] = {}
 
 
 def situation(
-    stack: str, name: str, *, against: str, limit: float, needs: tuple[str, ...] = ()
+    stack: str, name: str, *, against: str, limit: float, needs: tuple[str, ...] = (), run: str = ""
 ) -> Callable[[Callable[[], float]], Callable[[], float]]:
     """Make the decorated function, which measures it, a row of the table."""
 
     def register(measure: Callable[[], float]) -> Callable[[], float]:
-        row = Situation(stack, name, against, limit, measure, needs)
+        row = Situation(stack, name, against, limit, measure, needs, run or f"{stack}: {name}")
         if row.title in _known:
             raise ValueError(f"two situations are called {row.title!r}")
         _known[row.title] = row

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .caches import claim, filled_for, is_cache, mark_new
 from .expanded import alike
+from .layouts import Layout, apart, repeat_rows, together
 from .parameters import is_frozen, warn_of_frozen
 from .randomness import random_state, wind_back
 from .sharded import mesh_in_use
 from .sharing import ONE_BY_ONE, Call, Leaf, UnknownArgument, Way, Ways, caller_level, layout_of, rows_of
-from .streams import Forward, Layout, Survey, apart, hide, repeat_rows, show, together, traced
+from .streams import Forward, Survey, hide, show, traced
 from .torch_private import eagerly, stay_eager
 from .trees import leaves, map_leaves, opaque, tensors
 

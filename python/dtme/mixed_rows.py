@@ -16,11 +16,12 @@ from torch import nn
 from .caches import caches_in, claim, filled_by_row, mark_new
 from .expanded import Expansion
 from .forwards import compiled_parts
+from .layouts import by_row, together
 from .plan import check_task_of_row
 from .row_comparison import RowComparison, Verdict, check_parts, parts_of, take_rows, telling_tasks
 from .sharded import in_step, mesh_in_use
 from .sharing import MOST_KINDS, Call, caller_level, shown
-from .streams import Forward, Survey, by_row, expansions_of, running, survey, together
+from .streams import Forward, Survey, expansions_of, running, survey
 from .torch_private import eagerly
 from .trees import structure, tensors
 

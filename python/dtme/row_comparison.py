@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from .caches import copy_of, is_cache
 from .expanded import Expansion
+from .layouts import Layout, by_row, thinned_out, together
 from .randomness import left_as_it_was
 from .sharing import Call, Comparison, same, shown
-from .streams import Layout, by_row, thinned_out, together
 from .torch_private import takes_statistics
 from .trees import leaves, map_leaves, map_tensors, tensors
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .caches import caches_in
 from .expanded import Expansion, alike
+from .layouts import Layout, together
 from .randomness import left_as_it_was, random_state, was_drawn
 from .sharded import in_step
-from .streams import Forward, Layout, Survey, hide, show, together
+from .streams import Forward, Survey, hide, show
 from .torch_private import takes_statistics
 from .trees import fresh, opaque, structure, tensors
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dtme
+from dtme.block.attention import OwnTokens
 from dtme.streams import adapters
 from tests.dtme.clients import TASKS, WIDTH, OwnTransformer
 
@@ -96,7 +97,7 @@ def test_other_keys_than_the_blocks_own_are_refused(expanded):
     attention = model.export_task("depth", plain=True).backbone.encoder.layer[1].attention.self
     query, key = torch.zeros(3, 3, 1, 8).double(), torch.zeros(3, 3, 4, 8).double()
     with pytest.raises(ValueError, match=r"block 'encoder.layer.1': .* 1 queries for 4 keys"):
-        attention.forward.__self__._attend(True)(query, key, key)
+        attention.forward.__self__._attend(OwnTokens("encoder.layer.1", is_square=True))(query, key, key)
 
 
 @pytest.mark.parametrize("client", ["timm ViT", "own, generic seam"])

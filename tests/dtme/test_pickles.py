@@ -15,9 +15,10 @@ from dtme.expanded import Expansion
 from tests.dtme.reports import made_up
 
 LAYOUTS = {
-    BlockAdapter: "name expansion num_features own_tasks weight bias tokens gate running_mean running_var task_key "
-    "task_value task_gate folded site plain_norm _block _watched _handles is_dtme_adapter",
-    Expansion: "tasks _plan modulator shared_prefix frozen traced has_warned_of_rows owner_of owners changed",
+    BlockAdapter: "name expansion num_features own_tasks weight bias tokens gate running_mean running_var site "
+    "plain_norm _block _watched _handles is_dtme_adapter",
+    Expansion: "tasks _plan modulator shared_prefix frozen traced has_warned_of_rows "
+    "has_warned_of_frozen fingerprint owner_of owners changed",
     dtme.ExpansionPlan: "tasks num_tokens modulation expansion num_features groups",
 }
 """Attributes of layout 1."""

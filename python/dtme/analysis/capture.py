@@ -13,8 +13,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from .. import nested_tensors
 from ..blocks import BlockError, find_tokens, holds_channels_first, replace_argument
 from ..interrupts import Deferred
+from ..layouts import Layout, unfold
 from ..randomness import Saved, random_state, was_drawn, wind_back
-from ..streams import Layout, innermost, unfold
+from ..streams import innermost
 from ..torch_private import recomputing
 
 SHARED = Layout((), ((),))

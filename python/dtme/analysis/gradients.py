@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..streams import Layout
+from ..layouts import Layout
 from .capture import Entered
 
 NO_GRADIENT = (

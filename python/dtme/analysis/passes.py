@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dtme_kernels import count_conflicts
 
+from ..layouts import Layout, together
 from ..ranks import Ranks
 from ..report import ConflictReport
-from ..streams import Layout, together
 from ..trees import to_device
 from .capture import BlockInputs, Entered, Unchanged
 from .gains import map_gradients

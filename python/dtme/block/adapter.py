@@ -12,21 +12,11 @@ from ..blocks import Arguments, channels_last, find_tokens, replace_argument
 from ..caches import with_cache
 from ..choices import chosen_for_part
 from ..expanded import Expansion
+from ..layouts import Layout, apart, repeat_rows, together, unfold
 from ..pickles import Stamped
 from ..seams import KeysValues
 from ..sharded import refuse_sequence_parallel
-from ..streams import (
-    Forward,
-    Layout,
-    Run,
-    apart,
-    hide,
-    repeat_rows,
-    running,
-    show,
-    together,
-    unfold,
-)
+from ..streams import Forward, Run, hide, running, show
 from ..torch_private import recomputing
 from ..trees import map_tensors
 from . import feeds, recomputation
@@ -320,9 +310,9 @@ class BlockAdapter(Stamped, nn.Module):
         seam = self.site.seam
         own = OwnTokens(self.name, seam.is_square, seam.cached_sizes(args, kwargs))
         joined = self._joined(run)
-        named = (self.name, *self._owners(run.after))
+        key = (self.name, *self._owners(run.after))
         cached = None if run.forward.probes else own.cached  # a copy of a cache remembers the real ones
-        task_kv = with_cache(cached, named, partial(self.task_keys_values, run)) if joined else None
+        task_kv = with_cache(cached, key, partial(self.task_keys_values, run)) if joined else None
         owners, index = self.expansion.owners, run.forward.task_index
         if index is not None and len(self.tokens) < len(owners) and task_kv is not None:
             has = torch.tensor([owner in self.tokens for owner in owners], device=index.device)

@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blocks import Arguments
+from ..layouts import repeat_rows, together
 from ..seams import UNKNOWN, argument_axis
 from ..sharing import UnknownArgument
-from ..streams import Run, repeat_rows, together
+from ..streams import Run
 from ..trees import map_tensors
 
 

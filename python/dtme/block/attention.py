@@ -13,8 +13,8 @@ from torch import Tensor
 import dtme_kernels
 
 from ..caches import Sizes
+from ..layouts import unfold
 from ..seams import KeysValues, NotExpandable
-from ..streams import unfold
 from ..written_out import attention_of_scores, attention_scores, attention_weights
 
 
