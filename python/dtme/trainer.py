@@ -6,6 +6,8 @@ It needs transformers and accelerate, and so is not among what ``import dtme`` i
 import inspect
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,7 @@ class MultiTaskTrainer(Trainer):
         if options.get("data_collator") is None:
             self.data_collator = _Collator(self.data_collator)
         self._sums: dict[str, Tensor] = {}  # of every task's losses since they were logged, and how many they are
+        self._evaluated: list[str] | None = None  # tasks that the first batch of an evaluation has labels of
 
     @property
     def multi_task_model(self) -> MultiTaskModel:
@@ -138,6 +141,10 @@ class MultiTaskTrainer(Trainer):
             self._sums.clear()
         super().log(logs, *others, **options)
 
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        self._evaluated = None
+        return super().evaluation_loop(*args, **options)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -155,6 +162,13 @@ class MultiTaskTrainer(Trainer):
                 loss, predictions = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
+        self._evaluated = list(predictions) if self._evaluated is None else self._evaluated
+        if predictions.keys() != set(self._evaluated):
+            raise ValueError(
+                f"an evaluation has batches with labels of {self._evaluated} and of {list(predictions)}, whose "
+                "predictions Trainer cannot put together: evaluate each kind by itself, or only the loss (without "
+                "compute_metrics), or give a data_collator that fills in labels, and losses that ignore these"
+            )
         return loss, {task: value for task, value in predictions.items() if task not in (ignore_keys or ())}, labels
 
     # --- the optimizer ------------------------------------------------------------------------------------------------
@@ -168,7 +182,10 @@ class MultiTaskTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What ``Trainer`` writes beside a model, and the model as ``save_pretrained`` writes it."""
         folder = output_dir or self.args.output_dir or "."
-        super()._save(folder, state_dict={})
+        with tempfile.TemporaryDirectory() as apart:  # it would put empty weights in the place of an earlier save's
+            super()._save(apart, state_dict={})
+            if self.args.should_save:
+                shutil.copytree(apart, folder, ignore=shutil.ignore_patterns(saving.WEIGHTS), dirs_exist_ok=True)
         if self.args.should_save or self.is_fsdp_enabled:  # a sharded model is gathered from all processes
             self.multi_task_model.save_pretrained(folder)
 

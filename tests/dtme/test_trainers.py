@@ -239,6 +239,34 @@ def test_the_same_names_for_other_tasks_are_another_model(tmp_path):
         trainer(tmp_path, other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.parametrize("sets", [(TASKS[:1], TASKS), (TASKS, TASKS[:1])])
+def test_predictions_of_other_tasks_are_not_dropped(tmp_path, sets):
+    """Trainer would keep those tasks that the first batch has, or end in a KeyError; a loss alone it can average."""
+    samples = loops.samples(6)
+    for i, sample in enumerate(samples):
+        sample["labels"] = {task: sample["labels"][task] for task in sets[i // 3]}
+    run = trainer(tmp_path, loops.expanded_model(), per_device_eval_batch_size=3)
+    with pytest.raises(ValueError, match=r"batches with labels of \[.*\] and of \["):
+        run.predict(samples)
+    assert run.evaluate(samples)["eval_loss"] > 0
+    assert set(run.predict(samples[3:]).predictions) == set(sets[1])
+
+
+def test_an_earlier_save_stays_until_the_next_is_there(tmp_path, monkeypatch):
+    run = trainer(tmp_path, loops.expanded_model())
+    run.save_model(str(tmp_path / "saved"))
+    before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dtme.MultiTaskModel, "save_pretrained", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "saved" / "training_args.bin").is_file()
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
     run = trainer(
