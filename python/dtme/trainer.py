@@ -126,6 +126,8 @@ class MultiTaskTrainer(Trainer):
         tasks = [task for task in self.losses if task in labels]
         predictions = model(tasks=tasks, **{name: value for name, value in inputs.items() if name != "labels"})
         losses = {task: self.losses[task](predictions[task], labels[task]) for task in tasks}
+        if wrong := [task for task, loss in losses.items() if not isinstance(loss, Tensor) or loss.ndim]:
+            raise ValueError(f"the loss of {wrong[0]!r} must be a scalar tensor, got {_described(losses[wrong[0]])}")
         if model.training:
             for task, loss in losses.items():
                 self._sums[task] = self._sums.get(task, 0.0) + torch.stack([loss.detach(), torch.ones_like(loss)])
@@ -163,11 +165,12 @@ class MultiTaskTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         self._evaluated = list(predictions) if self._evaluated is None else self._evaluated
-        if predictions.keys() != set(self._evaluated):
+        are_joined = self.args.eval_do_concat_batches and not self.args.batch_eval_metrics
+        if are_joined and predictions.keys() != set(self._evaluated):
             raise ValueError(
                 f"an evaluation has batches with labels of {self._evaluated} and of {list(predictions)}, whose "
-                "predictions Trainer cannot put together: evaluate each kind by itself, or only the loss (without "
-                "compute_metrics), or give a data_collator that fills in labels, and losses that ignore these"
+                "predictions Trainer cannot put together: evaluate each kind by itself, or with batch_eval_metrics, or "
+                "only the loss (without compute_metrics)"
             )
         return loss, {task: value for task, value in predictions.items() if task not in (ignore_keys or ())}, labels
 
@@ -199,6 +202,10 @@ class MultiTaskTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint of another model was refused, and one of tied weights lacks the names of some on purpose."""
+
+
+def _described(value: Any) -> str:
+    return f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_checkpoint(folder: str | os.PathLike[str], model: MultiTaskModel) -> None:

@@ -63,6 +63,13 @@ def test_a_batch_needs_labels_by_task(tmp_path, change, says):
         trainer(tmp_path, model).compute_loss(model, batch() | change)
 
 
+def test_a_loss_is_a_scalar(tmp_path):
+    run = trainer(tmp_path, loops.expanded_model())
+    run.losses["depth"] = lambda prediction, target: (prediction - target).square()
+    with pytest.raises(ValueError, match=r"loss of 'depth' must be a scalar tensor, got one of shape \("):
+        run.compute_loss(run.model, batch())
+
+
 def test_samples_of_one_batch_have_the_same_tasks(tmp_path):
     run = trainer(tmp_path, loops.expanded_model())
     samples = loops.samples(3)
@@ -250,6 +257,8 @@ def test_predictions_of_other_tasks_are_not_dropped(tmp_path, sets):
         run.predict(samples)
     assert run.evaluate(samples)["eval_loss"] > 0
     assert set(run.predict(samples[3:]).predictions) == set(sets[1])
+    run.args.eval_do_concat_batches = False
+    assert [set(batch) for batch in run.predict(samples).predictions] == list(map(set, sets))
 
 
 def test_an_earlier_save_stays_until_the_next_is_there(tmp_path, monkeypatch):
