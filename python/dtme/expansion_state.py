@@ -6,14 +6,24 @@ from typing import Any
 from torch import nn
 
 from .block.handover import add_gates
+from .checks import Check, Record, boolean, list_of, mapping_of, one_of, text
 from .expanded import Expansion
-from .expansion import collapse, expand
+from .expansion import MODULATORS, collapse, expand
 from .interrupts import all_or_nothing
-from .plan import ExpansionPlan
+from .plan import check_plan
 from .randomness import random_state, wind_back
+from .sharing import SHARED_PREFIX
 from .streams import adapters, expansions
 from .wrappers import resolve, unwrapped
 
+CHECKS: dict[str, Check] = {
+    "plan": check_plan,
+    "modulator": one_of(*MODULATORS),
+    "freeze_backbone": boolean,
+    "shared_prefix": one_of(*SHARED_PREFIX),
+    "gates": mapping_of(list_of(text)),
+}
+"""All that is kept of an expansion beside its tensors."""
 NOT_EXPANDED: dict[str, Any] = {
     "plan": None,
     "modulator": "affine",
@@ -21,7 +31,7 @@ NOT_EXPANDED: dict[str, Any] = {
     "shared_prefix": "auto",
     "gates": {},
 }
-"""What files say of a model that is not expanded: all fields that there are."""
+"""What files say of a model that is not expanded."""
 
 
 def expansion_state(model_or_backbone: nn.Module) -> dict[str, Any]:
@@ -76,12 +86,12 @@ def load_expansion_state(model_or_backbone: nn.Module, state: Mapping[str, Any])
         RuntimeError: the model is expanded in another way.
         ValueError: ``state`` is not what ``expansion_state`` returned; or as ``expand``. The model is then as it was.
     """
-    if (
-        not isinstance(state, Mapping)
-        or (state and set(state) != set(NOT_EXPANDED))
-        or not isinstance(state.get("plan", {}), Mapping)
-    ):
+    if not isinstance(state, Mapping):
         raise ValueError(f"state must be what dtme.expansion_state(model) returned, got {state!r}")
+    try:
+        content = Record(CHECKS)(dict(state)) if state else {}
+    except ValueError as error:
+        raise ValueError(f"state must be what dtme.expansion_state(model) returned: {error}") from error
     kind, present = type(model_or_backbone).__name__, expansion_state(model_or_backbone)
     if present:
         found, want = defining(present), defining(state)
@@ -93,13 +103,13 @@ def load_expansion_state(model_or_backbone: nn.Module, state: Mapping[str, Any])
             )
     elif state:
         random = random_state()  # of a run that goes on; what expand draws is replaced by what is loaded
-        expand_by(model_or_backbone, _plan_of(state), state)
+        expand_by(model_or_backbone, content)
         wind_back(random)
     return model_or_backbone
 
 
-def expand_by(model_or_backbone: nn.Module, plan: ExpansionPlan, state: Mapping[str, Any]) -> None:
-    """Expand a plain model by what ``state_of``, or a file, says; ``plan`` is the plan in it.
+def expand_by(model_or_backbone: nn.Module, state: Mapping[str, Any]) -> None:
+    """Expand a plain model by what ``state_of``, or a file, says, its fields made into what they stand for.
 
     Raises:
         ValueError: as ``expand``; or gates are for what has no task tokens. The model is then as it was.
@@ -108,7 +118,7 @@ def expand_by(model_or_backbone: nn.Module, plan: ExpansionPlan, state: Mapping[
     shared_prefix = state.get("shared_prefix", NOT_EXPANDED["shared_prefix"])
     expand(
         model_or_backbone,
-        plan,
+        state["plan"],
         modulator=state["modulator"],
         freeze_backbone=state["freeze_backbone"],
         shared_prefix=shared_prefix,
@@ -137,13 +147,6 @@ def defining(state: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     plan = {name: value for name, value in state["plan"].items() if name != "num_features"}
     return plan | {"modulator": state["modulator"], "gates": state.get("gates", {})}
-
-
-def _plan_of(state: Mapping[str, Any]) -> ExpansionPlan:
-    try:
-        return ExpansionPlan(**state["plan"])
-    except TypeError as error:
-        raise ValueError(f"the state's plan is not one: {error}") from error
 
 
 def _backbone_of(model: nn.Module) -> nn.Module:

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .block.adapter import is_added
-from .checks import Record, boolean, list_of, mapping_of, names, one_of, or_null, text
-from .expansion import MODULATORS, collapse
-from .expansion_state import NOT_EXPANDED, expand_by, state_of
+from .checks import Record, boolean, mapping_of, names, one_of, or_null, text
+from .expansion import collapse
+from .expansion_state import CHECKS, NOT_EXPANDED, expand_by, state_of
 from .files import write_beside
 from .formats import Document, Format, parse_json
 from .independence import Decoder, name_of
 from .interrupts import all_or_nothing
-from .plan import check_plan
 from .sharded import is_shard, is_sharded, ranks_of, whole_state
-from .sharing import SHARED_PREFIX
 from .weights import check_digests, digests_of, read_weights, write_weights
 from .wrappers import resolve
 
@@ -36,17 +34,15 @@ FIELDS = Record(
         "tasks": names,
         "features": or_null(one_of("tokens", "cls")),
         "expansion_only": boolean,
-        "plan": or_null(check_plan),
-        "modulator": one_of(*MODULATORS),
-        "freeze_backbone": boolean,
+        "plan": or_null(CHECKS["plan"]),
+        **{name: CHECKS[name] for name in ("modulator", "freeze_backbone")},
         "aliases": mapping_of(text),
     },
     # what earlier releases did not write; decoder, heads and gates only where there is something to write
     {
-        "shared_prefix": one_of(*SHARED_PREFIX),
+        **{name: CHECKS[name] for name in ("shared_prefix", "gates")},
         "decoder": text,
         "heads": names,
-        "gates": mapping_of(list_of(text)),
         "digests": mapping_of(text),
     },
 )
@@ -136,7 +132,7 @@ def _build(
     with _naming(path):
         model = cls(backbone, heads, features or config["features"], decoder, config["tasks"] or None)
         if plan is not None:
-            expand_by(model, plan, config)
+            expand_by(model, config)
     try:
         if config["expansion_only"]:
             names = resolve(tensors, model.state_dict())
