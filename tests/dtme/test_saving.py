@@ -78,6 +78,15 @@ def test_what_was_not_tied_does_not_go_into_tied_weights(tmp_path):
         dtme.MultiTaskModel.from_pretrained(tmp_path, OwnTransformer(), heads(True))
 
 
+def test_names_that_no_file_can_hold_are_refused_at_once():
+    for make in (
+        lambda name: dtme.ExpansionPlan([name]),
+        lambda name: dtme.MultiTaskModel(nn.Identity(), {name: None}),
+    ):
+        with pytest.raises(ValueError, match="half of a character"):
+            make("\ud800")
+
+
 class Noted(nn.Linear):
     def get_extra_state(self):
         return {"a": "note"}
