@@ -92,8 +92,12 @@ def test_another_expansion_is_refused_and_nothing_changes():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"plan": {"tasks": ["a"], "layers": {}}}, "plan is not one"),
-        ({"plan": {"tasks": ["a"]}}, "unknown task 'a'"),
+        ({"plan": dtme.ExpansionPlan(["a"]).as_dict() | {"layers": {}}}, "plan: has the unknown field 'layers'"),
+        ({"plan": dtme.ExpansionPlan(["a"]).as_dict()}, "unknown task 'a'"),
+        ({"plan": {"tasks": ["a"]}}, "plan: lacks the field 'expansion'"),
+        ({"plan": None}, "plan must be a mapping"),
+        ({"freeze_backbone": "no"}, "freeze_backbone must be true or false"),
+        ({"gates": None}, "gates must be a mapping"),
         ({"gates": {"layers.0": ["depth"]}}, "gates of block 'layers.0'"),
         ({"modulator": "spline"}, "modulator must be one of"),
         ({"more": 1}, "must be what dtme.expansion_state"),
