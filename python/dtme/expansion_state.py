@@ -54,7 +54,7 @@ def state_of(backbone: nn.Module) -> dict[str, Any]:
     return {
         "plan": expansion.plan.as_dict(),
         "modulator": expansion.modulator,
-        "freeze_backbone": bool(expansion.frozen),
+        "freeze_backbone": expansion.frozen is not None,
         "shared_prefix": expansion.shared_prefix,
         "gates": {adapter.name: list(adapter.gate) for adapter in adapters(backbone) if adapter.gate},
     }
