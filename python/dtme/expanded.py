@@ -16,10 +16,16 @@ class Expansion(Stamped):
 
     Args:
         tasks: all tasks of the model, those too that the plan does not know.
+        frozen: parameters of the backbone that ``freeze_backbone`` found trained; None where it was not asked for.
     """
 
     def __init__(
-        self, tasks: Iterable[str], plan: ExpansionPlan, modulator: str, shared_prefix: bool | str, frozen: list[str]
+        self,
+        tasks: Iterable[str],
+        plan: ExpansionPlan,
+        modulator: str,
+        shared_prefix: bool | str,
+        frozen: list[str] | None,
     ) -> None:
         self.tasks = tuple(tasks)
         self.plan, self.modulator, self.shared_prefix, self.frozen = plan, modulator, shared_prefix, frozen

@@ -77,9 +77,9 @@ def expand(
     tasks = known or plan.tasks
     planned = PlannedBlocks.of(backbone, tasks, plan)
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
-    frozen = trained if freeze_backbone else []
+    frozen = trained if freeze_backbone else None
     attach(backbone, planned, Expansion(tasks, planned.plan, modulator, shared_prefix, frozen))
-    for name in frozen:
+    for name in frozen or ():
         backbone.get_parameter(name).requires_grad_(False)
     return model_or_backbone
 
@@ -107,7 +107,7 @@ def collapse(model_or_backbone: nn.Module) -> Any:
             root.check()
     for expansion in found:
         module = detach(backbone, expansion) or backbone
-        for name in expansion.frozen:
+        for name in expansion.frozen or ():
             module.get_parameter(name).requires_grad_(True)
     return model_or_backbone
 

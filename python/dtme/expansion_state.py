@@ -5,15 +5,33 @@ from typing import Any
 
 from torch import nn
 
-from .expansion import collapse, expand
+from .block.handover import add_gates
+from .checks import Check, Record, boolean, list_of, mapping_of, one_of, text
+from .expanded import Expansion
+from .expansion import MODULATORS, collapse, expand
 from .interrupts import all_or_nothing
-from .model import MultiTaskModel
-from .plan import ExpansionPlan
+from .plan import check_plan
 from .randomness import random_state, wind_back
-from .saving import _add_gates, _only_expansion
-from .streams import adapters
+from .sharing import SHARED_PREFIX
+from .streams import adapters, expansions
+from .wrappers import resolve, unwrapped
 
-FIELDS = {"plan", "modulator", "freeze_backbone", "shared_prefix", "gates"}
+CHECKS: dict[str, Check] = {
+    "plan": check_plan,
+    "modulator": one_of(*MODULATORS),
+    "freeze_backbone": boolean,
+    "shared_prefix": one_of(*SHARED_PREFIX),
+    "gates": mapping_of(list_of(text)),
+}
+"""All that is kept of an expansion beside its tensors."""
+NOT_EXPANDED: dict[str, Any] = {
+    "plan": None,
+    "modulator": "affine",
+    "freeze_backbone": False,
+    "shared_prefix": "auto",
+    "gates": {},
+}
+"""What files say of a model that is not expanded."""
 
 
 def expansion_state(model_or_backbone: nn.Module) -> dict[str, Any]:
@@ -25,17 +43,34 @@ def expansion_state(model_or_backbone: nn.Module) -> dict[str, Any]:
     Raises:
         RuntimeError: parts of the model were expanded by themselves, or it was wrapped after that.
     """
-    backbone = _backbone_of(model_or_backbone)
+    return state_of(_backbone_of(model_or_backbone))
+
+
+def state_of(backbone: nn.Module) -> dict[str, Any]:
+    """``expansion_state`` of a ``MultiTaskModel``'s backbone."""
     expansion = _only_expansion(backbone)
     if expansion is None:
         return {}
     return {
         "plan": expansion.plan.as_dict(),
         "modulator": expansion.modulator,
-        "freeze_backbone": bool(expansion.frozen),
+        "freeze_backbone": expansion.frozen is not None,
         "shared_prefix": expansion.shared_prefix,
         "gates": {adapter.name: list(adapter.gate) for adapter in adapters(backbone) if adapter.gate},
     }
+
+
+def _only_expansion(backbone: nn.Module) -> Expansion | None:
+    """RuntimeError where the backbone was not expanded as the whole that ``load`` will be given."""
+    found = expansions(backbone)
+    modules = dict(unwrapped(backbone).named_modules())
+    at_home = all(modules.get(f"{adapter.name}.dtme") is adapter for adapter in adapters(backbone))
+    if len(found) > 1 or not at_home:
+        raise RuntimeError(
+            f"{type(backbone).__name__} was wrapped, or built of parts, after they were expanded: a saved plan has "
+            "to name the blocks of the backbone itself. Save what was expanded, or expand the whole"
+        )
+    return next(iter(found), None)
 
 
 @all_or_nothing
@@ -51,14 +86,13 @@ def load_expansion_state(model_or_backbone: nn.Module, state: Mapping[str, Any])
         RuntimeError: the model is expanded in another way.
         ValueError: ``state`` is not what ``expansion_state`` returned; or as ``expand``. The model is then as it was.
     """
-    if (
-        not isinstance(state, Mapping)
-        or (state and set(state) != FIELDS)
-        or not isinstance(state.get("plan", {}), Mapping)
-    ):
+    if not isinstance(state, Mapping):
         raise ValueError(f"state must be what dtme.expansion_state(model) returned, got {state!r}")
-    backbone, kind = _backbone_of(model_or_backbone), type(model_or_backbone).__name__
-    present = expansion_state(model_or_backbone)
+    try:
+        content = Record(CHECKS)(dict(state)) if state else {}
+    except ValueError as error:
+        raise ValueError(f"state must be what dtme.expansion_state(model) returned: {error}") from error
+    kind, present = type(model_or_backbone).__name__, expansion_state(model_or_backbone)
     if present:
         found, want = defining(present), defining(state)
         differing = [name for name in found if found[name] != want.get(name)]
@@ -68,16 +102,43 @@ def load_expansion_state(model_or_backbone: nn.Module, state: Mapping[str, Any])
                 "with a model that is not expanded, or is by the same plan"
             )
     elif state:
-        options = {name: state[name] for name in ("modulator", "freeze_backbone", "shared_prefix")}
         random = random_state()  # of a run that goes on; what expand draws is replaced by what is loaded
-        expand(model_or_backbone, _plan_of(state), **options)
+        expand_by(model_or_backbone, content)
         wind_back(random)
-        try:
-            _add_gates("what is loaded", backbone, state["gates"])
-        except BaseException:
-            collapse(model_or_backbone)
-            raise
     return model_or_backbone
+
+
+def expand_by(model_or_backbone: nn.Module, state: Mapping[str, Any]) -> None:
+    """Expand a plain model by what ``state_of``, or a file, says, its fields made into what they stand for.
+
+    Raises:
+        ValueError: as ``expand``; or gates are for what has no task tokens. The model is then as it was.
+    """
+    # what early saves lack
+    shared_prefix = state.get("shared_prefix", NOT_EXPANDED["shared_prefix"])
+    expand(
+        model_or_backbone,
+        state["plan"],
+        modulator=state["modulator"],
+        freeze_backbone=state["freeze_backbone"],
+        shared_prefix=shared_prefix,
+    )
+    try:
+        _add_gates(_backbone_of(model_or_backbone), state.get("gates", {}))
+    except BaseException:
+        collapse(model_or_backbone)
+        raise
+
+
+def _add_gates(backbone: nn.Module, gates: Mapping[str, list[str]]) -> None:
+    """Give task tokens the gates that ``replan`` had given them."""
+    found = {adapter.name: adapter for adapter in adapters(backbone)}
+    names = resolve(gates, found)
+    for block, owners in gates.items():
+        block = names.get(block, block)
+        if block not in found or not set(owners) <= set(found[block].tokens):
+            raise ValueError(f"gates of block {block!r} are for {owners}, which have no task tokens")
+        add_gates(found[block], owners)
 
 
 def defining(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,12 +149,7 @@ def defining(state: Mapping[str, Any]) -> dict[str, Any]:
     return plan | {"modulator": state["modulator"], "gates": state.get("gates", {})}
 
 
-def _plan_of(state: Mapping[str, Any]) -> ExpansionPlan:
-    try:
-        return ExpansionPlan(**state["plan"])
-    except TypeError as error:
-        raise ValueError(f"the state's plan is not one: {error}") from error
-
-
 def _backbone_of(model: nn.Module) -> nn.Module:
+    from .model import MultiTaskModel  # which saves models by this module
+
     return model.backbone if isinstance(model, MultiTaskModel) else model

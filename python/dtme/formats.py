@@ -128,7 +128,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 def _check_values(value: Any, where: str) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
-        if any(isinstance(one, str) and not _is_whole(one) for one in level):
+        if any(isinstance(one, str) and not is_whole(one) for one in level):
             raise ValueError(f"{where} is not valid JSON of ours: a string holds half of a character")
         lists = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
         level = [one for values in lists for one in values]
@@ -142,12 +142,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {repeated!r} is there twice")
-    if not all(map(_is_whole, found)):
+    if not all(map(is_whole, found)):
         raise ValueError("a key holds half of a character")
     return found
 
 
-def _is_whole(text: str) -> bool:
+def is_whole(text: str) -> bool:
     """Whether it can be written: JSON can spell halves of characters."""
     try:
         text.encode()

@@ -112,8 +112,11 @@ class RowWays:
             is_new = in_step(mesh, sorted(set(task_of_row)), is_new)
         if known is not None and not is_new:
             return known
+        is_training = state.is_training
+        if mesh is not None:  # on a rank in training, it begins with one more forward: so in the mode of all
+            is_training = in_step(mesh, sorted(set(task_of_row)), is_training)
         tasks, has_part = telling_tasks(state.adapters, self.expansions[0].tasks), is_taken_apart and mesh is None
-        comparison = RowComparison(self.owner, self.expansions, tasks, task_of_row, call, state.is_training, has_part)
+        comparison = RowComparison(self.owner, self.expansions, tasks, task_of_row, call, is_training, has_part)
         comparison.forward.may_thin_out = not is_taken_apart
         verdict = comparison.verdict()
         is_certain = comparison.distinct or not verdict.together  # of rows that are all the same not all is known
@@ -182,8 +185,12 @@ def predict_mixed_rows(model: "MultiTaskModel", x: Any, tasks: Any, task_of_row:
 def _predict(model: "MultiTaskModel", x: Any, task_of_row: tuple[str, ...]) -> dict[str, Any]:
     _check_length(x, task_of_row)
     rows = rows_by_task(task_of_row, model.tasks)
-    if len(rows) < 2:
-        return model(x, tuple(rows)) if rows else {}
+    if not rows:
+        if (mesh := mesh_in_use(model)) is not None:
+            in_step(mesh, ())  # ranks that have rows would wait for this one
+        return {}
+    if len(rows) == 1:
+        return model(x, tuple(rows))
     state = survey(model.backbone)
     expansions = expansions_of(state.adapters)
     if any(running(expansion) is not None for expansion in expansions):

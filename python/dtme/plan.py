@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .checks import Record, anything
-from .formats import Format
+from .formats import Format, is_whole
 from .pickles import Stamped
 
 # a plan checks its fields itself: people build it by hand too
@@ -230,6 +230,8 @@ def _check_name(name: Any, kind: str) -> None:
     """Whether ``name`` can be that of a parameter in a module's dictionary of them."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"a {kind} name must be a non-empty string without dots, got {name!r}")
+    if not is_whole(name):
+        raise ValueError(f"a {kind} name must be text that a file can hold, got {name!r} with half of a character")
     if name == "training" or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
         raise ValueError(
             f"the {kind} name {name!r} is taken by torch.nn.Module: choose another, such as {f'{name}_{kind}'!r}"

@@ -13,20 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .block.adapter import is_added
-from .block.handover import add_gates
-from .checks import Record, boolean, list_of, mapping_of, names, one_of, or_null, text
-from .expanded import Expansion
-from .expansion import MODULATORS, collapse, expand
+from .checks import Record, boolean, mapping_of, names, one_of, or_null, text
+from .expansion import collapse
+from .expansion_state import CHECKS, NOT_EXPANDED, expand_by, state_of
 from .files import write_beside
 from .formats import Document, Format, parse_json
 from .independence import Decoder, name_of
 from .interrupts import all_or_nothing
-from .plan import check_plan
-from .sharded import is_sharded, ranks_of, whole_state
-from .sharing import SHARED_PREFIX
-from .streams import adapters, expansions
+from .sharded import is_shard, is_sharded, ranks_of, whole_state
 from .weights import check_digests, digests_of, read_weights, write_weights
-from .wrappers import resolve, unwrapped
+from .wrappers import resolve
 
 if TYPE_CHECKING:
     from .model import Heads, MultiTaskModel
@@ -38,17 +34,15 @@ FIELDS = Record(
         "tasks": names,
         "features": or_null(one_of("tokens", "cls")),
         "expansion_only": boolean,
-        "plan": or_null(check_plan),
-        "modulator": one_of(*MODULATORS),
-        "freeze_backbone": boolean,
+        "plan": or_null(CHECKS["plan"]),
+        **{name: CHECKS[name] for name in ("modulator", "freeze_backbone")},
         "aliases": mapping_of(text),
     },
     # what earlier releases did not write; decoder, heads and gates only where there is something to write
     {
-        "shared_prefix": one_of(*SHARED_PREFIX),
+        **{name: CHECKS[name] for name in ("shared_prefix", "gates")},
         "decoder": text,
         "heads": names,
-        "gates": mapping_of(list_of(text)),
         "digests": mapping_of(text),
     },
 )
@@ -58,7 +52,9 @@ FORMAT = Format("dtme.MultiTaskModel", FIELDS, version=2)
 
 def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: bool) -> None:
     config, ranks = _config(model, expansion_only), ranks_of(model, "save_pretrained")
-    state = whole_state(model, _state(model, expansion_only), ranks)
+    state = _state(model, expansion_only)
+    _check_storable(model, state)
+    state = whole_state(model, state, ranks)
     tensors, config["aliases"] = _without_aliases(state)
     with ranks.together():
         if ranks.rank == 0:
@@ -67,21 +63,18 @@ def save(model: "MultiTaskModel", path: str | os.PathLike[str], expansion_only: 
 
 def _config(model: "MultiTaskModel", expansion_only: bool) -> dict[str, Any]:
     """All that a file says of the model, but for its tensors."""
-    expansion = _only_expansion(model.backbone)
-    if expansion_only and expansion is None:
+    expansion = state_of(model.backbone)
+    if expansion_only and not expansion:
         raise RuntimeError("expansion_only=True needs an expanded model: call dtme.expand first")
     config: dict[str, Any] = {
         "save": uuid.uuid4().hex,
         "tasks": list(model.tasks),
         "features": model.features if isinstance(model.features, str) else None,
         "expansion_only": expansion_only,
-        "plan": expansion.plan.as_dict() if expansion else None,
-        "modulator": expansion.modulator if expansion else "affine",
-        "freeze_backbone": bool(expansion and expansion.frozen),
-        "shared_prefix": expansion.shared_prefix if expansion else "auto",
+        **(expansion or NOT_EXPANDED),
     }
-    if gates := {adapter.name: list(adapter.gate) for adapter in adapters(model.backbone) if adapter.gate}:
-        config |= {"gates": gates}
+    if not config["gates"]:
+        del config["gates"]
     if model.decoder is not None:
         config |= {"decoder": name_of(model.decoder), "heads": list(model.heads)}
     return config
@@ -93,19 +86,6 @@ def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) 
     write_beside(folder / WEIGHTS, lambda beside: write_weights(beside, tensors, carried))
     # a crash before this leaves the config of the old save, which load() recognises by its number and passes over
     FORMAT.save(folder / CONFIG, config)
-
-
-def _only_expansion(backbone: nn.Module) -> Expansion | None:
-    """RuntimeError where the backbone was not expanded as the whole that ``load`` will be given."""
-    found = expansions(backbone)
-    modules = dict(unwrapped(backbone).named_modules())
-    at_home = all(modules.get(f"{adapter.name}.dtme") is adapter for adapter in adapters(backbone))
-    if len(found) > 1 or not at_home:
-        raise RuntimeError(
-            f"{type(backbone).__name__} was wrapped, or built of parts, after they were expanded: a saved plan has "
-            "to name the blocks of the backbone itself. Save what was expanded, or expand the whole"
-        )
-    return next(iter(found), None)
 
 
 def load(
@@ -152,24 +132,17 @@ def _build(
     with _naming(path):
         model = cls(backbone, heads, features or config["features"], decoder, config["tasks"] or None)
         if plan is not None:
-            expand(
-                model,
-                plan,
-                modulator=config["modulator"],
-                freeze_backbone=config["freeze_backbone"],
-                shared_prefix=config.get("shared_prefix", "auto"),
-            )
+            expand_by(model, config)
     try:
-        _add_gates(path, model.backbone, config.get("gates", {}))
         if config["expansion_only"]:
             names = resolve(tensors, model.state_dict())
             tensors = {names.get(name, name): value for name, value in tensors.items()}
         _check_state(path, model, tensors, config["expansion_only"])
+        model.load_state_dict(tensors, strict=False)
     except BaseException:
         if plan is not None:
             collapse(model)
         raise
-    model.load_state_dict(tensors, strict=False)
     return model
 
 
@@ -180,17 +153,6 @@ def _naming(path: Any) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{path} does not fit what was given: {error}") from error
-
-
-def _add_gates(path: Any, backbone: nn.Module, gates: Mapping[str, list[str]]) -> None:
-    """Give task tokens the gates that ``replan`` had given them."""
-    found = {adapter.name: adapter for adapter in adapters(backbone)}
-    names = resolve(gates, found)
-    for block, owners in gates.items():
-        block = names.get(block, block)
-        if block not in found or not set(owners) <= set(found[block].tokens):
-            raise ValueError(f"{path} is damaged: gates of block {block!r} are for {owners}, which have no task tokens")
-        add_gates(found[block], owners)
 
 
 def _check_decoder(path: Any, config: Mapping[str, Any], decoder: Decoder | None) -> None:
@@ -274,6 +236,10 @@ def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expans
     Floats of another precision are rounded to the model's, as ``load_state_dict`` does.
     """
     state = _state(model, expansion_only)
+    if (quantised := _quantised(model, state)) is not None:
+        raise ValueError(
+            f"{path} holds plain weights, but {quantised} of what was given is quantised: load, and quantise after that"
+        )
     for name, value in state.items():
         if name not in tensors:
             raise ValueError(f"{path} lacks {name!r}: it was saved from another architecture")
@@ -285,6 +251,9 @@ def _check_state(path: Any, model: nn.Module, tensors: dict[str, Tensor], expans
             raise ValueError(f"{path} holds {name!r} in {tensors[name].dtype}, the model needs {value.dtype}")
     if unknown := tensors.keys() - state.keys():
         raise ValueError(f"{path} holds {min(unknown)!r}, which the model does not have")
+    for name, first in _tied(state).items():
+        if tensors[name] is not tensors[first] and not torch.equal(tensors[name], tensors[first]):
+            raise ValueError(f"{path} holds different {first!r} and {name!r}, which are one weight in the model")
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
@@ -292,19 +261,50 @@ def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
-def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tied weights once each, and which names stand for them: the format allows no shared memory."""
-    tensors: dict[str, Tensor] = {}
+def _check_storable(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """RuntimeError for what a file of tensors cannot hold."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise RuntimeError(f"{name!r} is a {type(value).__name__}, and files hold tensors only: save it apart")
+        if value.is_meta:
+            raise RuntimeError(f"{name!r} is on the meta device, and has no values to save")
+    if (quantised := _quantised(model, state)) is not None:
+        raise RuntimeError(
+            f"{quantised} is quantised, which no file holds: save with expansion_only=True, and give from_pretrained "
+            "a backbone that is quantised in the same way and the same heads; or save before it is quantised"
+        )
+
+
+def _quantised(model: nn.Module, state: Mapping[str, Any]) -> str | None:
+    """The name and type of a tensor out of ``state`` that torchao or bitsandbytes keep in a form of their own."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in state.items():
+        kind = type(parameters.get(name, value))
+        if kind.__module__.startswith("bitsandbytes.") or (hasattr(kind, "__tensor_flatten__") and not is_shard(value)):
+            return f"{name!r} ({kind.__name__})"
+    return None
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which names are the same tensor as an earlier name."""
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, value in state.items():
-        memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-        identity = memory if value.numel() else (name,)
-        if identity in first:
-            aliases[name] = first[identity]
+        memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype, value.is_conj())
+        found = first.setdefault(memory if value.numel() else (name,), name)
+        if found != name:
+            aliases[name] = found
+    return aliases
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tied weights once each, and which names stand for them: the format allows no shared memory."""
+    tensors: dict[str, Tensor] = {}
+    aliases = _tied(state)
+    for name, value in state.items():
+        if name in aliases:
             continue
-        first[identity] = name
-        value = value.detach().cpu().contiguous()
+        value = value.detach().cpu().resolve_conj().contiguous()
         shared = value.untyped_storage().nbytes() != value.nbytes
         tensors[name] = value.clone(memory_format=torch.contiguous_format) if shared else value
     return tensors, aliases

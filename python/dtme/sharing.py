@@ -149,8 +149,10 @@ class Ways:
             return ONE_BY_ONE
         if not is_new:
             return self.known[kind]
+        # on a rank in training, a comparison begins with one more forward: so in the mode of all
+        is_training = state.is_training if mesh is None else in_step(mesh, tasks, state.is_training)
         with torch.compiler.set_stance("force_eager") if force_eager else nullcontext():
-            self.last = way = self._judge(tasks, call, kind, state.is_training)
+            self.last = way = self._judge(tasks, call, kind, is_training)
         if mesh is not None:
             if in_step(mesh, tasks, not way.shares) and way.shares:
                 self.known.pop(kind, None)

@@ -6,6 +6,8 @@ It needs transformers and accelerate, and so is not among what ``import dtme`` i
 import inspect
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,7 @@ class MultiTaskTrainer(Trainer):
         if options.get("data_collator") is None:
             self.data_collator = _Collator(self.data_collator)
         self._sums: dict[str, Tensor] = {}  # of every task's losses since they were logged, and how many they are
+        self._evaluated: list[str] | None = None  # tasks that the first batch of an evaluation has labels of
 
     @property
     def multi_task_model(self) -> MultiTaskModel:
@@ -123,6 +126,8 @@ class MultiTaskTrainer(Trainer):
         tasks = [task for task in self.losses if task in labels]
         predictions = model(tasks=tasks, **{name: value for name, value in inputs.items() if name != "labels"})
         losses = {task: self.losses[task](predictions[task], labels[task]) for task in tasks}
+        if wrong := [task for task, loss in losses.items() if not isinstance(loss, Tensor) or loss.ndim]:
+            raise ValueError(f"the loss of {wrong[0]!r} must be a scalar tensor, got {_described(losses[wrong[0]])}")
         if model.training:
             for task, loss in losses.items():
                 self._sums[task] = self._sums.get(task, 0.0) + torch.stack([loss.detach(), torch.ones_like(loss)])
@@ -137,6 +142,10 @@ class MultiTaskTrainer(Trainer):
             logs |= {f"loss_{t}": total / n for t, (total, n) in zip(self.losses, sums.tolist(), strict=True) if n}
             self._sums.clear()
         super().log(logs, *others, **options)
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        self._evaluated = None
+        return super().evaluation_loop(*args, **options)
 
     def prediction_step(
         self,
@@ -155,6 +164,14 @@ class MultiTaskTrainer(Trainer):
                 loss, predictions = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
+        self._evaluated = list(predictions) if self._evaluated is None else self._evaluated
+        are_joined = self.args.eval_do_concat_batches and not self.args.batch_eval_metrics
+        if are_joined and predictions.keys() != set(self._evaluated):
+            raise ValueError(
+                f"an evaluation has batches with labels of {self._evaluated} and of {list(predictions)}, whose "
+                "predictions Trainer cannot put together: evaluate each kind by itself, or with batch_eval_metrics, or "
+                "only the loss (without compute_metrics)"
+            )
         return loss, {task: value for task, value in predictions.items() if task not in (ignore_keys or ())}, labels
 
     # --- the optimizer ------------------------------------------------------------------------------------------------
@@ -168,7 +185,10 @@ class MultiTaskTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What ``Trainer`` writes beside a model, and the model as ``save_pretrained`` writes it."""
         folder = output_dir or self.args.output_dir or "."
-        super()._save(folder, state_dict={})
+        with tempfile.TemporaryDirectory() as apart:  # it would put empty weights in the place of an earlier save's
+            super()._save(apart, state_dict={})
+            if self.args.should_save:
+                shutil.copytree(apart, folder, ignore=shutil.ignore_patterns(saving.WEIGHTS), dirs_exist_ok=True)
         if self.args.should_save or self.is_fsdp_enabled:  # a sharded model is gathered from all processes
             self.multi_task_model.save_pretrained(folder)
 
@@ -182,6 +202,10 @@ class MultiTaskTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A checkpoint of another model was refused, and one of tied weights lacks the names of some on purpose."""
+
+
+def _described(value: Any) -> str:
+    return f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_checkpoint(folder: str | os.PathLike[str], model: MultiTaskModel) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dtme
-from tests.dtme.clients import CLIENTS, TASKS, WIDTH, mixed_plan, same_predictions
+from tests.dtme.clients import CLIENTS, TASKS, WIDTH, OwnTransformer, mixed_plan, same_predictions
 
 
 def plain(seed=9):
@@ -92,8 +92,12 @@ def test_another_expansion_is_refused_and_nothing_changes():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"plan": {"tasks": ["a"], "layers": {}}}, "plan is not one"),
-        ({"plan": {"tasks": ["a"]}}, "unknown task 'a'"),
+        ({"plan": dtme.ExpansionPlan(["a"]).as_dict() | {"layers": {}}}, "plan: has the unknown field 'layers'"),
+        ({"plan": dtme.ExpansionPlan(["a"]).as_dict()}, "unknown task 'a'"),
+        ({"plan": {"tasks": ["a"]}}, "plan: lacks the field 'expansion'"),
+        ({"plan": None}, "plan must be a mapping"),
+        ({"freeze_backbone": "no"}, "freeze_backbone must be true or false"),
+        ({"gates": None}, "gates must be a mapping"),
         ({"gates": {"layers.0": ["depth"]}}, "gates of block 'layers.0'"),
         ({"modulator": "spline"}, "modulator must be one of"),
         ({"more": 1}, "must be what dtme.expansion_state"),
@@ -111,3 +115,14 @@ def test_parts_that_were_expanded_by_themselves_have_no_state():
     wrapped = nn.Sequential(model.backbone)
     with pytest.raises(RuntimeError, match="was wrapped, or built of parts"):
         dtme.expansion_state(wrapped)
+
+
+def test_a_backbone_that_was_frozen_before_stays_so():
+    plan = dtme.ExpansionPlan(TASKS, 2, {"layers.0": TASKS})
+    backbone = OwnTransformer().requires_grad_(False)
+    dtme.expand(backbone, plan, freeze_backbone=True)
+    fresh = dtme.load_expansion_state(OwnTransformer(), dtme.expansion_state(backbone))
+    assert {name for name, p in fresh.named_parameters() if p.requires_grad} == {
+        name for name, _ in fresh.named_parameters() if ".dtme." in name
+    }
+    assert not any(p.requires_grad for p in dtme.collapse(backbone).parameters())

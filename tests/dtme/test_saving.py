@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dtme
+from benchmarks.stacks import quantised
 from tests.dtme.clients import CLIENTS, TASKS, WIDTH, OwnTransformer, mixed_plan, same_predictions
 
 
@@ -61,6 +62,76 @@ def test_tied_weights_are_stored_once(tmp_path):
     )
     assert torch.equal(again.heads["b"].weight, heads["a"].weight)
     assert json.loads((tmp_path / "dtme_config.json").read_text())["aliases"] == {"heads.b.weight": "heads.a.weight"}
+
+
+def test_what_was_not_tied_does_not_go_into_tied_weights(tmp_path):
+    """One of the two values would be lost."""
+
+    def heads(is_tied):
+        first, second = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
+        if is_tied:
+            second.weight = first.weight
+        return {"a": first, "b": second}
+
+    dtme.MultiTaskModel(OwnTransformer(), heads(False)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"different 'heads.a.weight' and 'heads.b.weight'"):
+        dtme.MultiTaskModel.from_pretrained(tmp_path, OwnTransformer(), heads(True))
+
+
+def test_names_that_no_file_can_hold_are_refused_at_once():
+    for make in (
+        lambda name: dtme.ExpansionPlan([name]),
+        lambda name: dtme.MultiTaskModel(nn.Identity(), {name: None}),
+    ):
+        with pytest.raises(ValueError, match="half of a character"):
+            make("\ud800")
+
+
+class Noted(nn.Linear):
+    def get_extra_state(self):
+        return {"a": "note"}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_no_file_of_tensors_holds_is_refused_by_name(tmp_path):
+    with pytest.raises(RuntimeError, match=r"'heads.a._extra_state' is a dict"):
+        dtme.MultiTaskModel(OwnTransformer(), {"a": Noted(WIDTH, 3)}).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"'heads.a.weight' is on the meta device"):
+        model = dtme.MultiTaskModel(OwnTransformer(), {"a": nn.Linear(WIDTH, 3, device="meta")})
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_weights_are_neither_saved_nor_loaded_into(tmp_path):
+    pytest.importorskip("torchao")
+    heads = {"a": nn.Linear(quantised.WIDTH, 3)}
+    plan = quantised.plan_of(quantised.vit())
+    plan = dtme.ExpansionPlan(["a"], 2, {block: ["a"] for block in plan.blocks})
+    model = dtme.expand(dtme.MultiTaskModel(quantised.base(quantised.weights), heads), plan)
+    with pytest.raises(RuntimeError, match=r"'backbone.*' \(Int8Tensor\) is quantised.*expansion_only=True"):
+        model.save_pretrained(tmp_path)
+    plain = quantised.vit(dtype=torch.float32, width=quantised.WIDTH)
+    dtme.expand(dtme.MultiTaskModel(plain, heads), plan).save_pretrained(tmp_path)
+    dtme.collapse(model)
+    with pytest.raises(ValueError, match="load, and quantise after that"):
+        dtme.MultiTaskModel.from_pretrained(tmp_path, model.backbone, heads)
+    assert not dtme.is_expanded(model)
+
+
+def test_conjugates_are_tensors_of_their_own(tmp_path):
+    def head():
+        linear = nn.Linear(WIDTH, 3)
+        linear.register_buffer("z", torch.randn(3, dtype=torch.complex64))
+        linear.register_buffer("conjugate", linear.z.conj())
+        return linear
+
+    model = dtme.MultiTaskModel(OwnTransformer(), {"a": head()})
+    model.save_pretrained(tmp_path)
+    again = dtme.MultiTaskModel.from_pretrained(tmp_path, OwnTransformer(), {"a": head()})
+    assert torch.equal(again.heads["a"].conjugate.resolve_conj(), model.heads["a"].z.conj().resolve_conj())
 
 
 def flip_a_length(folder):

@@ -73,6 +73,7 @@ def refusals(rank, folder):
     refused(lambda: dtme.collapse(nn.parallel.DistributedDataParallel(model_of())), RuntimeError, "DistributedData")
     not_averaged(rank, x)
     different_tasks(rank, model, x)
+    different_rows(rank, model, x)
     copies(model, x)
     saves(rank, model, f"{folder}/model")
     loads(f"{folder}/model")
@@ -122,6 +123,17 @@ def different_tasks(rank, model, x):
     refused(lambda: wrapped(x), RuntimeError, "fully_shard")
     loss_of(model(x)).backward()  # nobody waits for anything
     model.zero_grad()
+
+
+def different_rows(rank, model, x):
+    """A rank without rows says so, and one in evaluation mode compares as often as the others."""
+    tasks = [TASKS[i % 2] for i in range(len(x))]
+    some, rows = ((x[:0], []), (x, tasks))[rank]
+    refused(lambda: model(some, task_of_row=rows), RuntimeError, r"rank 0 \[\], rank 1 \[", "same tasks")
+    model.train(rank == 0)
+    loss_of(model(x, task_of_row=tasks)).backward()
+    loss_of(model(x[:2])).backward()
+    model.train().zero_grad()
 
 
 def seen(module, args, output):

@@ -63,6 +63,13 @@ def test_a_batch_needs_labels_by_task(tmp_path, change, says):
         trainer(tmp_path, model).compute_loss(model, batch() | change)
 
 
+def test_a_loss_is_a_scalar(tmp_path):
+    run = trainer(tmp_path, loops.expanded_model())
+    run.losses["depth"] = lambda prediction, target: (prediction - target).square()
+    with pytest.raises(ValueError, match=r"loss of 'depth' must be a scalar tensor, got one of shape \("):
+        run.compute_loss(run.model, batch())
+
+
 def test_samples_of_one_batch_have_the_same_tasks(tmp_path):
     run = trainer(tmp_path, loops.expanded_model())
     samples = loops.samples(3)
@@ -237,6 +244,36 @@ def test_the_same_names_for_other_tasks_are_another_model(tmp_path):
     trainer(tmp_path, model, save_strategy="steps", save_steps=1, max_steps=1).train()
     with pytest.raises(RuntimeError, match="its plan is another"):
         trainer(tmp_path, other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("sets", [(TASKS[:1], TASKS), (TASKS, TASKS[:1])])
+def test_predictions_of_other_tasks_are_not_dropped(tmp_path, sets):
+    """Trainer would keep those tasks that the first batch has, or end in a KeyError; a loss alone it can average."""
+    samples = loops.samples(6)
+    for i, sample in enumerate(samples):
+        sample["labels"] = {task: sample["labels"][task] for task in sets[i // 3]}
+    run = trainer(tmp_path, loops.expanded_model(), per_device_eval_batch_size=3)
+    with pytest.raises(ValueError, match=r"batches with labels of \[.*\] and of \["):
+        run.predict(samples)
+    assert run.evaluate(samples)["eval_loss"] > 0
+    assert set(run.predict(samples[3:]).predictions) == set(sets[1])
+    run.args.eval_do_concat_batches = False
+    assert [set(batch) for batch in run.predict(samples).predictions] == list(map(set, sets))
+
+
+def test_an_earlier_save_stays_until_the_next_is_there(tmp_path, monkeypatch):
+    run = trainer(tmp_path, loops.expanded_model())
+    run.save_model(str(tmp_path / "saved"))
+    before = (tmp_path / "saved" / "model.safetensors").read_bytes()
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dtme.MultiTaskModel, "save_pretrained", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "saved" / "training_args.bin").is_file()
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
