@@ -20,7 +20,7 @@ from .layouts import by_row, together
 from .plan import check_task_of_row
 from .row_comparison import RowComparison, Verdict, check_parts, parts_of, take_rows, telling_tasks
 from .sharded import in_step, mesh_in_use
-from .sharing import MOST_KINDS, Call, caller_level, shown
+from .sharing import MOST_KINDS, Call, Caller, caller_level, shown
 from .streams import Forward, Survey, expansions_of, running, survey
 from .torch_private import eagerly
 from .trees import structure, tensors
@@ -34,24 +34,12 @@ def rows_by_task(task_of_row: Sequence[str], tasks: Sequence[str]) -> dict[str, 
     return {task: [i for i, own in enumerate(task_of_row) if own == task] for task in tasks if task in task_of_row}
 
 
-class RowWays:
-    """What is known of the calls of one caller with rows of several tasks, which differ by what is given.
-
-    Args:
-        owner: the module that is called.
-        expansions: those whose adapters it meets.
-        function: what it calls; for other expansions or another function, other ``RowWays`` are needed.
-    """
+class RowWays(Caller):
+    """What is known of the calls of one caller with rows of several tasks, which differ by what is given."""
 
     def __init__(self, owner: nn.Module, expansions: tuple[Expansion, ...], function: Any) -> None:
-        self.owner, self.expansions, self.function = owner, expansions, function
+        super().__init__(owner, expansions, function)
         self._known: dict[Any, Verdict] = {}
-        self._fingerprint: int | None = None
-        self._has_warned = False
-
-    def are_for(self, expansions: tuple[Expansion, ...], function: Any) -> bool:
-        same_ones = [id(one) for one in expansions] == [id(one) for one in self.expansions]
-        return same_ones and function is self.function
 
     def run(
         self, task_of_row: tuple[str, ...], call: Call, state: Survey, *, is_taken_apart: bool

@@ -85,31 +85,38 @@ class UnknownArgument(RuntimeError):
     """A call that shares met a tensor that the first call of its kind did not have: it has to be compared again."""
 
 
-class Ways:
-    """What is known of the calls of one caller, which differ by tasks, by what is given, and by one row or several.
+class Caller:
+    """A module that is called again and again, of whose calls something is known.
 
     Args:
         owner: the module that is called.
         expansions: those whose adapters it meets.
-        function: what it calls; for other expansions or another function, other ``Ways`` are needed.
+        function: what it calls; for other expansions or another function, another ``Caller`` is needed.
     """
 
     def __init__(self, owner: nn.Module, expansions: tuple[Expansion, ...], function: Any) -> None:
         self.owner, self.expansions, self.function = owner, expansions, function
-        self.known: dict[Any, Way] = {}
-        self.last: Way | None = None
-        """What was found last."""
-        self._failed: dict[Any, list[int]] = {}
-        self._has_warned = False
-        self._before: dict[Any, Any] = {}
-        self._largest: dict[Any, int] = {}
-        """Rows of the input that each kind was compared with, where ranks have to compare together."""
         self._fingerprint: int | None = None
+        self._has_warned = False
 
     def are_for(self, expansions: tuple[Expansion, ...], function: Any) -> bool:
         same = len(expansions) == len(self.expansions)
         same = same and all(a is b for a, b in zip(expansions, self.expansions, strict=True))
         return same and function is self.function
+
+
+class Ways(Caller):
+    """What is known of the calls of one caller, which differ by tasks, by what is given, and by one row or several."""
+
+    def __init__(self, owner: nn.Module, expansions: tuple[Expansion, ...], function: Any) -> None:
+        super().__init__(owner, expansions, function)
+        self.known: dict[Any, Way] = {}
+        self.last: Way | None = None
+        """What was found last."""
+        self._failed: dict[Any, list[int]] = {}
+        self._before: dict[Any, Any] = {}
+        self._largest: dict[Any, int] = {}
+        """Rows of the input that each kind was compared with, where ranks have to compare together."""
 
     def find(self, tasks: tuple[str, ...], call: Call, state: Survey) -> Way:
         """The way for this call if it is known; else the slower one, which is always right."""
