@@ -15,13 +15,12 @@ from .analysis.passes import Options
 from .blocks import find_blocks
 from .expansion import check_module
 from .interrupts import Deferred
-from .model import MultiTaskModel
 from .ranks import Ranks
 from .report import ConflictReport
 from .sharded import is_sharded
 from .streams import is_expanded
 from .trees import to_device
-from .wrappers import resolve
+from .wrappers import backbone_of, resolve
 
 Maps = dict[tuple[str, str], Tensor]
 
@@ -105,7 +104,7 @@ def _gradients_at(
 ) -> tuple[tuple[str, ...], Tensor, Tensor | None]:
     """The tasks, their gradients (K, B, N, p) at the input of ``block``, and the tokens that count, on the CPU."""
     check_model(model, losses)
-    backbone = model.backbone if isinstance(model, MultiTaskModel) else model
+    backbone = backbone_of(model)
     # which tasks share the tokens of a block depends on the blocks before it
     blocks = find_blocks(backbone, list(report.blocks) if is_expanded(backbone) else [block])
     options = Options((report.ratio,), token_mask=token_mask, max_tasks=len(report.tasks))

@@ -14,7 +14,7 @@ from .plan import check_plan
 from .randomness import random_state, wind_back
 from .sharing import SHARED_PREFIX
 from .streams import adapters, expansions
-from .wrappers import resolve, unwrapped
+from .wrappers import backbone_of, resolve, unwrapped
 
 CHECKS: dict[str, Check] = {
     "plan": check_plan,
@@ -43,7 +43,7 @@ def expansion_state(model_or_backbone: nn.Module) -> dict[str, Any]:
     Raises:
         RuntimeError: parts of the model were expanded by themselves, or it was wrapped after that.
     """
-    return state_of(_backbone_of(model_or_backbone))
+    return state_of(backbone_of(model_or_backbone))
 
 
 def state_of(backbone: nn.Module) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def expand_by(model_or_backbone: nn.Module, state: Mapping[str, Any]) -> None:
         shared_prefix=shared_prefix,
     )
     try:
-        _add_gates(_backbone_of(model_or_backbone), state.get("gates", {}))
+        _add_gates(backbone_of(model_or_backbone), state.get("gates", {}))
     except BaseException:
         collapse(model_or_backbone)
         raise
@@ -147,9 +147,3 @@ def defining(state: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     plan = {name: value for name, value in state["plan"].items() if name != "num_features"}
     return plan | {"modulator": state["modulator"], "gates": state.get("gates", {})}
-
-
-def _backbone_of(model: nn.Module) -> nn.Module:
-    from .model import MultiTaskModel  # which saves models by this module
-
-    return model.backbone if isinstance(model, MultiTaskModel) else model

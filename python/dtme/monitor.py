@@ -22,9 +22,9 @@ from .analysis.losses import Step
 from .analysis.masks import TokenMasks
 from .blocks import BlockError, find_blocks
 from .expansion import check_module, parallel_wrapper
-from .model import MultiTaskModel
 from .report import ConflictReport
 from .tables import aligned, ruled
+from .wrappers import backbone_of
 
 NOT_FORWARDED = {
     # what the monitor says itself
@@ -255,7 +255,7 @@ def _check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"ConflictMonitor got {unknown[0]!r}; its options for dtme.analyze are {known}")
     try:
-        blocks = find_blocks(model.backbone if isinstance(model, MultiTaskModel) else model, options.get("blocks"))
+        blocks = find_blocks(backbone_of(model), options.get("blocks"))
     except BlockError as error:
         error.named = options.get("blocks") is not None
         raise

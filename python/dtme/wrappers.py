@@ -73,3 +73,10 @@ def plan_for(plan: ExpansionPlan, modules: Iterable[str]) -> ExpansionPlan:
         expansion=renamed(plan.expansion),
         num_features=renamed(plan.num_features),
     )
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """What all tasks of a ``MultiTaskModel`` share; any other module itself."""
+    from .model import MultiTaskModel
+
+    return model.backbone if isinstance(model, MultiTaskModel) else model

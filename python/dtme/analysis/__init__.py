@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..blocks import BlockError, find_blocks
 from ..interrupts import Deferred
-from ..model import MultiTaskModel
 from ..ranks import Ranks
 from ..report import ConflictReport
 from ..resampling import MIN_UNITS
 from ..sharded import is_sharded, whole_copy
 from ..stability import agreement
+from ..wrappers import backbone_of
 from .arguments import (
     check_counts,
     check_loader,
@@ -130,7 +130,7 @@ def analyze(
                 check_max_tasks(max_tasks)
                 check_settle(settle, plan_options)
                 check_method(method, autocast, folder)
-                backbone = model.backbone if isinstance(model, MultiTaskModel) else model
+                backbone = backbone_of(model)
                 found = find_blocks(backbone, blocks)
             ranks.same({"the names of the blocks": list(found)})
             if is_sharded(model):
@@ -160,7 +160,7 @@ def analyze(
 def _whole(model: nn.Module, blocks: Mapping[str, nn.Module]) -> tuple[nn.Module, dict[str, nn.Module]]:
     """A copy of a sharded model that each process runs by itself, and its blocks: shards of data may be uneven."""
     whole = whole_copy(model, "analyze")
-    backbone = whole.backbone if isinstance(whole, MultiTaskModel) else whole
+    backbone = backbone_of(whole)
     return whole, {name: backbone.get_submodule(name) for name in blocks}
 
 
