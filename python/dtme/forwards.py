@@ -63,7 +63,7 @@ class Opening:
         show(self.forward)
 
     def _warn_of_frozen(self) -> None:
-        if is_frozen(self.state.adapters) and not self.ways.expansions[0].has_warned_of_frozen:
+        if not self.ways.expansions[0].has_warned_of_frozen and is_frozen(self.state.adapters):
             self.ways.expansions[0].has_warned_of_frozen = True
             warn_of_frozen(self.state.adapters, caller_level())
 

@@ -58,8 +58,13 @@ def unfreeze(model_or_backbone: nn.Module) -> Any:
 
 def is_frozen(found: "Sequence[BlockAdapter]") -> bool:
     """Whether nothing that ``expand`` added trains, though other parameters of its blocks do: an oversight."""
-    added = [parameter for adapter in found for parameter in adapter.parameters()]
-    if not added or any(parameter.requires_grad for parameter in added):
+    is_empty = True
+    for adapter in found:
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:  # the first, as a rule: every forward in training asks
+                return False
+            is_empty = False
+    if is_empty:
         return False
     return any(parameter.requires_grad for adapter in found for parameter in adapter._block[0].parameters())
 

@@ -21,6 +21,7 @@ from . import saving
 from .block.adapter import is_added
 from .expansion_state import defining, expansion_state
 from .model import MultiTaskModel
+from .weights import KEY
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -214,7 +215,7 @@ def _check_checkpoint(folder: str | os.PathLike[str], model: MultiTaskModel) -> 
     if not path.is_file():
         return  # sharded, or none: Trainer knows
     with safe_open(path, framework="pt") as file:
-        names, embedded = set(file.keys()), (file.metadata() or {}).get("dtme")
+        names, embedded = set(file.keys()), (file.metadata() or {}).get(KEY)
     config = json.loads(embedded) if embedded else {}
     differing = sorted((names | set(config.get("aliases", ()))) ^ set(model.state_dict()))
     is_other_plan = config and defining(config if config["plan"] else {}) != defining(expansion_state(model))
