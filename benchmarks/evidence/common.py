@@ -17,10 +17,10 @@ from dtme.files import write_beside
 
 from ..clients import import_torchvision
 from ..kernels.device import facts
+from ..paper.data.rooms import TASKS
 from ..paper.demo import DEMO_TASKS, build
-from ..paper.losses import LOSSES
-from ..paper.scenes import render
 from ..paper.training import Batches, train
+from ..rooms.scenes import render
 
 LR, TRAIN_BATCH = 1e-3, 16
 CHUNK = 64  # scenes rendered at once
@@ -120,7 +120,7 @@ class Ordered:
 
 
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    return {task: LOSSES[task] for task in DEMO_TASKS}
+    return {task: TASKS[task].loss for task in DEMO_TASKS}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

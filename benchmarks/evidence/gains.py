@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import dtme
 
-from ..paper.losses import LOSSES
+from ..paper.data.rooms import TASKS
 from .common import Ordered, Results, Row, check_positive, losses, scenes, settings_of, table, trained
 from .common import add_arguments as add_common
 
@@ -106,7 +106,7 @@ def train_maps(args: argparse.Namespace, model: dtme.MultiTaskModel, data: Any, 
 
 
 def sum_of_losses(predictions: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    return torch.stack([LOSSES[task](prediction, labels[task]) for task, prediction in predictions.items()]).sum()
+    return torch.stack([TASKS[task].loss(prediction, labels[task]) for task, prediction in predictions.items()]).sum()
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "scenes": ("show", "draw the embedded data set"),
-    "demo": ("demo", "train, analyse, expand and compare on the embedded data set"),
+    "scenes": ("..rooms.show", "draw the embedded data set"),
+    "demo": (".demo", "train, analyse, expand and compare on the embedded data set"),
 }
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if argv[:1] == [name]:  # only the chosen command is imported
-            implementation = import_module(f".{module}", __package__)
+            implementation = import_module(module, __package__)
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
     args = parser.parse_args(argv)

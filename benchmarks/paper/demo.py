@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 import dtme
 
 from ..clients import import_torchvision
-from .losses import LOSSES
+from ..rooms.pictures import colorize, decode, sheet
+from ..rooms.scenes import Scenes
+from .data.rooms import TASKS
 from .metrics import delta_m
-from .pictures import colorize, decode, sheet
-from .scenes import Scenes
-from .tasks import LOWER_IS_BETTER, TASKS
-from .training import Batches, PixelHead, evaluate, train
+from .models import PixelHead
+from .tasks import lower_is_better
+from .training import Batches, evaluate, train
 
 DEMO_TASKS = ("semseg", "depth", "normals", "edges")
 SIZE = 64  # pixels, for the small backbone; a pretrained one brings its own
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     losses = {"joint": train(model, training, args.steps, lr, args.seed, "joint training")}
     scores = {"joint": evaluate(model, held_out)}
 
-    chosen = {task: LOSSES[task] for task in DEMO_TASKS}
+    chosen = {task: TASKS[task].loss for task in DEMO_TASKS}
     report = dtme.analyze(model, training, chosen, max_batches=max(1, 512 // args.batch))
     plan = report.plan(modulation=0.5, expansion=0.5, num_tokens=6)
     print(f"\n{report}\n")
@@ -125,7 +126,7 @@ def comparison(scores: dict[str, dict[str, float]], steps: int) -> str:
     joint, plain, expanded = (scores[name] for name in ("joint", "not expanded", "expanded"))
     # a model that hardly trained may find no edge at all, and nothing can be relative to 0
     known = [task for task in joint if plain[task] and math.isfinite(plain[task])]
-    total, terms = delta_m({t: expanded[t] for t in known}, {t: plain[t] for t in known}, LOWER_IS_BETTER)
+    total, terms = delta_m({t: expanded[t] for t in known}, {t: plain[t] for t in known}, lower_is_better(TASKS))
     rows = [["task", "metric", "joint", "not expanded", "expanded", "difference", "Δm"]]
     for task in joint:
         info, term = TASKS[task], f"{terms[task]:+.2f} %" if task in terms else "–"
@@ -211,7 +212,7 @@ def draw_conflicts(model: dtme.MultiTaskModel, held_out: Batches, report: dtme.C
     """Where in one held-out scene the tasks pull apart, in the block whose range rate is the highest."""
     images, labels = next(iter(held_out))
     block = report.blocks[int(report.range_rates.nan_to_num(-1).argmax())]
-    losses = {task: LOSSES[task] for task in DEMO_TASKS}
+    losses = {task: TASKS[task].loss for task in DEMO_TASKS}
     maps = dtme.conflict_map(model, (images, labels), losses, report, block)
     dtme.plot_conflict_map(maps, path, images=held_out.pixels(images))
 

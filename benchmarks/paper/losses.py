@@ -1,15 +1,13 @@
 """The benchmarks' losses: ``loss(prediction, target)`` -> float32 scalar; zero, with a graph, where no pixel is valid.
 
-Predictions are a head's raw output, (B, C, H, W); targets are the data set's, stacked (``scenes.Scenes``).
+Predictions are a head's raw output, (B, C, H, W); targets are the data set's, stacked.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tasks import IGNORE
+from ..rooms.labels import IGNORE
 
 
 def _mean(loss: Tensor, valid: Tensor) -> Tensor:
@@ -47,13 +45,3 @@ def normals_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def depth_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """depth: L1 over valid pixels. Target (B, 1, H, W) in metres, valid where > 0."""
     return _mean((prediction.float() - target).abs(), target > 0)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "semseg": cross_entropy,
-    "depth": depth_loss,
-    "normals": normals_loss,
-    "edges": edge_loss,
-    "saliency": balanced_cross_entropy,
-    "parts": cross_entropy,
-}

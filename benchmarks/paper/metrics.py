@@ -7,14 +7,14 @@ A meter that has seen no valid pixel computes NaN.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tasks import IGNORE, TASKS
+from ..rooms.labels import IGNORE
 
 
 class Meter(ABC):
@@ -153,18 +153,6 @@ class MaxF(Meter):
         # (1 + β²) PR / (β² P + R) with P = right / found, R = right / truth, multiplied out
         f = (1 + self.BETA2) * right / (self.BETA2 * truth + found).clamp(min=self.BETA2)
         return 100 * f.max().item()
-
-
-METERS: dict[str, Callable[[], Meter]] = {
-    "semseg": lambda: MeanIoU(TASKS["semseg"].channels),
-    "depth": DepthRMSE,
-    "normals": NormalsError,
-    # at 64 × 64 a tolerance of one pixel covers half the image; and the loss weighs edges 19 : 1, so that a probability
-    # of 0.5 stands for an edge that is one in twenty times
-    "edges": lambda: EdgeF(tolerance=0, threshold=0.8),
-    "saliency": MaxF,
-    "parts": lambda: MeanIoU(TASKS["parts"].channels),
-}
 
 
 def delta_m(

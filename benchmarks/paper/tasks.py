@@ -1,35 +1,52 @@
-"""The tasks in one table: what a head must put out, how it is scored, what the classes are called."""
+"""A task of a data set: what its head puts out, what it is trained on, how it is scored."""
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-IGNORE = 255
-"""Label of a pixel that no class loss and no class metric counts."""
+from torch import Tensor
 
-SEMSEG = (
-    "floor", "wall", "ceiling", "window", "door", "picture", "rug",
-    "table", "seat", "cabinet", "lamp", "plant", "ball", "vessel", "box",
-)  # fmt: skip
-PARTS = ("box top", "box side", "leg", "cylinder end", "cylinder side", "sphere upper", "sphere lower")
-SALIENCY = ("background", "salient")
+from .metrics import Meter
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``loss(prediction, target)`` of a batch -> a float32 scalar; zero, with a graph, where nothing is labelled."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: ``channels`` of its head, name and unit of its metric, its classes (empty for a regression)."""
+    """One task of a data set, which has a table of them, ``{name: Task}``; nothing about a task stands elsewhere."""
 
     channels: int
+    """Outputs of the head: per pixel, or per image or text."""
+    loss: Loss
+    meter: Callable[[], Meter]
+    """A new meter for a split: ``update(prediction, target)`` a batch, ``compute()`` -> float, ``reset()``."""
     metric: str
+    """Name of the metric, as it is printed."""
     unit: str
     lower_is_better: bool
     classes: tuple[str, ...] = ()
+    """Their names; empty for a regression."""
+    is_dense: bool = True
+    """Whether the prediction is (B, channels, H, W); else it is (B, channels), one for the image or text."""
+    weight: float = 1.0
+    """Of the loss, in the set of weights that InvPT trains with. By default all losses weigh 1."""
 
 
-TASKS = {
-    "semseg": Task(len(SEMSEG), "mIoU", "%", False, SEMSEG),
-    "depth": Task(1, "RMSE", "m", True),
-    "normals": Task(3, "mErr", "°", True),
-    "edges": Task(1, "F", "%", False),
-    "saliency": Task(len(SALIENCY), "maxF", "%", False, SALIENCY),
-    "parts": Task(len(PARTS), "mIoU", "%", False, PARTS),
-}
-LOWER_IS_BETTER = frozenset(name for name, task in TASKS.items() if task.lower_is_better)
+Tasks = Mapping[str, Task]
+
+
+def lower_is_better(tasks: Tasks) -> frozenset[str]:
+    return frozenset(name for name, task in tasks.items() if task.lower_is_better)
+
+
+def choose(tasks: Tasks, names: Iterable[str] | None) -> dict[str, Task]:
+    """Those that are named, in the table's order; None for all.
+
+    Raises:
+        ValueError: an unknown task, or none.
+    """
+    names = list(tasks if names is None else names)
+    unknown = [name for name in names if name not in tasks]
+    if unknown or not names:
+        raise ValueError(f"tasks must be among {', '.join(tasks)}, got {', '.join(map(repr, unknown)) or 'none'}")
+    return {name: task for name, task in tasks.items() if name in names}

@@ -4,41 +4,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import dtme
 
-from .losses import LOSSES
-from .metrics import METERS
+from .data.rooms import TASKS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained backbones expect
-
-
-class PixelHead(nn.Module):
-    """The paper's decoder, one 3×3 Conv-BN-ReLU on the grid of patch tokens, then each becomes its patch of pixels.
-
-    Args:
-        num_features: p, width of the tokens.
-        channels: C, outputs a pixel.
-        grid: (h, w) patches; tokens before the last h * w (class, registers) are left out.
-        patch: pixels along a patch's side.
-    """
-
-    def __init__(self, num_features: int, channels: int, grid: tuple[int, int], patch: int) -> None:
-        super().__init__()
-        self.grid, self.patch = grid, patch
-        self.mix = nn.Sequential(
-            nn.Conv2d(num_features, num_features, 3, padding=1, bias=False), nn.BatchNorm2d(num_features), nn.ReLU()
-        )
-        self.project = nn.Conv2d(num_features, channels * patch**2, 1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, p) → (B, C, h * patch, w * patch)."""
-        height, width = self.grid
-        patches = tokens[:, tokens.shape[1] - height * width :].mT.unflatten(2, self.grid)
-        return F.pixel_shuffle(self.project(self.mix(patches)), self.patch)
 
 
 class Batches:
@@ -91,7 +64,7 @@ def train(
     bar = tqdm(range(steps), desc=name, unit="step")
     for _, (images, labels) in zip(bar, data.shuffled(seed), strict=False):
         predictions = model(images)
-        losses = torch.stack([LOSSES[task](predictions[task], labels[task]) for task in model.tasks])
+        losses = torch.stack([TASKS[task].loss(predictions[task], labels[task]) for task in model.tasks])
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         optimizer.step()
@@ -105,7 +78,7 @@ def train(
 def evaluate(model: dtme.MultiTaskModel, data: Batches) -> dict[str, float]:
     """{task: its metric over the whole split}."""
     model.eval()
-    meters = {task: METERS[task]() for task in model.tasks}
+    meters = {task: TASKS[task].meter() for task in model.tasks}
     for images, labels in data:
         for task, prediction in model(images).items():
             meters[task].update(prediction, labels[task])

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.paper import scenes as module
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.batch import pack
-from benchmarks.paper.pictures import colorize, decode
-from benchmarks.paper.raycast import CYLINDER, SPHERE, reaches
-from benchmarks.paper.rooms import furnished_room
-from benchmarks.paper.scenes import Scenes, render
-from benchmarks.paper.tasks import IGNORE, PARTS, SEMSEG, TASKS
+from benchmarks.rooms import scenes as module
+from benchmarks.rooms.batch import pack
+from benchmarks.rooms.labels import CLASSES, IGNORE, PARTS, SEMSEG
+from benchmarks.rooms.pictures import colorize, decode
+from benchmarks.rooms.raycast import CYLINDER, SPHERE, reaches
+from benchmarks.rooms.rooms import furnished_room
+from benchmarks.rooms.scenes import Scenes, render
 
 COUNT = 64
 
@@ -88,11 +88,11 @@ def test_same_bits_alone_in_a_batch_and_in_a_worker(rendered):
     for i in (0, 7, 20):
         image, alone = data[i]
         assert torch.equal(image, images[i])
-        assert all(torch.equal(alone[task], labels[task][i]) for task in TASKS)
+        assert all(torch.equal(alone[task], labels[task][i]) for task in CLASSES)
     shuffled, _ = render([9, 3, 50, 3])
     assert torch.equal(shuffled, images[[9, 3, 50, 3]])
     batch, worked = next(iter(DataLoader(data, batch_size=5, num_workers=1)))
-    assert torch.equal(batch, images[:5]) and all(torch.equal(worked[task], labels[task][:5]) for task in TASKS)
+    assert torch.equal(batch, images[:5]) and all(torch.equal(worked[task], labels[task][:5]) for task in CLASSES)
 
 
 def test_same_bits_with_any_number_of_rays_together(monkeypatch):
@@ -234,7 +234,7 @@ def test_depth_is_a_room_s(rendered):
 
 def test_every_class_appears(rendered):
     for task in ("semseg", "saliency", "parts"):
-        assert set(rendered[1][task].unique().tolist()) - {IGNORE} == set(range(TASKS[task].channels)), task
+        assert set(rendered[1][task].unique().tolist()) - {IGNORE} == set(range(len(CLASSES[task]))), task
 
 
 def test_every_picture_shows_furniture(rendered):
@@ -271,8 +271,8 @@ def test_speed():
 def test_every_label_and_prediction_has_a_picture(rendered):
     images, labels = rendered
     assert colorize("image", images[0].numpy()).shape == (64, 64, 3)
-    for task, info in TASKS.items():
-        output = np.random.default_rng(0).normal(size=(info.channels, 64, 64))
+    for task, classes in CLASSES.items():
+        output = np.random.default_rng(0).normal(size=(len(classes) or (3 if task == "normals" else 1), 64, 64))
         for array in (labels[task][0].numpy(), decode(task, output)):
             picture = colorize(task, array)
             assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 0

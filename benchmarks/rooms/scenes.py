@@ -1,15 +1,15 @@
-"""The embedded data set: furnished rooms, ray-cast, with exact labels for every task of ``tasks.TASKS``.
+"""The embedded data set: furnished rooms, ray-cast, with exact labels for every task of ``labels.CLASSES``.
 
 Labels are those of the pixel's centre. With (H, W) the size, one scene is
 
 ============  =================  ====================================================================================
 image         (3, H, W) float32  RGB in [0, 1], display gamma
-semseg        (H, W) int64       ``tasks.SEMSEG``; every pixel has a class
+semseg        (H, W) int64       ``labels.SEMSEG``; every pixel has a class
 depth         (1, H, W) float32  z-depth in metres: along the optical axis, not along the ray
 normals       (3, H, W) float32  unit, camera frame (x right, y down, z forward): a wall faced squarely has (0, 0, -1)
 edges         (1, H, W) float32  1 where the pixel to the right or below lies on another solid or across a crease
 saliency      (H, W) int64       1 on the one object that draws the eye: large, central, of an eye-catching kind
-parts         (H, W) int64       ``tasks.PARTS``; 255 off the furniture
+parts         (H, W) int64       ``labels.PARTS``; 255 off the furniture
 ============  =================  ====================================================================================
 """
 
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batch import Batch, pack
+from .labels import CLASSES
 from .raycast import Hit, dot, inspect
 from .rooms import Room, furnished_room
 from .shading import shade
-from .tasks import TASKS
 
 SPLITS = ("train", "val")
 MIN_SIDE = 16
@@ -131,7 +131,7 @@ def render(
     A scene's bits depend on its index, ``size``, ``seed`` and ``split`` alone: not on what is rendered with it.
     """
     indices = [int(i) for i in indices]
-    _check(size, split, TASKS)
+    _check(size, split, CLASSES)
     step = max(1, _RAYS // (size[0] * size[1]))
     chunks = []
     for first in range(0, len(indices), step):
@@ -148,9 +148,9 @@ def _check(size: Sequence[int], split: str, tasks: Iterable[str]) -> None:
         raise ValueError(f"size must be (height, width), each at least {MIN_SIDE}, got {tuple(size)}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    unknown = [task for task in tasks if task not in TASKS]
+    unknown = [task for task in tasks if task not in CLASSES]
     if unknown:
-        raise ValueError(f"tasks must be among {', '.join(TASKS)}, got {', '.join(map(repr, unknown))}")
+        raise ValueError(f"tasks must be among {', '.join(CLASSES)}, got {', '.join(map(repr, unknown))}")
 
 
 class Scenes(Dataset):
@@ -161,7 +161,7 @@ class Scenes(Dataset):
         size: (H, W), each ≥ 16; need not be square or even.
         seed: another seed, other scenes.
         split: "train" or "val"; they share no scene, whatever the seeds.
-        tasks: the labels to return, a selection of ``tasks.TASKS``.
+        tasks: the labels to return, a selection of ``labels.CLASSES``.
 
     Raises:
         ValueError: an argument is out of its range; the message names it. IndexError: no such scene.
@@ -173,7 +173,7 @@ class Scenes(Dataset):
         size: tuple[int, int] = (64, 64),
         seed: int = 0,
         split: str = "train",
-        tasks: Sequence[str] = tuple(TASKS),
+        tasks: Sequence[str] = tuple(CLASSES),
     ) -> None:
         if length < 0:
             raise ValueError(f"length must be at least 0, got {length}")

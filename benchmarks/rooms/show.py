@@ -6,9 +6,9 @@ import time
 
 from torch.utils.data import DataLoader
 
+from .labels import CLASSES
 from .pictures import colorize, sheet
 from .scenes import SPLITS, Scenes, render
-from .tasks import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +31,10 @@ def images_per_second(workers: int, count: int = 256) -> float:
 def run(args: argparse.Namespace) -> int:
     images, labels = render(range(args.count), tuple(args.size), args.seed, args.split)
     rows = [
-        [colorize("image", image.numpy()), *(colorize(task, labels[task][i].numpy()) for task in TASKS)]
+        [colorize("image", image.numpy()), *(colorize(task, labels[task][i].numpy()) for task in CLASSES)]
         for i, image in enumerate(images)
     ]
-    sheet(args.show, rows, ["image", *TASKS])
+    sheet(args.show, rows, ["image", *CLASSES])
     print(f"{args.show}: {args.count} scenes of {args.size[0]} × {args.size[1]} ({args.split}, seed {args.seed})")
     cores = os.cpu_count() or 1
     alone, together = images_per_second(0), images_per_second(cores)

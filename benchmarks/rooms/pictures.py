@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .tasks import IGNORE, TASKS
+from .labels import CLASSES, IGNORE
 
 FARTHEST = 8.0
 """Depth in metres at the dark end of the scale."""
@@ -32,7 +32,7 @@ def palette(task: str) -> np.ndarray:
 def decode(task: str, output: np.ndarray) -> np.ndarray:
     """A head's raw output (C, H, W) -> a map like its label: class indices, edge probability, metres, unit normals."""
     output = np.asarray(output, np.float32)
-    if TASKS[task].classes:
+    if CLASSES[task]:
         return output.argmax(0)
     if task == "edges":
         return 0.5 + 0.5 * np.tanh(output / 2)
@@ -51,7 +51,7 @@ def colorize(task: str, array: np.ndarray) -> np.ndarray:
     array = np.asarray(array)
     if task in _PALETTE:
         colours = np.full((IGNORE + 1, 3), 90, np.uint8)
-        colours[: TASKS[task].channels] = palette(task)
+        colours[: len(CLASSES[task])] = palette(task)
         return colours[array]
     if task == "depth":
         colour = _DEPTH(array[0] / FARTHEST)[..., :3] * (array[0] > 0)[..., None]
@@ -62,7 +62,7 @@ def colorize(task: str, array: np.ndarray) -> np.ndarray:
     elif task == "image":
         colour = array.transpose(1, 2, 0)
     else:
-        raise ValueError(f"task must be 'image' or one of {', '.join(TASKS)}, got {task!r}")
+        raise ValueError(f"task must be 'image' or one of {', '.join(CLASSES)}, got {task!r}")
     return (colour.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -110,6 +110,6 @@ def _legend(figure: Figure, task: str, middle: float, width: float) -> None:
         return
     handles = [Patch(facecolor=c / 255, edgecolor="black", lw=0.4) for c in palette(task)]
     figure.legend(
-        handles, TASKS[task].classes, loc="center left", bbox_to_anchor=(0.78 / width, middle), ncols=len(handles),
+        handles, CLASSES[task], loc="center left", bbox_to_anchor=(0.78 / width, middle), ncols=len(handles),
         fontsize=7, frameon=False, borderpad=0, handlelength=1.1, handleheight=1.1, handletextpad=0.4, columnspacing=1,
     )  # fmt: skip

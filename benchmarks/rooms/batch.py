@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .furniture import LOOK_SIZE, look
+from .labels import IGNORE, PARTS, SEMSEG
 from .raycast import BOX, CYLINDER, SPHERE, STRAIGHT, Solids
 from .rooms import Room
 from .shading import Bodies, Light
-from .tasks import IGNORE, PARTS, SEMSEG
 
 
 class Batch(NamedTuple):

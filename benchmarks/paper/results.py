@@ -1,0 +1,65 @@
+"""A run's JSON: where it lies and what it holds.
+
+``OUT/experiment.json`` says what the folder is about::
+
+    {"format": 1, "experiment": "pilot", "arms": {name: title}, "seeds": [0, 1, ...], "settings": {option: value},
+     "data": "rooms", "tasks": {name: {"metric": "mIoU", "unit": "%", "lower_is_better": false}}}
+
+and ``OUT/runs/ARM.seed-0.json``, or ``OUT/runs/ARM.TASK.seed-0.json`` where each task is trained alone, is one run::
+
+    {"format": 1, "arm": "tm+te", "task": null, "seed": 0,
+     "status": "done" | "diverged", "reason": null | "the loss of 'depth' is nan at step 40",
+     "settings": {...},                          what this run was trained with: its lr, steps, batch ...
+     "facts": {"device", "torch", "commit", "transformers", "dtme", ...},
+     "metrics": {task: number or null},          at the last step, on the validation split; null where not defined
+     "losses": {task: [mean of every tenth part of the training]},
+     "seconds": {"training": s, "structure": s, "evaluation": s}, "cpu_seconds": s, "peak_memory": bytes,
+     "parameters": {"backbone": n, "heads": n, "added": n, "combination": n},
+     "structure": {...}, "combination": {...},   facts of the arm, the plan among them
+     "conflicts": {"start" | "end": {"blocks": [...], "range": [rate per block], "null": [...], "ranks": [...],
+                                      "range_counts": n, "null_counts": n, "valid_counts": n}} or {}}
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+Run = dict[str, Any]
+
+
+def run_path(out: Path, arm: str, task: str | None, seed: int) -> Path:
+    return out / "runs" / ".".join([arm, *([task] if task else []), f"seed-{seed}", "json"])
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        ValueError: it is none; the message names it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}. Remove it to make it again") from error
+
+
+def read_experiment(out: Path) -> dict[str, Any]:
+    path = out / "experiment.json"
+    if not path.is_file():
+        raise ValueError(f"{out} holds no experiment.json: run `python -m benchmarks.paper run EXPERIMENT --out {out}`")
+    return _checked(path, read_json(path))
+
+
+def read_runs(out: Path) -> Iterator[Run]:
+    """All runs of a folder that ended, in the order of their names."""
+    for path in sorted((out / "runs").glob("*.json")):
+        yield _checked(path, read_json(path))
+
+
+def _checked(path: Path, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        version = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} has format {version!r}, this release reads {FORMAT}")
+    return content
