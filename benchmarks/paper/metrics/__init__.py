@@ -1,0 +1,26 @@
+"""The benchmarks' metrics as meters: ``update(prediction, target)`` a batch, ``compute()`` -> float, ``reset()``.
+
+Predictions are a head's raw output, targets are as in ``losses``. ``Meter`` says what all of them have in common.
+"""
+
+from .boundaries import BoundaryF
+from .classes import Accuracy, MeanIoU
+from .delta import delta_m
+from .edges import EdgeF
+from .meter import Meter
+from .regression import DepthRMSE, L1Error, NormalsError, RootMeanSquareError
+from .saliency import MaxF
+
+__all__ = [
+    "Accuracy",
+    "BoundaryF",
+    "DepthRMSE",
+    "EdgeF",
+    "L1Error",
+    "MaxF",
+    "MeanIoU",
+    "Meter",
+    "NormalsError",
+    "RootMeanSquareError",
+    "delta_m",
+]
