@@ -9,6 +9,7 @@ functions of their own: no lambdas, no closures.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -53,12 +54,19 @@ class Setting:
     modulation: float = 0.5
     expansion: float = 0.5
     """Shares of the blocks of the reference plan."""
+    file: Path | None = None
+    """Of the report, which all arms read that start from the same model."""
 
     @cached_property
     def report(self) -> dtme.ConflictReport:
         """Of the model as it is, at ``RATIOS`` (``report.at(r)``), read once whoever asks."""
+        if self.file is not None and self.file.exists():
+            return dtme.ConflictReport.load(self.file)
         losses = {name: task.loss for name, task in self.tasks.items()}
-        return dtme.analyze(self.model, self.loader, losses, ratio=RATIOS, progress=False)
+        report = dtme.analyze(self.model, self.loader, losses, ratio=RATIOS, progress=False)
+        if self.file is not None:
+            report.save(self.file)
+        return report
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:

@@ -29,8 +29,8 @@ FORMAT = 1
 Run = dict[str, Any]
 
 
-def run_path(out: Path, arm: str, task: str | None, seed: int) -> Path:
-    return out / "runs" / ".".join([arm, *([task] if task else []), f"seed-{seed}", "json"])
+def run_path(out: Path, name: str) -> Path:
+    return out / "runs" / f"{name}.json"
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,257 @@
+"""``run``: an experiment, or some arms of it, over seeds; the same command goes on after a kill."""
+
+import argparse
+import json
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtme.files import write_beside
+
+from ..data import DATA_SETS, Data, Options, open_data
+from ..experiments import ARMS, EXPERIMENTS
+from ..results import FORMAT, read_json
+from .config import Config
+from .one import RunOfArm, Workplace
+from .schedule import RunError, Schedule, claimed, differences, in_turn, is_done
+from .together import joined
+from .tune import Tuner, label
+
+PRETRAINED_LR = 5e-5
+SMALL_LR = 1e-3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = Config("", 0)
+    names = "\n".join(f"  {name:12} {experiment.title}" for name, experiment in EXPERIMENTS.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"experiments:\n{names}\n\narms: {', '.join(ARMS)}"
+    parser.add_argument("experiment", choices=EXPERIMENTS, metavar="EXPERIMENT", help="one of those below")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="some arms instead of the experiment's own")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results; what is there is gone on with")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ... that every arm is run with")
+    data = parser.add_argument_group("data and model")
+    data.add_argument("--data", choices=DATA_SETS, default=defaults.data)
+    data.add_argument("--root", type=Path, help="where the data set's files are")
+    data.add_argument("--tasks", nargs="+", help="some of its tasks")
+    data.add_argument("--size", type=int, nargs="+", metavar="PIXELS", help="of images: one side, or height and width")
+    data.add_argument("--train", type=int, help="at most so many training items")
+    data.add_argument("--val", type=int, help="at most so many items to validate on")
+    data.add_argument("--data-seed", type=int, default=0, help="of data that is drawn")
+    data.add_argument("--tokenizer", help="of texts: a folder or name; by default the backbone's own")
+    data.add_argument(
+        "--backbone",
+        default=defaults.backbone,
+        help="small, vit-tiny, -small, -base, -large, or any transformers name or folder",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=defaults.steps)
+    training.add_argument("--batch", type=int, default=defaults.batch)
+    training.add_argument(
+        "--lr", type=float, help=f"default: {SMALL_LR:g}, or {PRETRAINED_LR:g} for a pretrained backbone"
+    )
+    training.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
+    training.add_argument("--tune", action="store_true", help="tune every arm's learning rate first, around --lr")
+    training.add_argument("--tune-seeds", type=int, default=1, help="seeds that every rate is tried with")
+    training.add_argument("--expand-at", type=float, default=defaults.expand_at, help="share of the steps before it")
+    training.add_argument("--read", type=int, default=defaults.read, help="items that an analysis reads")
+    training.add_argument("--num-tokens", type=int, default=defaults.num_tokens, help="task tokens per task and block")
+    training.add_argument("--modulation", type=float, default=defaults.modulation, help="share of the blocks")
+    training.add_argument("--expansion", type=float, default=defaults.expansion, help="share of the blocks")
+    training.add_argument("--no-conflicts", action="store_true", help="leave out the analyses that nothing depends on")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    machine.add_argument("--jobs", type=int, default=2, help="runs at once; under torchrun every run has all processes")
+    machine.add_argument(
+        "--threads", type=int, default=1, help="of every run on a CPU; another number, other last digits"
+    )
+    machine.add_argument("--loader-workers", type=int, default=0, help="processes that read data, for every run")
+    machine.add_argument("--save-every", type=float, default=60.0, help="seconds between two savings of a run")
+    machine.add_argument("--cache", type=Path, default=Options().cache, help="for what can be made again")
+    machine.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard")
+
+
+def run(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        if together:
+            with joined(args.device) as device:
+                return run_together(args, device)
+        with claimed(args.out):
+            return run_apart(args)
+    except (RunError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_apart(args: argparse.Namespace) -> int:
+    """Some runs at once, each in a process."""
+    base, arms = config_of(args), arms_of(args)
+    data = open_data(base.data, base.options)
+    place = place_of(args)
+    tuner = Tuner(base, data.tasks, args.out, args.tune_seeds, args.jobs, place)
+    tuned = tuner.known()
+    check_settings(args, base, arms, data)
+    if args.tune:
+        tuned = tuner.tune(runs_of(arms, data))
+    write_experiment(args, base, arms, data, tuned)
+    configs = configs_of(args, base, arms, data, tuned)
+    schedule = Schedule(in_turn(configs, args.jobs), args.out, jobs=args.jobs, place=place, title=args.experiment)
+    schedule.run()
+    print(f"{len(configs)} runs are in {args.out}: python -m benchmarks.paper report {args.out}")
+    return 0
+
+
+def run_together(args: argparse.Namespace, device: str) -> int:
+    """One run after the other, each on all processes that torchrun started; each takes its part of every batch."""
+    base, arms = config_of(args), arms_of(args)
+    if args.tune:
+        raise ValueError("--tune runs on one device: tune first, without torchrun; its rates are used here")
+    rank = dist.get_rank()
+    if rank == 0:
+        data = open_data(base.data, base.options)  # makes what is cached
+    dist.barrier()
+    data = open_data(base.data, base.options)
+    tuned = Tuner(base, data.tasks, args.out, 1, 1, {}).known()
+    check_settings(args, base, arms, data)
+    dist.barrier()
+    if rank == 0:
+        write_experiment(args, base, arms, data, tuned)
+    place = Workplace(args.out, **{k: v for k, v in place_of(args).items() if k != "out"})
+    for config in configs_of(args, base, arms, data, tuned):
+        if not is_done(config, args.out):
+            if rank == 0:
+                print(config.name, flush=True)
+            RunOfArm(replace(config, device=device), ARMS[config.arm], place).run()
+        dist.barrier()
+    return 0
+
+
+# --- what the options mean --------------------------------------------------------------------------------------------
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """What all runs have in common."""
+    for name in ("seeds", "steps", "batch", "read", "jobs", "threads", "tune_seeds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if not 0 <= args.expand_at < 1:
+        raise ValueError(f"--expand-at must be in [0, 1), got {args.expand_at}")
+    if args.size is not None and len(args.size) > 2:
+        raise ValueError(f"--size takes one side, or height and width, got {args.size}")
+    lr = args.lr or (SMALL_LR if args.backbone == "small" else PRETRAINED_LR)
+    is_text = args.data == "wordnet"
+    own = args.backbone if is_text and args.backbone != "small" else None
+    options = Options(
+        root=args.root,
+        tasks=None if args.tasks is None else tuple(args.tasks),
+        size=None if args.size is None else (args.size[0], args.size[-1]),
+        seed=args.data_seed,
+        train=args.train,
+        val=args.val,
+        tokenizer=args.tokenizer or own,
+        cache=args.cache,
+    )
+    same = (
+        "data",
+        "backbone",
+        "steps",
+        "batch",
+        "weight_decay",
+        "expand_at",
+        "read",
+        "num_tokens",
+        "threads",
+        "device",
+    )
+    return Config(
+        "",
+        0,
+        options=options,
+        lr=lr,
+        trunk_lr=lr,
+        modulation=args.modulation,
+        expansion=args.expansion,
+        conflicts=not args.no_conflicts,
+        **{name: getattr(args, name) for name in same},
+    )
+
+
+def arms_of(args: argparse.Namespace) -> list[str]:
+    arms = list(args.arms or EXPERIMENTS[args.experiment].arms)
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise ValueError(f"--arms names the unknown arm {unknown[0]!r}; arms are {', '.join(ARMS)}")
+    return list(dict.fromkeys(arms))
+
+
+def place_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("save_every", "loader_workers", "tensorboard")}
+
+
+def runs_of(arms: Sequence[str], data: Data) -> list[tuple[str, str | None]]:
+    """Every arm once, or once per task where each task is trained alone."""
+    return [(arm, task) for arm in arms for task in (data.names if ARMS[arm].is_single else [None])]
+
+
+def configs_of(
+    args: argparse.Namespace, base: Config, arms: Sequence[str], data: Data, tuned: dict[str, Any]
+) -> list[Config]:
+    joint = tuned.get("joint", {}).get("lr", base.lr)
+    configs = []
+    for seed in range(args.seeds):
+        for arm, task in runs_of(arms, data):
+            lr = tuned.get(label(arm, task), {}).get("lr", joint)
+            configs.append(replace(base, arm=arm, task=task, seed=seed, lr=lr, trunk_lr=joint if task is None else lr))
+    return configs
+
+
+def check_settings(args: argparse.Namespace, base: Config, arms: Sequence[str], data: Data) -> None:
+    """Before anything is written: a folder holds one experiment's settings.
+
+    Raises:
+        ValueError: what is there was run with others.
+    """
+    path = args.out / "experiment.json"
+    if not path.exists():
+        return
+    was = read_json(path)
+    now = json.loads(json.dumps(common_settings(base)))
+    if other := differences(was.get("settings", {}), now):
+        raise ValueError(f"{args.out} holds runs with another {other}: name another --out")
+
+
+def common_settings(base: Config) -> dict[str, Any]:
+    """The joint training's rate is not among them: it may be tuned later on."""
+    return {name: value for name, value in base.settings.items() if name not in ("trunk_lr", "held_out")}
+
+
+def write_experiment(
+    args: argparse.Namespace, base: Config, arms: Sequence[str], data: Data, tuned: dict[str, Any]
+) -> None:
+    """``experiment.json``; arms and seeds that were run before stay in it."""
+    path = args.out / "experiment.json"
+    was = read_json(path) if path.exists() else {"arms": {}, "seeds": []}
+    content = {
+        "format": FORMAT,
+        "experiment": args.experiment,
+        "arms": was["arms"] | {arm: ARMS[arm].title for arm in arms},
+        "seeds": sorted({*was["seeds"], *range(args.seeds)}),
+        "settings": common_settings(base),
+        "lr": base.lr,
+        "tuned": tuned,
+        "data": base.data,
+        "tasks": {
+            name: {"metric": task.metric, "unit": task.unit, "lower_is_better": task.lower_is_better}
+            for name, task in data.tasks.items()
+        },
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    write_beside(path, lambda beside: beside.write_text(text))

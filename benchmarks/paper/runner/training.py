@@ -1,0 +1,145 @@
+"""A training that can be put down after any step and taken up again, to the same bits."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtme.files import write_beside
+
+from ..arms import Batch, Combination
+from ..tasks import Tasks
+
+POWER = 0.9
+"""Of the polynomial by which the learning rate falls to zero."""
+PARTS = 10
+"""Of a training, whose mean losses a run keeps."""
+
+
+class Diverged(Exception):
+    """A loss is not finite: the message names the task and the step."""
+
+
+class Training:
+    """A model in training: everything that the next step depends on, pickled as one.
+
+    Random draws of a step, dropout's for example, come from a seed of that step: so no state of a generator is part of
+    it, and arms that share a seed share them.
+    """
+
+    def __init__(self, model: nn.Module, combination: Combination, steps: int, seed: int) -> None:
+        self.model, self.combination = model, combination
+        self.steps, self.seed, self.step = steps, seed, 0
+        self.lr = self.weight_decay = math.nan
+        self.history = torch.full((steps, len(combination.names)), math.nan)
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds = 0.0
+        self.facts: dict[str, Any] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def train_with(self, lr: float, weight_decay: float) -> None:
+        """From here on at this learning rate. What was trained before keeps the moments that its gradients have."""
+        self.lr, self.weight_decay = lr, weight_decay
+        self.combination.prepare(self.model)
+        groups = [g for g in self.model.parameter_groups(lr, weight_decay) if g["params"]]  # type: ignore[operator]
+        if own := list(self.combination.parameters()):
+            groups.append({"params": own, "lr": lr, "weight_decay": 0.0})
+        before = {} if self.optimizer is None else self.optimizer.state
+        self.optimizer = torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+            self.optimizer.state.update({p: before[p] for p in group["params"] if p in before})
+
+    def run(self, batches: Iterable[Batch], tasks: Tasks, each: Callable[["Training"], None]) -> None:
+        """A step per batch; ``each`` is called after every one and may raise to stop there.
+
+        Raises:
+            Diverged: a loss or a gradient is not finite; the model keeps the parameters from before that step.
+        """
+        self.model.train()
+        for batch in batches:
+            with self.timed("training"):
+                self._step(batch, tasks)
+            each(self)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count what the body takes, on top of what was counted before the run was interrupted."""
+        started, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+            self.cpu_seconds += time.process_time() - cpu
+
+    def _step(self, batch: Batch, tasks: Tasks) -> None:
+        optimizer = self.optimizer
+        assert optimizer is not None
+        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        factor = (1 - self.step / self.steps) ** POWER
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            losses = self.combination.step(self.model, batch, tasks)
+        except FloatingPointError as error:
+            raise Diverged(f"{error} at step {self.step}") from error
+        values = torch.stack([losses[name].float() for name in self.combination.names]).cpu()
+        if not values.isfinite().all():
+            name = self.combination.names[int((~values.isfinite()).nonzero()[0])]
+            raise Diverged(f"the loss of {name!r} is {losses[name].item()} at step {self.step}")
+        average_gradients(optimizer)
+        optimizer.step()
+        self.combination.after(self.model, batch, tasks)
+        self.history[self.step] = values
+        self.step += 1
+
+    def last_losses(self) -> dict[str, float]:
+        return dict(zip(self.combination.names, self.history[self.step - 1].tolist(), strict=True))
+
+    def losses(self) -> dict[str, list[float]]:
+        """Every task's mean loss in each of ``PARTS`` parts of the training."""
+        parts = [part.nanmean(0).tolist() for part in self.history[: self.step].tensor_split(PARTS)]
+        return {name: [part[i] for part in parts] for i, name in enumerate(self.combination.names)}
+
+    def save(self, path: Path) -> None:
+        write_beside(path, lambda beside: torch.save(self, beside))
+
+    @staticmethod
+    def load(path: Path, device: str) -> "Training":
+        """What ``save`` wrote. It is a pickle, and so only ever read from the folder that the runner itself fills."""
+        return torch.load(path, map_location=device, weights_only=False)
+
+    def digest(self) -> str:
+        """Of every bit of the model's weights."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            found.update(name.encode())
+            if isinstance(value, Tensor):
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Over the processes of a group, in buckets of one dtype; nothing to do for one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    world = dist.get_world_size()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for parameter in parameters:  # what got no gradient here may have got one there
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        some = [p for p in parameters if p.dtype == dtype]
+        flat = torch.cat([p.grad.reshape(-1) for p in some])  # type: ignore[union-attr]
+        dist.all_reduce(flat)
+        flat /= world
+        for parameter, gradient in zip(some, flat.split([p.numel() for p in some]), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone()
