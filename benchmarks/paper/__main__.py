@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "scenes": ("..rooms.show", "draw the embedded data set"),
+    "run": (".runner.command", "run an experiment"),
     "demo": (".demo", "train, analyse, expand and compare on the embedded data set"),
 }
 

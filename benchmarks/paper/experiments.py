@@ -12,12 +12,34 @@ ARMS: dict[str, Arm] = {**COMBINATIONS, **STRUCTURES}
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms that are compared; what is common to them stands in the options of the command."""
+    """Arms that are compared. What they have in common stands in the options of the command."""
 
     title: str
     arms: tuple[str, ...]
 
 
+_OPTIMISERS = ("graddrop", "mgda", "uw", "dwa", "pcgrad", "cagrad", "imtl", "aligned", "nash", "famo")
 EXPERIMENTS = {
-    "pilot": Experiment("how much seeds differ: joint training and TM + TE", ("joint", "tm+te")),
+    "pilot": Experiment("how far seeds lie apart: joint training and TM + TE", ("joint", "tm+te")),
+    "methods": Experiment("table 1: modulation, expansion, both", ("single", "joint", "tm", "te", "tm+te")),
+    "placement": Experiment(
+        "tables 2 and 13: which blocks",
+        ("joint", "tm+te", "gains", "random", "reverse", "swap", "first-half", "last-half", "all"),
+    ),
+    "optimisers": Experiment("tables 3, 8, 9, 10: other ways to train", ("single", "joint", *_OPTIMISERS, "tm+te")),
+    "neighbours": Experiment(
+        "methods that the paper leaves out", ("joint", "invpt-weights", "config", "igb", "rep-mtl", "tm+te")
+    ),
+    "recon": Experiment("table 7: parameters of a task's own for whole layers", ("joint", "recon", "tm+te")),
+    "modulator": Experiment("table 11: affine or batch norm", ("joint", "tm+te", "batch-norm")),
+    "freezing": Experiment("table 12: the backbone frozen or not", ("joint", "tm+te", "frozen")),
+    "conflicts": Experiment("table 14: conflicts before and after", ("joint", "tm", "te", "tm+te")),
+    "timing": Experiment("figure 3: when to expand", ("joint", "after-0", "after-25", "after-50", "after-75")),
+    "ratio": Experiment("figure 5: r of the token space", ("joint", "r-1", "r-10", "tm+te", "r-500", "r-1000")),
+    "share": Experiment("figure 6: how many blocks", ("joint", "share-25", "tm+te", "share-75", "all")),
+    "adapters": Experiment(
+        "what as many parameters do elsewhere",
+        ("joint", "tm+te", "t-1", "shared", "lora", "bitfit", "norm-affine", "prompts"),
+    ),
+    "everything": Experiment("every arm", tuple(ARMS)),
 }

@@ -110,7 +110,16 @@ class Training:
         return {name: [part[i] for part in parts] for i, name in enumerate(self.combination.names)}
 
     def save(self, path: Path) -> None:
-        write_beside(path, lambda beside: torch.save(self, beside))
+        """Raises: OSError, the disk is full for example; the file that was there stays."""
+
+        def write(beside: Path) -> None:
+            with beside.open("wb") as file:
+                try:
+                    torch.save(self, file)
+                except RuntimeError as error:  # that a zip file could not be ended, after it could not be written
+                    raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+        write_beside(path, write)
 
     @staticmethod
     def load(path: Path, device: str) -> "Training":

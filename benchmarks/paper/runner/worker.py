@@ -1,7 +1,7 @@
 """A process that trains one run after the other: what to run comes in as lines of JSON, what happens goes out so.
 
-In: ``{"config": {...}, "place": {...}}``. Out, of each run: ``{"event": "step", "what": "training", "step": 40}`` now and
-then, and at its end ``{"event": "done", "status": "done", "reason": null}`` (or "diverged" and why),
+In: ``{"config": {...}, "place": {...}}``. Out, of each run: ``{"event": "step", "what": "training", "step": 40}`` now
+and then, and at its end ``{"event": "done", "status": "done", "reason": null}`` (or "diverged" and why),
 ``{"event": "failed", "error": "..."}`` or ``{"event": "stopped"}``, after which the process ends.
 """
 
@@ -56,9 +56,12 @@ def main() -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stopping.append(True))
 
+    from ...clients import import_torchvision
     from ..experiments import ARMS
     from .config import Config
     from .one import RunOfArm, Stopped, Workplace
+
+    import_torchvision()  # before a saved model is unpickled, whose library may import it
 
     def is_over() -> bool:
         return bool(stopping) or teller.is_alone
