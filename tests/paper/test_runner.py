@@ -174,8 +174,8 @@ def test_order_of_runs_keeps_two_seeds_at_once():
     configs = [Config(arm, seed) for seed in range(4) for arm in ("joint", "tm+te")]
     assert [(c.arm, c.seed) for c in in_turn(configs, 2)][:4] == [
         ("joint", 0),
-        ("tm+te", 0),
         ("joint", 1),
+        ("tm+te", 0),
         ("tm+te", 1),
     ]
 

@@ -87,7 +87,10 @@ def in_turn(configs: Sequence[Config], jobs: int) -> list[Config]:
     """Seeds in groups of ``jobs``, in each group arm by arm: runs at once then seldom wait for one joint training."""
     seeds = list(dict.fromkeys(config.seed for config in configs))
     group = {seed: at // jobs for at, seed in enumerate(seeds)}
-    return sorted(configs, key=lambda config: group[config.seed])  # a stable sort: arms keep their order, seeds theirs
+    kinds = [(config.arm, config.task, config.variant) for config in configs]
+    place = {kind: at for at, kind in enumerate(dict.fromkeys(kinds))}
+    order = sorted(zip(kinds, configs, strict=True), key=lambda pair: (group[pair[1].seed], place[pair[0]]))
+    return [config for _, config in order]
 
 
 class Schedule:
