@@ -7,7 +7,8 @@ from importlib import import_module
 
 COMMANDS = {
     "scenes": ("..rooms.show", "draw the embedded data set"),
-    "run": (".runner.command", "run an experiment"),
+    "run": (".runner.command", "run an experiment of the evaluation, or go on with it"),
+    "smoke": (".smoke", "try every data set and arm for a few steps"),
     "demo": (".demo", "train, analyse, expand and compare on the embedded data set"),
 }
 

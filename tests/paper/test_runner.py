@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -21,6 +20,7 @@ from benchmarks.paper.runner.config import Config
 from benchmarks.paper.runner.one import RunOfArm, Stopped, Workplace
 from benchmarks.paper.runner.schedule import RunError, Schedule, claimed, in_turn, is_done
 from benchmarks.paper.runner.training import Training
+from benchmarks.paper.smoke import figures, killed_and_resumed
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,6 @@ def config(tmp_path_factory):
 
 def run(config, out, **place):
     return RunOfArm(config, ARMS[config.arm], Workplace(out, **place)).run()
-
-
-def figures(content):
-    """All of a run that does not hang on the clock or on the machine."""
-    return {name: content[name] for name in ("metrics", "losses", "conflicts", "structure", "weights", "parameters")}
 
 
 # ---- batches
@@ -204,63 +199,9 @@ def test_every_experiment_names_arms():
 # ---- the command
 
 
-def command(config, out, *more, **environment):
-    options = config.options
-    return subprocess.Popen(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "benchmarks.paper",
-                "run",
-                "pilot",
-                "--out",
-                str(out),
-                "--cache",
-                str(options.cache),
-            ),
-            *(
-                "--tasks",
-                *options.tasks,
-                "--size",
-                "32",
-                "--train",
-                "24",
-                "--val",
-                "8",
-                "--steps",
-                "60",
-                "--batch",
-                "4",
-            ),
-            *("--read", "8", "--save-every", "0", *more),
-        ],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_killed_runs_go_on_to_the_same_figures(config, tmp_path):
-    whole = command(config, tmp_path / "whole")
-    out = tmp_path / "killed"
-    for step in ("trunk.lr-0.001.seed-0.step-15.part.pt", "tm+te.seed-0.pt"):
-        process = command(config, out)
-        checkpoint, until = out / "work" / step, time.monotonic() + 120
-        while not checkpoint.exists() and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.01)
-        assert checkpoint.exists(), process.communicate()[0]
-        process.kill()  # its workers notice that nobody listens any more, save and end
-        process.communicate()
-    assert len(list(read_runs(out))) < 2
-    said = command(config, out).communicate()[0]
-    assert "2 runs are in" in said, said
-    assert "2 runs are in" in whole.communicate()[0]
-    for want, found in zip(read_runs(tmp_path / "whole"), read_runs(out), strict=True):
-        assert figures(found) == figures(want) and found["arm"] == want["arm"]
-    refused = command(config, out, "--expand-at", "0.5").communicate()[0]
-    assert "another expand_at (0.25 there, 0.5 now)" in refused
+def test_killed_runs_go_on_to_the_same_figures(tmp_path, config):
+    whole, killed = killed_and_resumed(tmp_path, config.options.cache)
+    assert figures(killed) == figures(whole)
 
 
 def test_a_full_disk_is_named_and_loses_nothing(config, tmp_path):

@@ -22,6 +22,7 @@ from ..results import FORMAT, Run, run_path
 from .batches import InOrder, Part, items_to_read, training_batches
 from .config import Config
 from .measures import conflicts_of, one_at_a_time, peak_memory, reset_peak_memory, run_facts
+from .together import rank_and_world, share_buffers
 from .training import Diverged, Training
 
 
@@ -50,12 +51,6 @@ class Workplace:
 
 class Stopped(Exception):
     """The run was asked to stop; it goes on from there when it is started again."""
-
-
-def rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 class RunOfArm:
@@ -253,6 +248,7 @@ class RunOfArm:
         tasks = self._tasks
         meters = {name: task.meter() for name, task in tasks.items()}
         indices = range(len(self.data.val))[self.rank :: self.world]
+        share_buffers(model)
         model.eval()
         for x, labels in InOrder(
             self.data.val, indices, self.config.batch, self.config.device, self.place.loader_workers

@@ -1,4 +1,4 @@
-"""The processes that torchrun started."""
+"""The processes that torchrun started, which train one model: each on its part of every batch."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 @contextmanager
@@ -20,3 +21,34 @@ def joined(device: str) -> Iterator[str]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Over the processes of a group, in buckets of one dtype; nothing to do for one process."""
+    _, world = rank_and_world()
+    if world == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for parameter in parameters:  # what got no gradient here may have got one there
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        some = [p for p in parameters if p.dtype == dtype]
+        flat = torch.cat([p.grad.reshape(-1) for p in some])  # type: ignore[union-attr]
+        dist.all_reduce(flat)
+        flat /= world
+        for parameter, gradient in zip(some, flat.split([p.numel() for p in some]), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Rank 0's for all: the statistics of batch norms, which every process keeps of its own part of the batches."""
+    if rank_and_world()[1] > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtme.files import write_beside
 
 from ..arms import Batch, Combination
 from ..tasks import Tasks
+from .together import average_gradients
 
 POWER = 0.9
 """Of the polynomial by which the learning rate falls to zero."""
@@ -134,21 +134,3 @@ class Training:
             if isinstance(value, Tensor):
                 found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
-
-
-def average_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Over the processes of a group, in buckets of one dtype; nothing to do for one process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    world = dist.get_world_size()
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    for parameter in parameters:  # what got no gradient here may have got one there
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for dtype in dict.fromkeys(p.dtype for p in parameters):
-        some = [p for p in parameters if p.dtype == dtype]
-        flat = torch.cat([p.grad.reshape(-1) for p in some])  # type: ignore[union-attr]
-        dist.all_reduce(flat)
-        flat /= world
-        for parameter, gradient in zip(some, flat.split([p.numel() for p in some]), strict=True):
-            parameter.grad = gradient.view_as(parameter).clone()
