@@ -10,10 +10,13 @@ normals       (3, H, W) float32  unit, camera frame (x right, y down, z forward)
 edges         (1, H, W) float32  1 where the pixel to the right or below lies on another solid or across a crease
 saliency      (H, W) int64       1 on the one object that draws the eye: large, central, of an eye-catching kind
 parts         (H, W) int64       ``labels.PARTS``; 255 off the furniture
+albedo        (3, H, W) float32  the surface's own red, green and blue in [0, 1], without any light: linear, so that
+                                 its square root is what a picture shows
 ============  =================  ====================================================================================
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ from .batch import Batch, pack
 from .labels import CLASSES
 from .raycast import Hit, dot, inspect
 from .rooms import Room, furnished_room
-from .shading import shade
+from .shading import clip, shade
 
 SPLITS = ("train", "val")
 MIN_SIDE = 16
@@ -32,10 +35,18 @@ _RAYS = 32768  # rendered together: 128 KB an array, which stays in the cache
 _SAMPLES = ((-0.36, -0.21), (0.36, -0.21), (0.0, 0.4))  # of a pixel that an edge crosses, besides its centre
 
 
-def _look_at(
-    batch: Batch, x: np.ndarray, y: np.ndarray, size: tuple[int, int], sharp: float = 1.0
-) -> tuple[Hit, np.ndarray, np.ndarray, np.ndarray]:
-    """Cast rays through image points x, y (B or 1, N), in pixels: hit, ids and colour (3, B, N), lit (B, N).
+class View(NamedTuple):
+    """What B × N rays of a camera see."""
+
+    hit: Hit
+    ids: np.ndarray  # (3, B, N) int64: class, part, object number
+    colour: np.ndarray  # (3, B, N) in [0, 1], display gamma
+    albedo: np.ndarray  # (3, B, N), linear
+    lit: np.ndarray  # (B, N) bool: whether the light that casts shadows arrives
+
+
+def _look_at(batch: Batch, x: np.ndarray, y: np.ndarray, size: tuple[int, int], sharp: float = 1.0) -> View:
+    """Cast rays through image points x, y (B or 1, N), in pixels.
 
     ``sharp``: rays per pixel along an axis, for the texture's detail.
     """
@@ -52,8 +63,7 @@ def _look_at(
     # a pixel covers 1/slope times more along the face than across; its geometric mean keeps floors crisp
     foot = hit.t * scale / (np.sqrt(slope) * sharp)
     look, number = batch.looks.take(row, axis=1), ids[2].astype(np.int16)
-    colour, lit = shade(hit, look, number, direction, foot, batch.solids, batch.light, batch.bodies)
-    return hit, ids, colour, lit
+    return View(hit, ids, *shade(hit, look, number, direction, foot, batch.solids, batch.light, batch.bodies))
 
 
 def _smooth(batch: Batch, image: np.ndarray, rough: np.ndarray, size: tuple[int, int]) -> None:
@@ -65,7 +75,7 @@ def _smooth(batch: Batch, image: np.ndarray, rough: np.ndarray, size: tuple[int,
     order = np.argsort(~rough, axis=1, kind="stable")[:, :count]
     y, x = (at.astype(np.float32) + 0.5 for at in np.divmod(order, size[1]))
     x, y = (np.concatenate(at, 1) for at in zip(*((x + dx, y + dy) for dx, dy in _SAMPLES), strict=True))
-    _, _, colour, _ = _look_at(batch, x, y, size, sharp=2.0)
+    colour = _look_at(batch, x, y, size, sharp=2.0).colour
     scenes = np.arange(len(order))[:, None]
     centre = image[:, scenes, order]
     a, b, c = colour.reshape(3, len(order), 3, count).transpose(2, 0, 1, 3)
@@ -104,7 +114,7 @@ def _render(rooms: Sequence[Room], size: tuple[int, int]) -> dict[str, np.ndarra
     batch = pack(rooms)
     x = np.tile(np.arange(width, dtype=np.float32) + 0.5, height)[None]
     y = np.repeat(np.arange(height, dtype=np.float32) + 0.5, width)[None]
-    hit, ids, image, lit = _look_at(batch, x, y, size)
+    hit, ids, image, albedo, lit = _look_at(batch, x, y, size)
     edges, rough = _differs((hit.solid * np.int16(8) + hit.face).reshape(-1, *size))  # a number a smooth face
     _, shadow = _differs(lit.reshape(-1, *size))
     _smooth(batch, image, (rough | shadow).reshape(len(rooms), -1), size)
@@ -120,6 +130,7 @@ def _render(rooms: Sequence[Room], size: tuple[int, int]) -> dict[str, np.ndarra
         "edges": edges.astype(np.float32).reshape(shape),
         "saliency": _salient(ids[2], batch.appeal, size).astype(np.int64).reshape(-1, *size),
         "parts": ids[1].reshape(-1, *size),
+        "albedo": clip(albedo).swapaxes(0, 1).reshape(shape),
     }
 
 
