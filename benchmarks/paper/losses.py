@@ -45,3 +45,9 @@ def normals_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def depth_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """depth: L1 over valid pixels. Target (B, 1, H, W) in metres, valid where > 0."""
     return _mean((prediction.float() - target).abs(), target > 0)
+
+
+def l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error over all numbers that are known. Target of the prediction's shape, NaN where not known."""
+    valid = ~target.isnan()
+    return _mean((prediction.float() - torch.where(valid, target, 0.0)).abs(), valid)
