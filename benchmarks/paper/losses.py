@@ -48,6 +48,27 @@ def depth_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error over all numbers that are known. Target of the prediction's shape, NaN where not known."""
+    """Taskonomy: L1, the mean over valid values. Target (B, C, H, W), NaN where it is unknown."""
+    error, valid = _error(prediction, target)
+    return _mean(error.abs(), valid)
+
+
+def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Taskonomy's curvature: the mean square over valid values. Target as of ``l1_loss``."""
+    error, valid = _error(prediction, target)
+    return _mean(error.square(), valid)
+
+
+def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Taskonomy's normals: 1 - cos of the angle between the vectors of a pixel, whose components are its channels,
+    over valid pixels. Target (B, 3, H, W) of any length, NaN or 0 0 0 where it is unknown."""
+    valid = (target.isfinite() & (target != 0).any(1, keepdim=True)).all(1)
+    known = torch.where(valid[:, None], target, 0.0)
+    return _mean(1 - F.cosine_similarity(prediction.float(), known.float(), dim=1), valid)
+
+
+def _error(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Difference and where it is valid. A NaN is replaced before it meets the prediction: what is masked afterwards
+    would still multiply it into the gradient."""
     valid = ~target.isnan()
-    return _mean((prediction.float() - torch.where(valid, target, 0.0)).abs(), valid)
+    return prediction.float() - torch.where(valid, target, 0.0).float(), valid

@@ -26,7 +26,7 @@ from ...rooms.scenes import MIN_SIDE, Scenes, edges_of, mirrored
 from .. import losses, metrics
 from ..metrics import DepthRMSE, EdgeF, MaxF, MeanIoU, NormalsError
 from ..tasks import Task, choose
-from .checks import check_counts, check_size, refuse
+from .common import check_counts, check_size, refuse
 from .dataset import Data, DataError, Item, Options
 from .images import normalise
 

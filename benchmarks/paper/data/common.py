@@ -1,6 +1,22 @@
-"""Checks of options that data sets share."""
+"""What data sets share: checks of their options, and the table's row of a task that sorts whole items into classes."""
 
+from .. import losses, metrics
+from ..tasks import Task
 from .dataset import Options
+
+
+def classification(classes: tuple[str, ...]) -> Task:
+    """One class for an image or a text: cross-entropy, and the share of items that are right."""
+    return Task(
+        len(classes),
+        losses.cross_entropy,
+        lambda: metrics.Accuracy(len(classes)),
+        "accuracy",
+        "%",
+        lower_is_better=False,
+        classes=classes,
+        is_dense=False,
+    )
 
 
 def refuse(options: Options, data: str, *names: str) -> None:
