@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import dtme
 import dtme_kernels
@@ -17,13 +16,12 @@ from dtme.files import write_beside
 
 from ..clients import import_torchvision
 from ..kernels.device import facts
-from ..paper.data.rooms import TASKS
-from ..paper.demo import DEMO_TASKS, build
-from ..paper.training import Batches, train
-from ..rooms.scenes import render
+from ..paper.data import Options, open_data
+from ..paper.data.rooms import DEMO_TASKS, TASKS, renderer
+from ..paper.models import with_heads
+from ..paper.training import Batch, Batches, train
 
 LR, TRAIN_BATCH = 1e-3, 16
-CHUNK = 64  # scenes rendered at once
 Row = dict[str, Any]
 
 
@@ -60,21 +58,12 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 def scenes(args: argparse.Namespace) -> Batches:
     """The rendered training scenes: from the cache, or rendered once."""
-    path = args.cache / f"scenes-{args.scenes}-{args.size}.pt"
-    if not path.exists():
-        images, labels = [], []
-        for first in tqdm(range(0, args.scenes, CHUNK), desc="rendering", unit="chunk"):
-            chunk = render(range(first, min(first + CHUNK, args.scenes)), (args.size, args.size))
-            images.append(chunk[0])
-            labels.append(chunk[1])
-        stacked = {task: torch.cat([label[task] for label in labels]) for task in DEMO_TASKS}
-        content = {"images": torch.cat(images), "labels": stacked}
-        write_beside(path, lambda beside: torch.save(content, beside))
-    content = torch.load(path, weights_only=True)
-    return Batches(content["images"], content["labels"], TRAIN_BATCH, torch.device(args.device))
+    size = (args.size, args.size)
+    data = open_data("rooms", Options(tasks=DEMO_TASKS, size=size, train=args.scenes, val=1, cache=args.cache))
+    return Batches(data, "train", TRAIN_BATCH, torch.device(args.device))
 
 
-def untrained(args: argparse.Namespace, seed: int) -> dtme.MultiTaskModel:
+def untrained(args: argparse.Namespace, data: Batches, seed: int) -> dtme.MultiTaskModel:
     import_torchvision()
     from transformers import ViTConfig, ViTModel
 
@@ -87,14 +76,14 @@ def untrained(args: argparse.Namespace, seed: int) -> dtme.MultiTaskModel:
         image_size=args.size,
         patch_size=args.patch,
     )
-    return build(ViTModel(config, add_pooling_layer=False), args.size, args.patch).to(args.device)
+    return with_heads(ViTModel(config, add_pooling_layer=False), data.data).to(args.device)
 
 
 def trained(args: argparse.Namespace, data: Batches, seed: int) -> dtme.MultiTaskModel:
     """Backbone and heads, trained jointly from scratch: from the cache, or trained once; in evaluation mode."""
-    model = untrained(args, seed)
+    model = untrained(args, data, seed)
     sizes = [args.scenes, args.size, args.patch, args.depth, args.width, args.steps, LR, TRAIN_BATCH, args.device]
-    name = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps([*sizes, renderer()]).encode()).hexdigest()[:12]
     path = args.cache / f"model-{name}-{seed}.pt"
     if not path.exists():
         train(model, data, args.steps, LR, seed, f"training model {seed}")
@@ -113,10 +102,8 @@ class Ordered:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for index in self.parts:
-            at = index.to(self.data.images.device)
-            yield self.data.images[at], {task: label[at] for task, label in self.data.labels.items()}
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.data.take, self.parts)
 
 
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

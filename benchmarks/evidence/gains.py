@@ -97,9 +97,8 @@ def train_maps(args: argparse.Namespace, model: dtme.MultiTaskModel, data: Any, 
     stepper = OPTIMIZERS[args.optimizer](maps, lr=lr)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(args.map_steps):
-        index = torch.randperm(args.scenes, generator=generator)[: args.map_batch].to(args.device)
-        labels = {task: label[index] for task, label in data.labels.items()}
-        loss = sum_of_losses(model(data.images[index]), labels)
+        images, labels = data.take(torch.randperm(args.scenes, generator=generator)[: args.map_batch])
+        loss = sum_of_losses(model(images), labels)
         for parameter, gradient in zip(maps, torch.autograd.grad(loss, maps), strict=True):
             parameter.grad = gradient
         stepper.step()

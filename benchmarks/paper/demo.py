@@ -8,28 +8,23 @@ import argparse
 import copy
 import itertools
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from torch import Tensor
 
 import dtme
 
 from ..clients import import_torchvision
 from ..rooms.pictures import colorize, decode, sheet
-from ..rooms.scenes import Scenes
-from .data.rooms import TASKS
+from .data import Data, Options, open_data
+from .data.images import colours
+from .data.rooms import DEMO_TASKS, SIZE
 from .metrics import delta_m
-from .models import PixelHead
+from .models import VIT, load_backbone, tokens_of, with_heads
 from .tasks import lower_is_better
 from .training import Batches, evaluate, train
-
-DEMO_TASKS = ("semseg", "depth", "normals", "edges")
-SIZE = 64  # pixels, for the small backbone; a pretrained one brings its own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,30 +34,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--backbone", help="any transformers model name or folder (default: a small ViT, not pretrained)"
+        "--backbone",
+        default="small",
+        help=f"a name or folder of a transformers model; not pretrained: small (the default), {', '.join(VIT)}",
+    )
+    parser.add_argument(
+        "--size", type=int, help=f"pixels along an image's side (default: {SIZE[0]}, or a pretrained backbone's own)"
     )
     parser.add_argument("--lr", type=float, help="default: 1e-3, or 5e-5 for a pretrained backbone")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes; an eighth as many are held out")
     parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--cache", type=Path, default=Options.cache, help="where rendered scenes are kept")
 
 
 def run(args: argparse.Namespace) -> None:
     if min(args.steps, args.batch, args.scenes) < 1:
         raise SystemExit("--steps, --batch and --scenes must be positive")
     started = time.perf_counter()
-    torch.manual_seed(args.seed)
-    backbone, size, patch = load_backbone(args.backbone)
     device = torch.device(args.device)
-    lr = args.lr or (5e-5 if args.backbone else 1e-3)
-    model = build(backbone, size, patch).to(device)
-    print(f"{type(backbone).__name__} on {device}, {size} × {size} pixels, tasks {', '.join(DEMO_TASKS)}")
-    training, held_out = (load_scenes(split, args, size, device) for split in ("train", "val"))
+    try:
+        data, model = prepare(args, device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    score(args, data, model)
+    print(f"done in {time.perf_counter() - started:.0f} s")
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> tuple[Data, dtme.MultiTaskModel]:
+    """The rooms, and a model that has shown that it takes them.
+
+    Raises:
+        ValueError: the backbone does not take images of this size.
+    """
+    size = (args.size, args.size) if args.size is not None else own_size(args.backbone)
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(args.backbone, size, None)  # before anything is rendered: it may refuse the size
+    count = {"train": args.scenes, "val": max(1, args.scenes // 8)}
+    data = open_data("rooms", Options(tasks=DEMO_TASKS, size=size, seed=args.seed, cache=args.cache, **count))
+    model = with_heads(backbone, data).to(device)
+    images, _ = Batches(data, "val", 1, device).take([0])
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"--backbone {args.backbone} does not take images of {size[0]} × {size[1]} pixels: {error}. "
+            "Without --size they have the size that it was trained with"
+        ) from error
+    return data, model
+
+
+def is_pretrained(backbone: str) -> bool:
+    return backbone != "small" and backbone not in VIT
+
+
+def own_size(backbone: str) -> tuple[int, int]:
+    """(height, width) of the images that a backbone was trained with, as far as its patches tile them.
+
+    Raises:
+        ValueError: its config does not tell.
+    """
+    if not is_pretrained(backbone):
+        return SIZE
+    import_torchvision()
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(backbone)
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    sides = {size} if isinstance(size, int) else set(size or ())
+    if len(sides) != 1 or not isinstance(patch, int):
+        raise ValueError(f"--backbone {backbone} has no square image_size and patch_size in its config: see --size")
+    side = sides.pop() // patch * patch
+    return side, side
+
+
+def score(args: argparse.Namespace, data: Data, model: dtme.MultiTaskModel) -> None:
+    """Everything that comes after data and model are there."""
+    device, lr = torch.device(args.device), args.lr or (5e-5 if is_pretrained(args.backbone) else 1e-3)
+    height, width = data.size
+    print(f"{type(model.backbone).__name__} on {device}, {height} × {width} pixels, tasks {', '.join(data.tasks)}")
+    training, held_out = (Batches(data, split, args.batch, device) for split in ("train", "val"))
 
     losses = {"joint": train(model, training, args.steps, lr, args.seed, "joint training")}
     scores = {"joint": evaluate(model, held_out)}
 
-    chosen = {task: TASKS[task].loss for task in DEMO_TASKS}
+    chosen = {name: task.loss for name, task in data.tasks.items()}
     report = dtme.analyze(model, training, chosen, max_batches=max(1, 512 // args.batch))
     plan = report.plan(modulation=0.5, expansion=0.5, num_tokens=6)
     print(f"\n{report}\n")
@@ -73,63 +130,21 @@ def run(args: argparse.Namespace) -> None:
     for name, contender in (("not expanded", model), ("expanded", expanded)):
         losses[name] = train(contender, training, args.steps, lr / 2, args.seed + 1, f"{name:14}")
         scores[name] = evaluate(contender, held_out)
-    print(f"\n{comparison(scores, args.steps)}\n")
+    print(f"\n{comparison(data, scores, args.steps)}\n")
 
     write_results(args.out, report, plan, expanded, held_out, losses)
-    reload_and_predict(args, expanded, held_out, size, patch)
-    print(f"done in {time.perf_counter() - started:.0f} s")
+    reload_and_predict(args, expanded, held_out)
 
 
-def load_backbone(name: str | None) -> tuple[nn.Module, int, int]:
-    """(transformers model, image side, patch side), the last two in pixels."""
-    import_torchvision()
-    from transformers import AutoModel, ViTConfig, ViTModel
-
-    if name is None:
-        config = ViTConfig(
-            hidden_size=128,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            intermediate_size=384,
-            image_size=SIZE,
-            patch_size=8,
-        )
-        return ViTModel(config, add_pooling_layer=False), SIZE, 8
-    backbone = AutoModel.from_pretrained(name)
-    size, patch = getattr(backbone.config, "image_size", None), getattr(backbone.config, "patch_size", None)
-    if not isinstance(size, int) or not isinstance(patch, int):
-        raise SystemExit(
-            f"--backbone {name}: {type(backbone).__name__} has no square image_size and patch_size in its config"
-        )
-    return backbone, size // patch * patch, patch
-
-
-def build(backbone: nn.Module, size: int, patch: int) -> dtme.MultiTaskModel:
-    grid, width = (size // patch, size // patch), backbone.config.hidden_size
-    return dtme.MultiTaskModel(
-        backbone, {task: PixelHead(width, TASKS[task].channels, grid, patch) for task in DEMO_TASKS}
-    )
-
-
-def load_scenes(split: str, args: argparse.Namespace, size: int, device: torch.device) -> Batches:
-    """Render a split once, on all cores, and keep it in memory."""
-    count = args.scenes if split == "train" else max(1, args.scenes // 8)
-    scenes = Scenes(count, (size, size), seed=args.seed, split=split, tasks=DEMO_TASKS)
-    chunks = DataLoader(scenes, batch_size=50, num_workers=min(16, os.cpu_count() or 1))
-    images, labels = zip(*tqdm(chunks, desc=f"rendering {split:5}", unit="batch"), strict=True)
-    stacked = {task: torch.cat([label[task] for label in labels]) for task in DEMO_TASKS}
-    return Batches(torch.cat(images), stacked, args.batch, device)
-
-
-def comparison(scores: dict[str, dict[str, float]], steps: int) -> str:
+def comparison(data: Data, scores: dict[str, dict[str, float]], steps: int) -> str:
     """The table of held-out metrics; Δm is against the run that was not expanded, not against single-task models."""
     joint, plain, expanded = (scores[name] for name in ("joint", "not expanded", "expanded"))
     # a model that hardly trained may find no edge at all, and nothing can be relative to 0
     known = [task for task in joint if plain[task] and math.isfinite(plain[task])]
-    total, terms = delta_m({t: expanded[t] for t in known}, {t: plain[t] for t in known}, lower_is_better(TASKS))
+    total, terms = delta_m({t: expanded[t] for t in known}, {t: plain[t] for t in known}, lower_is_better(data.tasks))
     rows = [["task", "metric", "joint", "not expanded", "expanded", "difference", "Δm"]]
     for task in joint:
-        info, term = TASKS[task], f"{terms[task]:+.2f} %" if task in terms else "–"
+        info, term = data.tasks[task], f"{terms[task]:+.2f} %" if task in terms else "–"
         metric = f"{info.metric} {info.unit} {'↓' if info.lower_is_better else '↑'}"
         values = [f"{score[task]:.3f}" for score in (joint, plain, expanded)]
         rows.append([task, metric, *values, f"{expanded[task] - plain[task]:+.3f}", term])
@@ -164,12 +179,13 @@ def write_results(
 
 
 def plot_losses(losses: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """One panel a task: joint training, then both further runs from its end."""
+    """One panel per task: joint training, then both further runs from its end."""
     from matplotlib.figure import Figure
 
     joint, *further = losses.items()
+    tasks = list(joint[1])
     figure = Figure(figsize=(11, 2.9), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(DEMO_TASKS)), DEMO_TASKS, strict=True):
+    for axes, task in zip(figure.subplots(1, len(tasks)), tasks, strict=True):
         steps = len(joint[1][task])
         for (name, curves), color in zip([joint, *further], ("#999999", "#2f6fb0", "#d9772b"), strict=True):
             curve = smooth(curves[task])
@@ -198,13 +214,13 @@ def draw_predictions(model: dtme.MultiTaskModel, held_out: Batches, path: Path, 
     images, labels = next(iter(held_out))
     predictions = model.eval()(images[:count])
     rows = []
-    for i, image in enumerate(held_out.pixels(images[:count]).cpu().numpy()):
+    for i, image in enumerate(colours(images[:count].cpu().numpy())):
         row = [colorize("image", image)]
-        for task in DEMO_TASKS:
+        for task in labels:
             row.append(colorize(task, labels[task][i].cpu().numpy()))
             row.append(colorize(task, decode(task, predictions[task][i].cpu().numpy())))
         rows.append(row)
-    columns = ["image", *(name for task in DEMO_TASKS for name in (task, "predicted"))]
+    columns = ["image", *(name for task in labels for name in (task, "predicted"))]
     sheet(path, rows, columns, legend=("semseg", "depth"), panel=1.3)
 
 
@@ -212,18 +228,15 @@ def draw_conflicts(model: dtme.MultiTaskModel, held_out: Batches, report: dtme.C
     """Where in one held-out scene the tasks pull apart, in the block whose range rate is the highest."""
     images, labels = next(iter(held_out))
     block = report.blocks[int(report.range_rates.nan_to_num(-1).argmax())]
-    losses = {task: TASKS[task].loss for task in DEMO_TASKS}
+    losses = {name: task.loss for name, task in held_out.tasks.items()}
     maps = dtme.conflict_map(model, (images, labels), losses, report, block)
-    dtme.plot_conflict_map(maps, path, images=held_out.pixels(images))
+    dtme.plot_conflict_map(maps, path, images=torch.from_numpy(colours(images.cpu().numpy())))
 
 
-def reload_and_predict(
-    args: argparse.Namespace, model: dtme.MultiTaskModel, held_out: Batches, size: int, patch: int
-) -> None:
+def reload_and_predict(args: argparse.Namespace, model: dtme.MultiTaskModel, held_out: Batches) -> None:
     """What a user of the saved model does: a fresh backbone and heads, the weights, one task."""
-    backbone, _, _ = load_backbone(args.backbone)
-    fresh = build(backbone, size, patch)
-    again = dtme.MultiTaskModel.from_pretrained(args.out / "model", fresh.backbone, dict(fresh.heads))
+    fresh = with_heads(load_backbone(args.backbone, held_out.data.size, None), held_out.data)
+    again = dtme.MultiTaskModel.from_pretrained(args.out / "model", fresh.backbone, dict(fresh.heads), tokens_of)
     images, _ = next(iter(held_out))
     with torch.no_grad():
         depth: Tensor = again.to(args.device).eval()(images, tasks="depth")["depth"]

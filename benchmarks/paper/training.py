@@ -1,7 +1,8 @@
-"""Train and score a multi-task model on images with dense labels: what the demo and the tables share."""
+"""Train and score a multi-task model on rendered rooms: what the demo and the experiments of the analysis share."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
+from math import isfinite
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -9,44 +10,65 @@ from tqdm.auto import tqdm
 
 import dtme
 
-from .data.rooms import TASKS
+from .data.dataset import Data
+from .tasks import Tasks
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained backbones expect
+Batch = tuple[Tensor, dict[str, Tensor]]
 
 
 class Batches:
-    """A data set held in memory: images normalised for the backbone, labels as rendered.
+    """A split of rooms in batches ``(images, {task: labels})`` on a device, in order; each is checked when it is read.
 
-    Iterating gives ``(images, {task: labels})`` in order; ``shuffled`` gives endless random batches.
+    Args:
+        split: "train" or "val".
+        batch: scenes per batch; the last one may have fewer.
     """
 
-    def __init__(self, images: Tensor, labels: Mapping[str, Tensor], batch: int, device: torch.device) -> None:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        self.mean, self.std = mean.to(device), std.to(device)
-        self.images = (images.to(device) - self.mean) / self.std
-        self.labels = {task: label.to(device) for task, label in labels.items()}
-        self.batch = batch
+    def __init__(self, data: Data, split: str, batch: int, device: torch.device) -> None:
+        self.data, self.split, self.batch, self.device = data, split, batch, device
+        self.items = getattr(data, split)
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Normalised images → colours in [0, 1]."""
-        return images * self.std + self.mean
+    @property
+    def tasks(self) -> Tasks:
+        return self.data.tasks
+
+    def take(self, index: Sequence[int] | Tensor) -> Batch:
+        """The batch of some scenes.
+
+        Raises:
+            ValueError: an image or a label of it is not finite; the message names both.
+        """
+        index = torch.as_tensor(index).tolist()
+        images, labels = self.items.batch(index)
+        for name, values in {"image": images, **labels}.items():
+            if values.is_floating_point() and not values.isfinite().all():
+                self._refuse(index, name, values)
+        return images.to(self.device), {task: label.to(self.device) for task, label in labels.items()}
+
+    def _refuse(self, index: Sequence[int], name: str, values: Tensor) -> NoReturn:
+        what = "image" if name == "image" else f"label {name!r}"
+        wrong = (~values.isfinite()).flatten(1).sum(1).tolist()
+        scenes = [f"{scene} ({count})" for scene, count in zip(index, wrong, strict=True) if count]
+        raise ValueError(
+            f"scenes of the split {self.split!r} whose {what} is not finite, and how many of its "
+            f"{values[0].numel()} numbers: {', '.join(scenes)}"
+        )
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch)
+        return -(-len(self.items) // self.batch)
 
-    def _take(self, index: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.images[index], {task: label[index] for task, label in self.labels.items()}
+    def __iter__(self) -> Iterator[Batch]:
+        for index in torch.arange(len(self.items)).split(self.batch):
+            yield self.take(index)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for first in range(0, len(self.images), self.batch):
-            yield self._take(slice(first, first + self.batch))
-
-    def shuffled(self, seed: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def shuffled(self, seed: int) -> Iterator[tuple[list[int], Batch]]:
+        """Endless random batches, with the scenes of each; no scene twice before all others, but for an incomplete
+        batch, which is left out."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            order = torch.randperm(len(self.images), generator=generator)
+            order = torch.randperm(len(self.items), generator=generator)
             for index in order.split(self.batch)[: max(1, len(order) // self.batch)]:
-                yield self._take(index.to(self.images.device))
+                yield index.tolist(), self.take(index)
 
 
 def train(
@@ -56,15 +78,26 @@ def train(
 
     Returns:
         {task: loss at every step}.
+
+    Raises:
+        ValueError: an image or a label is not finite, or else a loss; the message names the scene, or the step, the
+            task and the scenes.
     """
     optimizer = torch.optim.Adam(model.parameter_groups(lr=lr, weight_decay=1e-6))
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
     history: list[Tensor] = []
     model.train()
     bar = tqdm(range(steps), desc=name, unit="step")
-    for _, (images, labels) in zip(bar, data.shuffled(seed), strict=False):
+    for step, (scenes, (images, labels)) in zip(bar, data.shuffled(seed), strict=False):
         predictions = model(images)
-        losses = torch.stack([TASKS[task].loss(predictions[task], labels[task]) for task in model.tasks])
+        losses = torch.stack([data.tasks[task].loss(predictions[task], labels[task]) for task in model.tasks])
+        if not losses.isfinite().all():
+            values = dict(zip(model.tasks, losses.tolist(), strict=True))
+            wrong = [f"{task!r} is {value}" for task, value in values.items() if not isfinite(value)]
+            raise ValueError(
+                f"{name}, step {step}: the loss of {', '.join(wrong)}, though its images and labels are finite "
+                f"(scenes {', '.join(map(str, scenes))}). Try a lower learning rate"
+            )
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         optimizer.step()
@@ -78,7 +111,7 @@ def train(
 def evaluate(model: dtme.MultiTaskModel, data: Batches) -> dict[str, float]:
     """{task: its metric over the whole split}."""
     model.eval()
-    meters = {task: TASKS[task].meter() for task in model.tasks}
+    meters = {task: data.tasks[task].meter() for task in model.tasks}
     for images, labels in data:
         for task, prediction in model(images).items():
             meters[task].update(prediction, labels[task])

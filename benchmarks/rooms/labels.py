@@ -17,5 +17,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "edges": (),
     "saliency": SALIENCY,
     "parts": PARTS,
+    "albedo": (),
 }
 """Every kind of label, with its classes; none for a regression."""

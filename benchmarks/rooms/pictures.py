@@ -30,7 +30,8 @@ def palette(task: str) -> np.ndarray:
 
 
 def decode(task: str, output: np.ndarray) -> np.ndarray:
-    """A head's raw output (C, H, W) -> a map like its label: class indices, edge probability, metres, unit normals."""
+    """A head's raw output (C, H, W) -> a map like its label: class indices, edge probability, metres, unit normals,
+    albedo in [0, 1]."""
     output = np.asarray(output, np.float32)
     if CLASSES[task]:
         return output.argmax(0)
@@ -38,6 +39,8 @@ def decode(task: str, output: np.ndarray) -> np.ndarray:
         return 0.5 + 0.5 * np.tanh(output / 2)
     if task == "normals":
         return output / np.maximum(np.sqrt((output**2).sum(0)), 1e-12)
+    if task == "albedo":
+        return output.clip(0, 1)
     return output
 
 
@@ -46,7 +49,7 @@ def colorize(task: str, array: np.ndarray) -> np.ndarray:
 
     Class maps (H, W) take their ``palette``, 255 grey; depth (1, H, W) is bright where near, black where invalid;
     normals (3, H, W) show (n_x, -n_y, -n_z), so floors are green and what faces the camera is blue; edges (1, H, W)
-    are black on white.
+    are black on white; albedo (3, H, W) has the display's gamma, as an image.
     """
     array = np.asarray(array)
     if task in _PALETTE:
@@ -59,6 +62,8 @@ def colorize(task: str, array: np.ndarray) -> np.ndarray:
         colour = np.repeat(1 - array.transpose(1, 2, 0), 3, 2)
     elif task == "normals":
         colour = (array.transpose(1, 2, 0) * (1, -1, -1) + 1) / 2
+    elif task == "albedo":
+        colour = np.sqrt(array.transpose(1, 2, 0).clip(0))
     elif task == "image":
         colour = array.transpose(1, 2, 0)
     else:

@@ -3,6 +3,9 @@
 Arrays are (B scenes, N rays); vectors are (3, B, N). Only +, -, ×, ÷, √, comparisons and table look-ups touch a
 pixel. IEEE 754 rounds these correctly, whatever the vector width or the array's length, and so an image has the same
 bits alone and in a batch. (NumPy, because torch's √ on the CPU is not correctly rounded.)
+
+No ray divides by zero: what a ray parallel to a face would divide by is replaced by ``TINY``, so that it meets the face
+too far away to matter, and all numbers stay finite.
 """
 
 import math
@@ -13,6 +16,8 @@ import numpy as np
 
 CYLINDER, SPHERE, BOX, STRAIGHT = range(4)  # STRAIGHT: a box turned by a multiple of 90°
 BOTTOM, SIDE, TOP = range(3)
+TINY = np.float32(1e-15)
+"""Far below any length in a room, and still with a reciprocal whose square float32 holds."""
 
 
 class Solids(NamedTuple):
@@ -44,8 +49,18 @@ def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
+def norm(a: np.ndarray) -> np.ndarray:
+    """(3, ...) -> (...): the length, of a vector of zeros ``TINY``, so that one can divide by it."""
+    return np.sqrt(np.maximum(dot(a, a), TINY * TINY))
+
+
+def _reciprocal(x: np.ndarray) -> np.ndarray:
+    """1 / x, and 1 / ``TINY`` where |x| is smaller than that."""
+    return 1 / np.where(np.abs(x) < TINY, TINY, x)
+
+
 def _slab(middle: list[np.ndarray], reach: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Where a ray is between all pairs of planes: (from, to), from > to if never."""
+    """Where a ray is between all pairs of planes: (near, far), near >= far if never."""
     near, far = middle[0] - reach[0], middle[0] + reach[0]
     for m, r in zip(middle[1:], reach[1:], strict=True):
         near, far = np.maximum(near, m - r), np.minimum(far, m + r)
@@ -57,13 +72,13 @@ class _Rays:
 
     def __init__(self, solids: Solids, origin: np.ndarray, direction: np.ndarray) -> None:
         self.solids, self.origin, self.direction = solids, origin, direction
-        self.inverse = 1 / direction
+        self.inverse = _reciprocal(direction)
         self.reach = np.abs(self.inverse)
         self.across = direction[0] * direction[0] + direction[1] * direction[1]
         self.up = direction[2] * direction[2]
 
     def span(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the rays of ``solids.scenes[k]`` enter and leave solid k; (larger, smaller) or NaN if they pass by."""
+        """Where the rays of ``solids.scenes[k]`` enter and leave solid k: (near, far), near >= far if they pass by."""
         rows = self.solids.scenes[k]
         d, inverse, reach = self.direction[:, rows], self.inverse[:, rows], self.reach[:, rows]
         kind, (cos, sin), half = self.solids.kinds[k], self.solids.turn[k, :, rows], self.solids.half[k, :, rows]
@@ -73,7 +88,7 @@ class _Rays:
             extent = cos * half[0] + sin * half[1], sin * half[0] + cos * half[1], half[2]
             return _slab([inverse[i] * -o[i] for i in range(3)], [reach[i] * extent[i] for i in range(3)])
         if kind == BOX:
-            x, y = 1 / (cos * d[0] + sin * d[1]), 1 / (cos * d[1] - sin * d[0])
+            x, y = _reciprocal(cos * d[0] + sin * d[1]), _reciprocal(cos * d[1] - sin * d[0])
             middle = [x * -(cos * o[0] + sin * o[1]), y * -(cos * o[1] - sin * o[0]), inverse[2] * -o[2]]
             return _slab(middle, [np.abs(x) * half[0], np.abs(y) * half[1], reach[2] * half[2]])
         # a t² + 2 b t + c = 0 on the curved surface, for a ball after squeezing z to its radius
@@ -82,7 +97,9 @@ class _Rays:
             squeeze = half[0] / half[2]
             squeeze = squeeze * squeeze
             a, b, c = a + self.up[rows] * squeeze, b + d[2] * (o[2] * squeeze), c + o[2] * o[2] * squeeze
-        root = np.sqrt(b * b - a * c)  # NaN: no hit
+        a = np.maximum(a, TINY * TINY)  # it is 0 for a ray along a cylinder's axis
+        square = b * b - a * c
+        root = np.copysign(np.sqrt(np.abs(square)), square)  # negative: the ray passes by, and near >= far
         near, far = (-b - root) / a, (root - b) / a
         if kind == SPHERE:
             return near, far
@@ -92,16 +109,15 @@ class _Rays:
 
 def nearest(solids: Solids, origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first solid in front of ``origin`` (3, B, 1), inside the room: t and slot, (B, N) each."""
-    with np.errstate(all="ignore"):
-        rays = _Rays(solids, origin, direction)
-        _, best = rays.span(0)  # the room is left, not entered
-        slot = np.zeros(best.shape, np.int16)
-        for k in range(1, len(solids.kinds)):
-            near, far = rays.span(k)
-            known = best[solids.scenes[k]]
-            closer = (near < far) & (near < known) & (near > 0)
-            np.copyto(known, near, where=closer)
-            np.copyto(slot[solids.scenes[k]], k, where=closer)
+    rays = _Rays(solids, origin, direction)
+    _, best = rays.span(0)  # the room is left, not entered
+    slot = np.zeros(best.shape, np.int16)
+    for k in range(1, len(solids.kinds)):
+        near, far = rays.span(k)
+        known = best[solids.scenes[k]]
+        closer = (near < far) & (near < known) & (near > 0)
+        np.copyto(known, near, where=closer)
+        np.copyto(slot[solids.scenes[k]], k, where=closer)
     return best, slot
 
 
@@ -110,14 +126,13 @@ def reaches(solids: Solids, light: np.ndarray, point: np.ndarray, outside: np.nd
 
     ``outside`` (B, 1) marks scenes whose light stands outside: it comes in through solid 1, the window, alone.
     """
-    with np.errstate(all="ignore"):
-        rays = _Rays(solids, light, point - light)
-        near, far = rays.span(1)
-        free = (near < far) | ~outside
-        for k, casts in enumerate(solids.casts):
-            if casts:
-                near, far = rays.span(k)
-                free[solids.scenes[k]] &= ~((near < far) & (near < 0.9999) & (near > 0))
+    rays = _Rays(solids, light, point - light)
+    near, far = rays.span(1)
+    free = (near < far) | ~outside
+    for k, casts in enumerate(solids.casts):
+        if casts:
+            near, far = rays.span(k)
+            free[solids.scenes[k]] &= ~((near < far) & (near < 0.9999) & (near > 0))
     return free
 
 

@@ -10,10 +10,15 @@ normals       (3, H, W) float32  unit, camera frame (x right, y down, z forward)
 edges         (1, H, W) float32  1 where the pixel to the right or below lies on another solid or across a crease
 saliency      (H, W) int64       1 on the one object that draws the eye: large, central, of an eye-catching kind
 parts         (H, W) int64       ``labels.PARTS``; 255 off the furniture
+albedo        (3, H, W) float32  the surface's own red, green and blue in [0, 1], without any light: linear, so that
+                                 its square root is what a picture shows
+borders       (2, H, W) uint8    no task, but what edges are made of (``edges_of``): 1 where the pixel to the right
+                                 lies on another solid or across a crease; the same of the pixel below
 ============  =================  ====================================================================================
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,18 +29,27 @@ from .batch import Batch, pack
 from .labels import CLASSES
 from .raycast import Hit, dot, inspect
 from .rooms import Room, furnished_room
-from .shading import shade
+from .shading import clip, shade
 
 SPLITS = ("train", "val")
+LABELS = (*CLASSES, "borders")
 MIN_SIDE = 16
 _RAYS = 32768  # rendered together: 128 KB an array, which stays in the cache
 _SAMPLES = ((-0.36, -0.21), (0.36, -0.21), (0.0, 0.4))  # of a pixel that an edge crosses, besides its centre
 
 
-def _look_at(
-    batch: Batch, x: np.ndarray, y: np.ndarray, size: tuple[int, int], sharp: float = 1.0
-) -> tuple[Hit, np.ndarray, np.ndarray, np.ndarray]:
-    """Cast rays through image points x, y (B or 1, N), in pixels: hit, ids and colour (3, B, N), lit (B, N).
+class View(NamedTuple):
+    """What B × N rays of a camera see."""
+
+    hit: Hit
+    ids: np.ndarray  # (3, B, N) int64: class, part, object number
+    colour: np.ndarray  # (3, B, N) in [0, 1], display gamma
+    albedo: np.ndarray  # (3, B, N), linear
+    lit: np.ndarray  # (B, N) bool: whether the light that casts shadows arrives
+
+
+def _look_at(batch: Batch, x: np.ndarray, y: np.ndarray, size: tuple[int, int], sharp: float = 1.0) -> View:
+    """Cast rays through image points x, y (B or 1, N), in pixels.
 
     ``sharp``: rays per pixel along an axis, for the texture's detail.
     """
@@ -52,8 +66,7 @@ def _look_at(
     # a pixel covers 1/slope times more along the face than across; its geometric mean keeps floors crisp
     foot = hit.t * scale / (np.sqrt(slope) * sharp)
     look, number = batch.looks.take(row, axis=1), ids[2].astype(np.int16)
-    colour, lit = shade(hit, look, number, direction, foot, batch.solids, batch.light, batch.bodies)
-    return hit, ids, colour, lit
+    return View(hit, ids, *shade(hit, look, number, direction, foot, batch.solids, batch.light, batch.bodies))
 
 
 def _smooth(batch: Batch, image: np.ndarray, rough: np.ndarray, size: tuple[int, int]) -> None:
@@ -65,23 +78,43 @@ def _smooth(batch: Batch, image: np.ndarray, rough: np.ndarray, size: tuple[int,
     order = np.argsort(~rough, axis=1, kind="stable")[:, :count]
     y, x = (at.astype(np.float32) + 0.5 for at in np.divmod(order, size[1]))
     x, y = (np.concatenate(at, 1) for at in zip(*((x + dx, y + dy) for dx, dy in _SAMPLES), strict=True))
-    _, _, colour, _ = _look_at(batch, x, y, size, sharp=2.0)
+    colour = _look_at(batch, x, y, size, sharp=2.0).colour
     scenes = np.arange(len(order))[:, None]
     centre = image[:, scenes, order]
     a, b, c = colour.reshape(3, len(order), 3, count).transpose(2, 0, 1, 3)
     image[:, scenes, order] = np.where(rough[scenes, order], (centre + a + b + c) * 0.25, centre)
 
 
-def _differs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(B, H, W) -> whether a pixel differs from its right or lower neighbour; from any of its four."""
-    right, down = values[:, :, 1:] != values[:, :, :-1], values[:, 1:] != values[:, :-1]
-    edge = np.zeros(values.shape, bool)
-    edge[:, :, :-1] |= right
-    edge[:, :-1] |= down
-    both = edge.copy()
-    both[:, :, 1:] |= right
-    both[:, 1:] |= down
-    return edge, both
+def _borders(values: np.ndarray) -> np.ndarray:
+    """(B, H, W) -> (B, 2, H, W) uint8: whether a pixel differs from its right, and from its lower neighbour."""
+    borders = np.zeros((len(values), 2, *values.shape[1:]), np.uint8)
+    borders[:, 0, :, :-1] = values[:, :, 1:] != values[:, :, :-1]
+    borders[:, 1, :-1] = values[:, 1:] != values[:, :-1]
+    return borders
+
+
+def _beside(borders: np.ndarray) -> np.ndarray:
+    """Whether a pixel differs from any of its four neighbours, (B, H, W) bool."""
+    beside = borders.any(1)
+    beside[:, :, 1:] |= borders[:, 0, :, :-1] > 0
+    beside[:, 1:] |= borders[:, 1, :-1] > 0
+    return beside
+
+
+def edges_of(borders: np.ndarray) -> np.ndarray:
+    """Label "borders" (..., 2, H, W) -> label "edges" (..., 1, H, W)."""
+    return borders.max(-3, keepdims=True).astype(np.float32)
+
+
+def mirrored(borders: np.ndarray) -> np.ndarray:
+    """Label "borders" of the mirror image, left for right.
+
+    A border between two columns is marked in the left one, and so it moves by a pixel in the mirror.
+    """
+    mirrored = np.ascontiguousarray(borders[..., ::-1])
+    mirrored[..., 0, :, :-1] = borders[..., 0, :, -2::-1]
+    mirrored[..., 0, :, -1] = 0
+    return mirrored
 
 
 def _salient(ids: np.ndarray, appeal: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -104,10 +137,10 @@ def _render(rooms: Sequence[Room], size: tuple[int, int]) -> dict[str, np.ndarra
     batch = pack(rooms)
     x = np.tile(np.arange(width, dtype=np.float32) + 0.5, height)[None]
     y = np.repeat(np.arange(height, dtype=np.float32) + 0.5, width)[None]
-    hit, ids, image, lit = _look_at(batch, x, y, size)
-    edges, rough = _differs((hit.solid * np.int16(8) + hit.face).reshape(-1, *size))  # a number a smooth face
-    _, shadow = _differs(lit.reshape(-1, *size))
-    _smooth(batch, image, (rough | shadow).reshape(len(rooms), -1), size)
+    hit, ids, image, albedo, lit = _look_at(batch, x, y, size)
+    borders = _borders((hit.solid * np.int16(8) + hit.face).reshape(-1, *size))  # a number for every smooth face
+    rough = _beside(borders) | _beside(_borders(lit.reshape(-1, *size)))
+    _smooth(batch, image, rough.reshape(len(rooms), -1), size)
     corner = ((x - width / 2) ** 2 + (y - height / 2) ** 2) / max(size) ** 2
     image *= 1 - 0.35 * corner  # the lens darkens the corners
     normals = np.stack([dot(hit.normal, axis) for axis in batch.axes])
@@ -117,16 +150,18 @@ def _render(rooms: Sequence[Room], size: tuple[int, int]) -> dict[str, np.ndarra
         "semseg": ids[0].reshape(-1, *size),
         "depth": hit.t.reshape(shape),
         "normals": normals.swapaxes(0, 1).reshape(shape),
-        "edges": edges.astype(np.float32).reshape(shape),
+        "edges": edges_of(borders),
         "saliency": _salient(ids[2], batch.appeal, size).astype(np.int64).reshape(-1, *size),
         "parts": ids[1].reshape(-1, *size),
+        "albedo": clip(albedo).swapaxes(0, 1).reshape(shape),
+        "borders": borders,
     }
 
 
 def render(
     indices: Sequence[int], size: tuple[int, int] = (64, 64), seed: int = 0, split: str = "train"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Render scenes: images (n, 3, H, W) and every task's labels, stacked.
+    """Render scenes: images (n, 3, H, W) and all ``LABELS``, stacked.
 
     A scene's bits depend on its index, ``size``, ``seed`` and ``split`` alone: not on what is rendered with it.
     """
@@ -148,9 +183,9 @@ def _check(size: Sequence[int], split: str, tasks: Iterable[str]) -> None:
         raise ValueError(f"size must be (height, width), each at least {MIN_SIDE}, got {tuple(size)}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    unknown = [task for task in tasks if task not in CLASSES]
+    unknown = [task for task in tasks if task not in LABELS]
     if unknown:
-        raise ValueError(f"tasks must be among {', '.join(CLASSES)}, got {', '.join(map(repr, unknown))}")
+        raise ValueError(f"tasks must be among {', '.join(LABELS)}, got {', '.join(map(repr, unknown))}")
 
 
 class Scenes(Dataset):
@@ -161,7 +196,7 @@ class Scenes(Dataset):
         size: (H, W), each ≥ 16; need not be square or even.
         seed: another seed, other scenes.
         split: "train" or "val"; they share no scene, whatever the seeds.
-        tasks: the labels to return, a selection of ``labels.CLASSES``.
+        tasks: the labels to return, a selection of ``LABELS``.
 
     Raises:
         ValueError: an argument is out of its range; the message names it. IndexError: no such scene.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .raycast import Hit, Solids, dot, reaches
+from .raycast import TINY, Hit, Solids, dot, norm, reaches
 
 _SIDE = 512  # of the noise table, a power of two
 _TEXELS = 8  # of the table per feature of the noise
@@ -69,7 +69,8 @@ def _clouds(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return a + g * (c - a)
 
 
-def _clip(x: np.ndarray) -> np.ndarray:
+def clip(x: np.ndarray) -> np.ndarray:
+    """To [0, 1]."""
     return np.minimum(np.maximum(x, 0), 1)
 
 
@@ -88,7 +89,7 @@ def albedo(look: np.ndarray, uv: tuple[np.ndarray, np.ndarray], foot: np.ndarray
     du, dv = column - i, row - j
     du, dv = np.minimum(du, 1 - du) * cell_u, np.minimum(dv, 1 - dv) * cell_v  # metres to the cell's border
     sharp = 1 / foot
-    fade = _clip(np.minimum(cell_u, cell_v) * sharp * 0.5 - 0.25)
+    fade = clip(np.minimum(cell_u, cell_v) * sharp * 0.5 - 0.25)
 
     parity = (i * flip_u + j * flip_v) * 0.5
     parity = (parity - np.floor(parity)) * 2
@@ -101,12 +102,12 @@ def albedo(look: np.ndarray, uv: tuple[np.ndarray, np.ndarray], foot: np.ndarray
     luck = _tables()[1].take(cell)
     mix = mix + shuffle * (0.5 + (luck - 0.5) * fade)
     noise = _clouds(u * grain_u, v * grain_v)
-    visible = _clip(1.3 - foot * np.maximum(grain_u, grain_v) * 0.5)
+    visible = clip(1.3 - foot * np.maximum(grain_u, grain_v) * 0.5)
     mix = mix + grain * (0.5 + 0.8 * noise * visible)
     line = (seam * 0.5 - np.minimum(du, dv)) * sharp + 0.5
     coverage = seam / cell_u + seam / cell_v
-    line = np.where(coverage > 0, coverage + (_clip(line) - coverage) * fade, 0)
-    mix = np.maximum(_clip(mix), line)
+    line = np.where(coverage > 0, coverage + (clip(line) - coverage) * fade, 0)
+    mix = np.maximum(clip(mix), line)
     # the tone's luck must not be the mix's: turn it over
     luck = luck * 64
     bright = 1 + tone * (luck - np.floor(luck) - 0.5) * fade * (1 - line)
@@ -134,9 +135,9 @@ def _contact(hit: Hit, bodies: Bodies, number: np.ndarray, room_half: np.ndarray
 
 def _highlight(normal: np.ndarray, to_light: np.ndarray, view: np.ndarray) -> np.ndarray:
     """Blinn's highlight, exponent 32."""
-    middle = to_light - view / np.sqrt(dot(view, view))
+    middle = to_light - view / norm(view)
     shine = np.maximum(dot(normal, middle), 0)
-    shine = shine * shine / dot(middle, middle)
+    shine = shine * shine / np.maximum(dot(middle, middle), TINY * TINY)
     for _ in range(4):
         shine = shine * shine
     return shine
@@ -151,14 +152,14 @@ def shade(
     solids: Solids,
     light: Light,
     bodies: Bodies,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Display colour (3, B, N) in [0, 1] and where the light arrives (B, N).
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Display colour (3, B, N) in [0, 1], albedo (3, B, N), and where the light arrives (B, N).
 
     look, number: of the hit surface and object; view: directions of the rays; foot: metres a pixel covers there.
     """
     to_light, to_sky = light.at - hit.point, light.sky_at - hit.point
     squared, far = dot(to_light, to_light), dot(to_sky, to_sky)
-    to_light, to_sky = to_light / np.sqrt(squared), to_sky / np.sqrt(far)
+    to_light, to_sky = to_light / norm(to_light), to_sky / norm(to_sky)
 
     facing = np.maximum(dot(hit.normal, to_light), 0)
     lit = reaches(solids, light.at, hit.point + hit.normal * 0.004, light.outside > 0) & (facing > 0)
@@ -171,7 +172,8 @@ def shade(
     gloss, glow = look[17], look[18]
     received = light.ambient * ((0.95 + 0.12 * hit.normal[2]) * openness) + light.sky * (soft * openness)
     received += light.colour * (direct * facing) + glow
-    colour = albedo(look, hit.uv, foot) * received
+    paint = albedo(look, hit.uv, foot)
+    colour = paint * received
     colour += light.colour * (direct * gloss * _highlight(hit.normal, to_light, view))
     colour = colour * (1 + colour * 0.12) / (1 + colour * 0.62)  # film: bright tones are compressed
-    return np.sqrt(_clip(colour * 1.25)), lit
+    return np.sqrt(clip(colour * 1.25)), paint, lit

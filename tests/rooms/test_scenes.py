@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from benchmarks.paper.__main__ import main
 from benchmarks.rooms import scenes as module
 from benchmarks.rooms.batch import pack
+from benchmarks.rooms.furniture import colour, look
 from benchmarks.rooms.labels import CLASSES, IGNORE, PARTS, SEMSEG
 from benchmarks.rooms.pictures import colorize, decode
 from benchmarks.rooms.raycast import CYLINDER, SPHERE, reaches
@@ -45,7 +46,7 @@ def test_shapes_and_dtypes(size):
     image, labels = Scenes(3, size)[2]
     flat, deep = torch.int64, torch.float32
     want = {"semseg": (flat, ()), "depth": (deep, (1,)), "normals": (deep, (3,)), "edges": (deep, (1,))}
-    want |= {"saliency": (flat, ()), "parts": (flat, ())}
+    want |= {"saliency": (flat, ()), "parts": (flat, ()), "albedo": (deep, (3,))}
     assert image.dtype == deep and image.shape == (3, *size)
     assert {task: (y.dtype, y.shape) for task, y in labels.items()} == {
         task: (dtype, (*channels, *size)) for task, (dtype, channels) in want.items()
@@ -102,7 +103,7 @@ def test_same_bits_with_any_number_of_rays_together(monkeypatch):
 
 
 def test_same_bits_in_another_process():
-    code = "from tests.paper.test_scenes import digest, render; print(digest(*render(range(3), (24, 40), 5, 'val')))"
+    code = f"from {__name__} import digest, render; print(digest(*render(range(3), (24, 40), 5, 'val')))"
     code = f"import sys; sys.path[:0] = {sys.path!r}; {code}"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert other.strip() == digest(*render(range(3), (24, 40), 5, "val"))
@@ -121,7 +122,8 @@ def test_rays_meet_solids_where_the_solids_are():
     """Sampled in float64: nothing before the hit, the solid behind it, and shadows where something is in the way."""
     batch = pack([furnished_room(f"train/0/{i}") for i in range(8)])
     x, y = (v.reshape(1, -1).astype(np.float32) for v in np.meshgrid(np.arange(1.5, 48, 3), np.arange(0.5, 48, 3)))
-    hit, _, _, lit = module._look_at(batch, x, y, (48, 48))
+    view = module._look_at(batch, x, y, (48, 48))
+    hit, lit = view.hit, view.lit
     solids = batch.solids
 
     def inside(k, point):  # (3, B, N) -> (B, N)
@@ -203,7 +205,7 @@ def test_edges_lie_exactly_between_faces(rendered):
     batch = pack([furnished_room("train/0/5")])
     x = (np.arange(64 * 64) % 64 + 0.5)[None].astype(np.float32)
     y = (np.arange(64 * 64) // 64 + 0.5)[None].astype(np.float32)
-    hit, *_ = module._look_at(batch, x, y, (64, 64))
+    hit = module._look_at(batch, x, y, (64, 64)).hit
     face = np.stack([hit.solid, hit.face], -1).reshape(64, 64, 2)
     want = np.zeros((64, 64), bool)
     for r in range(64):
@@ -222,6 +224,31 @@ def test_classes_and_parts_change_only_across_edges(rendered):
     halves = torch.tensor([PARTS.index("sphere upper"), PARTS.index("sphere lower")])
     y = labels["parts"].masked_fill(torch.isin(labels["parts"], halves), halves[0])  # an equator is no crease
     assert edges[:, :-1][y[:, 1:] != y[:, :-1]].all()
+
+
+def test_albedo_is_what_no_light_changes(monkeypatch):
+    """The same rooms under another light: another image, the same albedo; a plain paint's is its colour."""
+    images, labels = render(range(4))
+
+    def relit(seed):
+        room = furnished_room(seed)
+        dimmed = [0.3 * c for c in room.light.colour], [2 * c for c in room.light.sky]
+        room.light = room.light._replace(colour=dimmed[0], sky=dimmed[1])
+        return room
+
+    monkeypatch.setattr(module, "furnished_room", relit)
+    others, again = render(range(4))
+    assert (others - images).abs().mean() > 0.02 and torch.equal(again["albedo"], labels["albedo"])
+    assert labels["albedo"].min() >= 0 and labels["albedo"].max() <= 1
+
+    def painted(seed):
+        room = furnished_room(seed)
+        room.looks = (look("4080c0"),) * 3
+        return room
+
+    monkeypatch.setattr(module, "furnished_room", painted)
+    (albedo,), (classes,) = (render([0])[1][task] for task in ("albedo", "semseg"))
+    assert torch.equal(albedo[:, classes == SEMSEG.index("wall")].unique(dim=1)[:, 0], torch.tensor(colour("4080c0")))
 
 
 # ---- what the pictures hold
@@ -272,7 +299,7 @@ def test_every_label_and_prediction_has_a_picture(rendered):
     images, labels = rendered
     assert colorize("image", images[0].numpy()).shape == (64, 64, 3)
     for task, classes in CLASSES.items():
-        output = np.random.default_rng(0).normal(size=(len(classes) or (3 if task == "normals" else 1), 64, 64))
+        output = np.random.default_rng(0).normal(size=(len(classes) or len(labels[task][0]), 64, 64))
         for array in (labels[task][0].numpy(), decode(task, output)):
             picture = colorize(task, array)
             assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 0

@@ -1,0 +1,56 @@
+"""What data sets share: checks of their options, and the table's row of a task that sorts whole items into classes."""
+
+from .. import losses, metrics
+from ..tasks import Task
+from .dataset import Options
+
+
+def classification(classes: tuple[str, ...]) -> Task:
+    """One class for an image or a text: cross-entropy, and the share of items that are right."""
+    return Task(
+        len(classes),
+        losses.cross_entropy,
+        lambda: metrics.Accuracy(len(classes)),
+        "accuracy",
+        "%",
+        lower_is_better=False,
+        classes=classes,
+        is_dense=False,
+    )
+
+
+def refuse(options: Options, data: str, *names: str) -> None:
+    """Options that mean nothing to a data set.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"{name} means nothing to the data set {data!r}: leave it out, got {getattr(options, name)}"
+            )
+
+
+def check_counts(options: Options) -> None:
+    """Numbers of items, where they are given.
+
+    Raises:
+        ValueError: one of them is smaller than 1.
+    """
+    for split in ("train", "val"):
+        count = getattr(options, split)
+        if count is not None and count < 1:
+            raise ValueError(f"{split} must be at least 1, got {count}")
+
+
+def check_size(options: Options, default: tuple[int, int], least: int) -> tuple[int, int]:
+    """(height, width) of the images.
+
+    Raises:
+        ValueError: it is no pair of numbers that are at least ``least``.
+    """
+    size = default if options.size is None else tuple(options.size)
+    if len(size) != 2 or min(size) < least:
+        raise ValueError(f"size must be (height, width), each at least {least} pixels, got {options.size}")
+    return int(size[0]), int(size[1])
