@@ -45,3 +45,30 @@ def normals_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def depth_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """depth: L1 over valid pixels. Target (B, 1, H, W) in metres, valid where > 0."""
     return _mean((prediction.float() - target).abs(), target > 0)
+
+
+def l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Taskonomy: L1, the mean over valid values. Target (B, C, H, W), NaN where it is unknown."""
+    error, valid = _error(prediction, target)
+    return _mean(error.abs(), valid)
+
+
+def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Taskonomy's curvature: the mean square over valid values. Target as of ``l1_loss``."""
+    error, valid = _error(prediction, target)
+    return _mean(error.square(), valid)
+
+
+def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Taskonomy's normals: 1 - cos of the angle between the vectors of a pixel, whose components are its channels,
+    over valid pixels. Target (B, 3, H, W) of any length, NaN or 0 0 0 where it is unknown."""
+    valid = (target.isfinite() & (target != 0).any(1, keepdim=True)).all(1)
+    known = torch.where(valid[:, None], target, 0.0)
+    return _mean(1 - F.cosine_similarity(prediction.float(), known.float(), dim=1), valid)
+
+
+def _error(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Difference and where it is valid. A NaN is replaced before it meets the prediction: what is masked afterwards
+    would still multiply it into the gradient."""
+    valid = ~target.isnan()
+    return prediction.float() - torch.where(valid, target, 0.0).float(), valid
