@@ -7,7 +7,7 @@ and test 1 where it belongs to the split, else 0.
 
 Pictures are scaled to 256 × 256, linearly between the pixels' centres (a pixel of half the size is the mean of four),
 then their values: the photograph's from 0 … 255 to -1 … 1, the tasks' as ``STORED`` says. Nothing is known where a
-depth is stored as 65535 or a normal as grey, nor where such a pixel would be mixed with others: the target is NaN there.
+depth is stored as 65535 or a normal as grey, nor where such a pixel would be mixed with others: the target is NaN.
 Training flips half of the images, which negates the normals' first component; nothing else is drawn.
 """
 

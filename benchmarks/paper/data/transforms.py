@@ -135,11 +135,11 @@ def scale_and_crop(
     for _ in range(CROPS if any(room) else 1):
         start = [int(random.integers(most + 1)) for most in room]
         rows, columns = map(nearest, sides, scaled, start, count)
-        if _is_mixed(labels["semseg"][rows[:, None], columns]):
+        if _is_mixed(labels["semseg"].take(rows, 0).take(columns, 1)):
             break
     y, x = map(positions, sides, scaled, start, count)
     window = linear(linear(image.astype(np.float32), y, 0), x, 1)
-    cropped = {name: label[rows[:, None], columns] for name, label in labels.items()}
+    cropped = {name: label.take(rows, 0).take(columns, 1) for name, label in labels.items()}
     for name, label in cropped.items():
         if kinds[name].is_depth:
             cropped[name] = label / np.float32(scale)
