@@ -1,4 +1,4 @@
-"""Training transforms: positions against torch and by hand, image and labels stay together, every step by its formula."""
+"""Training transforms: positions against torch and by hand, labels stay with the image, every step by its formula."""
 
 from fractions import Fraction
 
