@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.paper import losses
+from benchmarks.paper.data import nyud, pascal
 from benchmarks.paper.data.rooms import TASKS
 from benchmarks.rooms.labels import CLASSES, IGNORE
 
@@ -87,3 +89,60 @@ def test_one_class_alone_weighs_nothing():
 
 def test_a_task_for_every_label():
     assert TASKS.keys() == CLASSES.keys()
+
+
+def of_values(prediction, target):
+    """Taskonomy's L1, mean square and 1 - cos, of float64 arrays with NaN where nothing is known."""
+    known = ~np.isnan(target)
+    difference = (prediction - target)[known]
+    length = np.linalg.norm(prediction, axis=1) * np.linalg.norm(target, axis=1)
+    cosine = (prediction * target).sum(1) / np.where(length == 0, np.nan, length)
+    return {
+        losses.l1_loss: np.abs(difference).mean(),
+        losses.mse_loss: (difference**2).mean(),
+        losses.cosine_loss: np.nanmean(1 - cosine),
+    }
+
+
+@pytest.fixture
+def values():
+    """Predictions and targets (2, 3, 5, 6) of which some pixels, and one vector of zeros, are unknown."""
+    rng = np.random.default_rng(1)
+    prediction, target = rng.normal(size=(2, 2, 3, 5, 6))
+    target[:, :, rng.random((5, 6)) < 0.3] = np.nan
+    return prediction, target
+
+
+@pytest.mark.parametrize("loss", [losses.l1_loss, losses.mse_loss, losses.cosine_loss])
+def test_values_that_are_unknown_do_not_count(loss, values):
+    p, y = (torch.tensor(array, dtype=torch.float32) for array in values)
+    p.requires_grad_()
+    value = loss(p, y)
+    assert value.shape == () and value.dtype == torch.float32
+    assert value.item() == pytest.approx(of_values(*values)[loss], rel=1e-5)
+    (gradient,) = torch.autograd.grad(value, p)
+    unknown = y.isnan()
+    assert (gradient[unknown] == 0).all() and gradient[~unknown].abs().min() > 0
+    assert loss(p.bfloat16(), y).item() == loss(p.bfloat16().float(), y).item()
+
+
+@pytest.mark.parametrize("loss", [losses.l1_loss, losses.mse_loss, losses.cosine_loss])
+def test_no_value_known_is_zero_with_a_graph(loss):
+    p = torch.randn(2, 3, 4, 4, requires_grad=True)
+    value = loss(p, torch.full((2, 3, 4, 4), torch.nan))
+    value.backward()
+    assert value.item() == 0 and (p.grad == 0).all()
+
+
+def test_cosine_is_over_channels():
+    """Turned by 60° at one pixel, right at the other, and no direction at the third; lengths do not matter."""
+    turned = torch.tensor([0.5, 3**0.5 / 2, 0])
+    p = torch.stack([5 * turned, torch.tensor([0.0, 0.1, 0]), torch.ones(3)], 1).view(1, 3, 1, 3)
+    y = torch.tensor([[2.0, 0, 0], [0, 3.0, 0], [0, 0, 0]]).T.reshape(1, 3, 1, 3)
+    assert losses.cosine_loss(p, y).item() == pytest.approx((0.5 + 0) / 2, abs=1e-6)
+
+
+def test_the_weights_of_invpt():
+    weights = {"semseg": 1, "parts": 2, "saliency": 5, "normals": 10, "edge": 50, "depth": 1}
+    for tasks in (nyud.TASKS, pascal.TASKS):
+        assert {name: task.weight for name, task in tasks.items()} == {name: weights[name] for name in tasks}

@@ -1,0 +1,233 @@
+"""Files of a data set: folders are listed once, what is missing is named all at once, and a file that cannot be read
+is named when it is read. Nothing here writes."""
+
+import csv
+import io
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .dataset import DataError, Options
+
+NAMED = 10
+"""So many of a long list are named in a message."""
+_CHANNELS = {
+    "rgb": ("RGB", "RGBA", "L", "P", "CMYK", "YCbCr"),
+    "vector": ("RGB", "RGBA"),
+    "classes": ("L", "P"),
+    "grey": ("L", "1"),
+    "grey 16": ("I;16", "I;16B", "I;16L", "I"),
+}
+"""What a picture is read for, and Pillow's modes of files that hold it: see ``read_picture``."""
+
+
+def named(items: Iterable[object]) -> str:
+    """The first ten of a list, and how many there are if there are more."""
+    items = list(items)
+    text = ", ".join(map(str, items[:NAMED]))
+    return text if len(items) <= NAMED else f"{text} … ({len(items)} in all)"
+
+
+class Listing:
+    """Which files lie under a root: ``"images/1.png" in listing``. A folder is listed once, when it is first asked for.
+
+    A link counts if it leads to a file.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[str, frozenset[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        return name in self.names(folder)
+
+    def names(self, folder: str) -> frozenset[str]:
+        """Names of the files in a folder of the root; none where there is no such folder."""
+        if folder not in self._folders:
+            try:
+                with os.scandir(self._root / folder) as entries:
+                    names = frozenset(entry.name for entry in entries if entry.is_file())
+            except (FileNotFoundError, NotADirectoryError):
+                names = frozenset()
+            except OSError as error:
+                raise DataError(f"{self._root / folder} cannot be listed: {error}") from error
+            self._folders[folder] = names
+        return self._folders[folder]
+
+
+def check_options(options: Options, title: str, default: tuple[int, int]) -> tuple[Path, tuple[int, int]]:
+    """The root and the size of the images, (height, width), of a data set of files.
+
+    Raises:
+        ValueError: an option is missing, means nothing here or is out of its range.
+        DataError: the root is no folder.
+    """
+    if options.root is None:
+        raise ValueError(f"{title} needs the root of its files, got none")
+    if options.tokenizer is not None:
+        raise ValueError(f"tokenizer means nothing to {title}, which holds images: got {options.tokenizer!r}")
+    if options.seed != 0:
+        raise ValueError(f"seed means nothing to {title}, which is read and not drawn: leave it 0, got {options.seed}")
+    for name in ("train", "val"):
+        count = getattr(options, name)
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    size = default if options.size is None else tuple(options.size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (height, width) in pixels, got {options.size}")
+    root = Path(options.root)
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder: {title} is to lie there")
+    return root, (int(size[0]), int(size[1]))
+
+
+def check_layout(root: Path, title: str, folder: str, wanted: Collection[str]) -> None:
+    """Refuse a root that lacks files and folders (these end in ``/``) of a layout.
+
+    Args:
+        folder: the name that the root has where the data set is published, looked for one level below.
+
+    Raises:
+        DataError: says what was looked for, what is missing and what lies there instead.
+    """
+
+    def lacking(place: Path) -> list[str]:
+        return [
+            name for name in wanted if not ((place / name).is_dir() if name[-1] == "/" else (place / name).is_file())
+        ]
+
+    missing = lacking(root)
+    if not missing:
+        return
+    with os.scandir(root) as entries:
+        held = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+    hint = f". They lie in {root / folder}: name that folder" if not lacking(root / folder) else ""
+    raise DataError(
+        f"{root} is not laid out as {title}: it lacks {', '.join(missing)} of {', '.join(wanted)}, "
+        f"and holds {named(held) or 'nothing'}{hint}"
+    )
+
+
+def refuse_missing(root: Path, missing: Sequence[str], total: int) -> None:
+    """One error for all files that a split names and that are not there."""
+    if missing:
+        raise DataError(
+            f"{root} lacks {len(missing)} of the {total} files that its splits name: {named(missing)}. "
+            "Fetch them, or limit the number of items to those that are there"
+        )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from error
+
+
+def check_names(path: Path, names: Sequence[str], what: str) -> None:
+    """Refuse a list of names from a file that is empty, has a name twice, or a name that leads to another folder."""
+    if not names:
+        raise DataError(f"{path} names no {what}: the split is empty")
+    strange = [name for name in names if name in (".", "..") or set(name) & set("/\\:\0")]
+    if strange:
+        raise DataError(f"{path} must hold names without a path, got {named(map(repr, strange))}")
+    if len(set(names)) < len(names):
+        seen: set[str] = set()
+        twice = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        raise DataError(f"{path} names {named(dict.fromkeys(twice))} more than once")
+
+
+def read_split(path: Path, count: int | None) -> list[str]:
+    """The first ``count`` ids of a split file, one a line; all for None. Blank lines and carriage returns do not count.
+
+    Raises:
+        DataError: the file is unreadable or empty, or an id of it stands there twice or has a path in it.
+    """
+    ids = [line.strip() for line in _text(path).splitlines()]
+    ids = [name for name in ids if name]
+    check_names(path, ids, "image")
+    return ids[:count]
+
+
+def read_table(path: Path) -> list[list[str]]:
+    """The rows of a CSV file, its cells stripped, without blank rows."""
+    rows = csv.reader(io.StringIO(_text(path), newline=""))
+    return [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a picture, from its header."""
+    with _opened(path) as picture:
+        return picture.height, picture.width
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except Exception as error:  # what a broken header raises depends on its format
+        raise DataError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def read_picture(path: Path, what: str) -> np.ndarray:
+    """The pixels of a picture.
+
+    Args:
+        what: ``"rgb"``, colours, whatever the file stores them as; ``"vector"``, three channels of 8 bits as they are
+            stored (a fourth is left out); ``"classes"``, one channel of 8 bits as stored, of a palette its indices;
+            ``"grey"``, one channel of 8 bits or one bit, 0 to 255; ``"grey 16"``, one channel of 16 bits.
+
+    Returns:
+        (H, W, 3) uint8 for rgb and vector; (H, W) uint8 for classes and grey; (H, W) uint16 for grey 16.
+
+    Raises:
+        DataError: the file is missing, truncated or no picture, or stores its pixels otherwise; the message names it.
+    """
+    with _opened(path) as picture:
+        if picture.mode not in _CHANNELS[what]:
+            raise DataError(f"{path} stores {picture.mode} pixels, expected {' or '.join(_CHANNELS[what])} ({what})")
+        try:
+            picture.load()
+            if what in ("rgb", "vector"):
+                picture = picture.convert("RGB")
+            elif what == "grey":
+                picture = picture.convert("L")
+            pixels = np.asarray(picture)
+        except Exception as error:  # what broken pixels raise depends on their format
+            raise DataError(f"{path} cannot be read as a picture: {error}") from error
+    if what == "grey 16":
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise DataError(f"{path} holds {pixels.min()} … {pixels.max()}, expected 16 bits: 0 … 65535")
+        pixels = pixels.astype(np.uint16)
+    return pixels
+
+
+def read_array(path: Path) -> np.ndarray:
+    """A NumPy file of real numbers; never unpickles.
+
+    Raises:
+        DataError: the file is missing, truncated or holds something else.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except Exception as error:  # a broken file may raise anything
+        raise DataError(f"{path} cannot be read as a NumPy array: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise DataError(f"{path} holds {kind}, expected an array of real numbers")
+    return array
+
+
+def check_classes(path: Path, labels: np.ndarray, classes: int, ignore: int | None = None) -> None:
+    """Refuse labels outside 0 … classes - 1, besides ``ignore``."""
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if ignore is not None:
+        wrong = wrong[wrong != ignore]
+    if wrong.size:
+        values, counts = np.unique(wrong, return_counts=True)
+        pairs = (f"{value} ({count} pixels)" for value, count in zip(values.tolist(), counts.tolist(), strict=True))
+        besides = "" if ignore is None else f", or {ignore} where it is unknown"
+        raise DataError(f"{path} holds the labels {named(pairs)}, expected 0 … {classes - 1}{besides}")

@@ -1,0 +1,101 @@
+"""NYUD-v2: 795 images of rooms to train on and 654 to validate on; four tasks, laid out as in its multi-task release.
+
+========================  ============================================================================
+``images/ID.png``         RGB, 425 × 560
+``segmentation/ID.png``   0 unknown, 1 … 40 a class
+``depth/ID.npy``          metres, 0 unknown
+``normals/ID.png``        the unit normal n as 255 (n + 1) / 2 in three bytes; grey, which is no direction, is unknown
+``edge/ID.png``           0 … 255, of 255
+``gt_sets/train.txt``     ids, one a line; and ``gt_sets/val.txt``
+========================  ============================================================================
+
+Images are padded to 448 × 576, which are 28 × 36 patches of 16 pixels.
+"""
+
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from .. import losses, metrics
+from ..tasks import Task
+from .dataset import Data, DataError, Options
+from .dense import IMAGE, Tree, open_tree
+from .files import Listing, check_classes, read_array, read_picture
+from .transforms import CLASSES, DEPTH, EDGES, NORMALS
+
+SIZE = (448, 576)
+NAMES = (
+    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf",
+    "picture", "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat",
+    "clothes", "ceiling", "books", "refrigerator", "television", "paper", "towel", "shower curtain", "box",
+    "whiteboard", "person", "night stand", "toilet", "sink", "lamp", "bathtub", "bag",
+    "other structure", "other furniture", "other prop",
+)  # fmt: skip
+TASKS = {
+    "semseg": Task(
+        len(NAMES), losses.cross_entropy, lambda: metrics.MeanIoU(len(NAMES)), "mIoU", "%", False, classes=NAMES
+    ),
+    "depth": Task(1, losses.depth_loss, lambda: metrics.DepthRMSE(), "RMSE", "m", True),
+    "normals": Task(3, losses.normals_loss, lambda: metrics.NormalsError(), "mErr", "°", True, weight=10),
+    "edge": Task(1, losses.edge_loss, lambda: metrics.BoundaryF(max_distance=0.011), "odsF", "%", False, weight=50),
+}
+KINDS = {"semseg": CLASSES, "depth": DEPTH, "normals": NORMALS, "edge": EDGES}
+
+
+class Nyud(Tree):
+    """Its files."""
+
+    title = "NYUD-v2"
+    folder = "NYUDv2"
+    folders = MappingProxyType(
+        {IMAGE: "images", "semseg": "segmentation", "depth": "depth", "normals": "normals", "edge": "edge"}
+    )
+    splits = MappingProxyType({"train": "gt_sets/train.txt", "val": "gt_sets/val.txt"})
+
+    def path(self, what: str, id: str, listing: Listing | None = None) -> str:
+        return f"{self.folders[what]}/{id}.{'npy' if what == 'depth' else 'png'}"
+
+    def label(self, task: str, id: str) -> np.ndarray:
+        path = self.root / self.path(task, id)
+        if task == "semseg":
+            stored = read_picture(path, "classes")
+            check_classes(path, stored, len(NAMES) + 1)
+            return stored - np.uint8(1)  # where it is 0 this wraps around to 255, which is ignored
+        if task == "normals":
+            return unit_vectors(read_picture(path, "vector"), unknown=0)
+        if task == "edge":
+            return read_picture(path, "grey")[..., None] / np.float32(255)
+        return _metres(path, read_array(path))
+
+
+def _metres(path: Path, depth: np.ndarray) -> np.ndarray:
+    """(H, W, 1) float32 of a stored depth, (H, W)."""
+    if depth.ndim != 2:
+        raise DataError(f"{path} holds an array of shape {depth.shape}, expected (height, width)")
+    if depth.dtype.kind != "f":
+        raise DataError(f"{path} holds {depth.dtype}, expected metres as floating-point numbers")
+    wrong = depth[~((depth >= 0) & np.isfinite(depth))]
+    if wrong.size:
+        raise DataError(f"{path} holds a depth of {wrong[0]} ({wrong.size} such pixels), expected metres, 0 if unknown")
+    return depth.astype(np.float32)[..., None]
+
+
+def unit_vectors(stored: np.ndarray, unknown: float) -> np.ndarray:
+    """n = 2 v / 255 - 1 of bytes v, (H, W, 3) float32.
+
+    Bytes hold no zero: a vector is ``unknown`` throughout where each of its bytes is 127 or 128, the nearest to it.
+    """
+    vectors = stored * np.float32(2 / 255) - np.float32(1)
+    vectors[((stored == 127) | (stored == 128)).all(2)] = unknown
+    return vectors
+
+
+def open_data(options: Options) -> Data:
+    """NYUD-v2 below ``options.root``: see the module.
+
+    Raises:
+        ValueError: an option is out of its range.
+        DataError: another layout, an empty split, files that are missing.
+    """
+    return open_tree(Nyud, TASKS, KINDS, SIZE, "nyud", options)
