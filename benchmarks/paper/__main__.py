@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "scenes": ("..rooms.show", "draw the embedded data set"),
     "demo": (".demo", "train, analyse, expand and compare on the embedded data set"),
+    "parameters": (".parameters", "what the paper's method and its rivals add to a network"),
 }
 
 
