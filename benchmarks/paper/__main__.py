@@ -10,6 +10,7 @@ COMMANDS = {
     "run": (".runner.command", "run an experiment of the evaluation, or go on with it"),
     "smoke": (".smoke", "try every data set and arm for a few steps"),
     "demo": (".demo", "train, analyse, expand and compare on the embedded data set"),
+    "parameters": (".parameters", "what the paper's method and its rivals add to a network"),
 }
 
 

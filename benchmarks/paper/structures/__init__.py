@@ -1,0 +1,44 @@
+"""How the model of an arm is built: ours in all its placements, and its rivals. A row of ``ARMS`` is one arm."""
+
+from functools import partial
+
+from ..arms import RATIOS, Arm
+from .adapters import BitFit, LoRA, NormAffine, OfEqualSize, Prompts
+from .placements import Placement
+from .recon import Recon
+
+__all__ = ["ARMS", "BitFit", "LoRA", "NormAffine", "OfEqualSize", "Placement", "Prompts", "Recon"]
+
+METHOD = {
+    "tm": Arm("TM", partial(Placement, expansion=0)),
+    "te": Arm("TE", partial(Placement, modulation=0)),
+    "tm+te": Arm("TM + TE", Placement),
+}
+PLACES = {
+    "gains": Arm("TM + TE, by gains", partial(Placement, strategy="gain")),
+    "random": Arm("TM + TE, random blocks", partial(Placement, strategy="random")),
+    "reverse": Arm("TM + TE, reverse", partial(Placement, strategy="reverse")),
+    "swap": Arm("TM + TE, swapped", partial(Placement, strategy="swap")),
+    "first-half": Arm("TM + TE, first blocks", partial(Placement, strategy="first")),
+    "last-half": Arm("TM + TE, last blocks", partial(Placement, strategy="last")),
+    "all": Arm("TM + TE, all blocks", partial(Placement, 1, 1, strategy="first")),
+}
+ABLATIONS = {
+    "frozen": Arm("TM + TE, backbone frozen", partial(Placement, freeze_backbone=True)),
+    "batch-norm": Arm("TM + TE, batch norm", partial(Placement, modulator="batch_norm")),
+    "t-1": Arm("TM + TE, 1 token", partial(Placement, num_tokens=1)),
+    **{f"r-{r:g}": Arm(f"TM + TE, r = {r:g}", partial(Placement, ratio=r)) for r in RATIOS if r != 100},
+    **{f"share-{p}": Arm(f"TM + TE, {p} % of blocks", partial(Placement, p / 100, p / 100)) for p in (25, 75)},
+    **{f"after-{p}": Arm(f"TM + TE after {p} %", Placement, start=p / 100) for p in (0, 25, 50, 75)},
+}
+"""100 % of the blocks is ``all``."""
+RIVALS = {
+    "shared": Arm("TM + TE, shared by all tasks", partial(Placement, shared=True)),
+    "lora": Arm("LoRA per task", partial(OfEqualSize, LoRA)),
+    "bitfit": Arm("BitFit per task", partial(OfEqualSize, BitFit)),
+    "norm-affine": Arm("norms per task", partial(OfEqualSize, NormAffine)),
+    "prompts": Arm("deep prompts per task", partial(OfEqualSize, Prompts)),
+    "recon": Arm("Recon", Recon),
+}
+
+ARMS: dict[str, Arm] = {**METHOD, **PLACES, **ABLATIONS, **RIVALS}
