@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "scenes": ("..rooms.show", "draw the embedded data set"),
     "demo": (".demo", "train, analyse, expand and compare on the embedded data set"),
+    "report": (".report.command", "turn a folder of runs into tables and figures"),
 }
 
 
