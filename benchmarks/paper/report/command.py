@@ -1,7 +1,6 @@
 """``python -m benchmarks.paper report OUT``: turn a folder of runs into a page, its numbers and its figures."""
 
 import argparse
-import json
 from pathlib import Path
 
 from dtme.files import write_beside
@@ -9,7 +8,7 @@ from dtme.files import write_beside
 from .comparison import BASELINE, Comparison, compare
 from .figures import draw
 from .folder import read_folder
-from .numbers import numbers
+from .numbers import as_text, numbers
 from .page import page
 from .tables import main_table
 
@@ -36,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write(comparison: Comparison, to: Path) -> Path:
-    """Write ``report.md``, ``report.json`` and the figures, the same for the same runs. Returns the path of the page."""
+    """Write ``report.md``, ``report.json`` and the figures, the same for the same runs; returns the page's path."""
     pictures = draw(comparison, to)
-    content = json.dumps(numbers(comparison), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    content = as_text(numbers(comparison))
     write_beside(to / "report.json", lambda path: path.write_text(content, encoding="utf-8"))
     text = page(comparison, pictures)
     write_beside(to / "report.md", lambda path: path.write_text(text, encoding="utf-8"))

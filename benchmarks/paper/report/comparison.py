@@ -149,10 +149,7 @@ def compare(folder: Folder, baseline: str = BASELINE) -> Comparison:
         reference,
         arms,
         differences,
-        {
-            task: _tests(arms.values(), base, lambda arm, task=task: arm.metrics[task], task in lower)
-            for task in folder.tasks
-        },
+        {task: _task_tests(arms.values(), base, task, task in lower) for task in folder.tasks},
         {name: [requirement(test.difference, effect) for effect in EFFECTS] for name, test in differences.items()},
         notes,
     )
@@ -258,6 +255,10 @@ def _undefined(arms: Iterable[ArmResult], reference: ArmResult) -> list[str]:
 
 
 # --- against the baseline ---------------------------------------------------------------------------------------------
+
+
+def _task_tests(arms: Iterable[ArmResult], baseline: ArmResult, task: str, lower_is_better: bool) -> dict[str, Test]:
+    return _tests(arms, baseline, lambda arm: arm.metrics[task], lower_is_better)
 
 
 def _tests(

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from .text import plain
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, which the colour-blind can tell apart; the baseline has the first."""
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 QUIET = "#c8c8c8"
 MOST_COLOURED = len(COLOURS)
+MOST_LARGE = 12
+"""Panels; more are smaller and five abreast."""
 LABEL = 34
 """Characters of a title in a line."""
 WIDTH = 9.0
@@ -44,7 +47,8 @@ def draw(comparison: Comparison, to: Path) -> list[str]:
         if figure is None:
             (to / name).unlink(missing_ok=True)
             continue
-        write_beside(to / name, lambda path, figure=figure: figure.savefig(path, dpi=130, metadata={"Software": None}))
+        save = partial(figure.savefig, dpi=130, metadata={"Software": None})
+        write_beside(to / name, save)
         drawn.append(name)
     return drawn
 
@@ -56,8 +60,11 @@ def _figure(width: float, height: float) -> Any:
 
 
 def label(title: str, width: int = LABEL) -> str:
-    """A title in at most two lines, the rest cut off."""
-    return "\n".join(textwrap.wrap(title, width, max_lines=2, placeholder=" …")) or title
+    """A title in at most two lines; of a longer one the middle is left out, for variants often differ at the end."""
+    lines = textwrap.wrap(title, width)
+    if len(lines) <= 2:
+        return "\n".join(lines)
+    return f"{title[: width - 1].rstrip()}…\n…{title[1 - width :].lstrip()}"
 
 
 def _title(axes: Any, text: str) -> None:
@@ -85,6 +92,7 @@ def differences(comparison: Comparison) -> Any:
     _limit(axes, list(tests.values()))
     axes.set_ylim(len(tests) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color=EMPTY)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -121,8 +129,10 @@ def tasks(comparison: Comparison) -> Any:
     axes.set_facecolor(EMPTY)
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
-        color = "white" if abs(value) > 0.65 * most else TEXT
-        axes.text(column, row, plain(value, 1, sign=True), ha="center", va="center", fontsize=7.5, color=color)
+        red, green, blue, _ = image.to_rgba(value)
+        is_dark = not math.isnan(value) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+        style = {"ha": "center", "va": "center", "fontsize": 7.5, "color": "white" if is_dark else TEXT}
+        axes.text(column, row, plain(value, 1, sign=True), **style)
     turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 9 else {}
     axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
     axes.set_yticks(range(len(arms)), [label(arm.title) for arm in arms], fontsize=8)
@@ -146,23 +156,27 @@ def conflicts(comparison: Comparison) -> Any:
     arms = [arm for arm in comparison.arms.values() if any(arm.conflicts.values())]
     if not arms:
         return None
-    columns = min(3, len(arms))
+    columns = min(3 if len(arms) <= MOST_LARGE else 5, len(arms))
     rows = -(-len(arms) // columns)
-    figure = _figure(3.2 * columns + 0.4, 2.2 * rows + 0.7)
+    width, height = (3.2, 2.2) if len(arms) <= MOST_LARGE else (2.4, 1.8)
+    legend = {1: 2, 2: 3}.get(columns, 5)  # as many columns of it as the panels have room for
+    figure = _figure(width * columns + 0.4, height * rows + 0.3 + 0.2 * -(-5 // legend))
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
-    for axes, arm in zip(grid.flat, arms, strict=False):
+    for place, (axes, arm) in enumerate(zip(grid.flat, arms, strict=False)):
         _conflicts_of(axes, arm)
+        if place + columns >= len(arms):  # nothing below it
+            axes.set_xlabel("block", fontsize=8)
     for axes in grid[:, 0]:
         axes.set_ylabel("conflict rate", fontsize=8)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside upper left", ncols=legend, frameon=False, fontsize=8)
     return figure
 
 
 def _conflicts_of(axes: Any, arm: ArmResult) -> None:
-    axes.axhline(0.5, color=CHANCE, linewidth=0.9, linestyle="--", zorder=0)
+    axes.axhline(0.5, color=CHANCE, linewidth=0.9, linestyle="--", zorder=0, label="chance")
     for space, color, marker in (("range", RANGE, "o"), ("null", NULL, "s")):
         for moment in ("start", "end"):
             rates = [c.rates[space] for c in arm.conflicts[moment].values()]
@@ -176,9 +190,8 @@ def _conflicts_of(axes: Any, arm: ArmResult) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     axes.tick_params(labelsize=7.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("block", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(label(arm.title, 36), loc="left", fontsize=8.5, color=TEXT)
+    axes.set_title(label(arm.title, 30), loc="left", fontsize=8.5, color=TEXT)
 
 
 def losses(comparison: Comparison) -> Any:

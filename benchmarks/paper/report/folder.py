@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def read_folder(path: Path) -> Folder:
     return folder
 
 
-def _check_keys(where: Path, content: dict[str, Any], keys: dict[str, type]) -> None:
+def _check_keys(where: Path, content: dict[str, Any], keys: Mapping[str, type]) -> None:
     for key, kind in keys.items():
         if not isinstance(content.get(key), kind):
             got = f"{key} is {content[key]!r}" if key in content else f"{key} is missing"

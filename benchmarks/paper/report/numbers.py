@@ -1,14 +1,19 @@
 """``report.json``: the numbers of a report for machines. Whatever is not known is null."""
 
+import json
 import math
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from .beside import entries
 from .comparison import SPACES, ArmResult, Comparison, Test
 from .provenance import differing_facts, times
 from .statistics import LEVEL, POWER, Estimate, Requirement, estimate
 
 FORMAT = 1
+DIGITS = 10
+"""Significant digits of a number: beyond, the order of a sum shows."""
 
 
 def numbers(comparison: Comparison) -> dict[str, Any]:
@@ -30,6 +35,10 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
             "missing": [dict(zip(("arm", "task", "seed"), row, strict=True)) for row in folder.missing()],
             "notes": [*differing_facts(folder), *comparison.notes],
             "time": times(folder),
+            "paper": [
+                {key: getattr(e, key) for key in ("backbone", "arm", "tables", "metrics", "delta_m", "recomputed")}
+                for e in entries(folder.data)
+            ],
         }
     )
 
@@ -88,6 +97,18 @@ def clean(value: Any) -> Any:
         return {str(key): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """JSON with a line per key, and per arm, so that two reports can be compared line by line."""
+    dump = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+    lines = []
+    for key, value in content.items():
+        text = dump(value)
+        if key == "arms":
+            text = "{\n" + ",\n".join(f"  {dump(name)}: {dump(arm)}" for name, arm in value.items()) + "\n }"
+        lines.append(f" {dump(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,26 +1,15 @@
 """The numbers that the paper prints, as it prints them: facts, one table after another.
 
 A row is the arm's name in this package, the paper's number for each task in the order of ``tasks``, and Δm in %; a dash
-where the paper prints none. The digits are kept as text, because their number says how far a number was rounded.
+where the paper prints none. Data sets, arms and tasks have the names that they have in this package. The digits are
+kept as text, because their number says how far a number was rounded.
 """
 
 from dataclasses import dataclass
 
-NYUD = ("semseg", "depth", "normals", "edges")
-PASCAL = ("semseg", "parts", "saliency", "normals", "edges")
-TASKONOMY = (
-    "depth_euclidean",
-    "depth_zbuffer",
-    "edge_occlusion",
-    "edge_texture",
-    "keypoints2d",
-    "keypoints3d",
-    "normal",
-    "principal_curvature",
-    "reshading",
-    "segment_unsup2d",
-    "segment_unsup25d",
-)
+NYUD = ("semseg", "depth", "normals", "edge")
+PASCAL = ("semseg", "parts", "saliency", "normals", "edge")
+TASKONOMY = ("DE", "DZ", "EO", "ET", "Key2D", "Key3D", "N", "PC", "R", "S2D", "S25D")
 LOWER_IS_BETTER = frozenset(TASKONOMY) | {"depth", "normals"}
 REFERENCE = "single"
 """The arm whose row Δm is relative to."""
@@ -33,7 +22,7 @@ class PrintedTable:
     number: int
     backbone: str
     tasks: tuple[str, ...]
-    """None where the table has Δm alone."""
+    """Empty where the table has Δm alone."""
     rows: str
 
 
@@ -57,8 +46,8 @@ TABLES: dict[str, tuple[PrintedTable, ...]] = {
             NYUD,
             """
             tm+te          38.27  0.6370  21.64  57.90  -
-            tm+te-random   36.88  0.6567  22.27  56.30  -
-            tm+te-reverse  34.71  0.6898  22.59  55.80  -
+            random         36.88  0.6567  22.27  56.30  -
+            reverse        34.71  0.6898  22.59  55.80  -
             """,
         ),
         PrintedTable(
@@ -77,7 +66,7 @@ TABLES: dict[str, tuple[PrintedTable, ...]] = {
             NYUD,
             """
             tm+te            38.27  0.6370  21.64  57.90  -
-            tm+te-batchnorm  37.42  0.6550  23.16  56.10  -
+            batch-norm       37.42  0.6550  23.16  56.10  -
             """,
         ),
         PrintedTable(
@@ -85,7 +74,7 @@ TABLES: dict[str, tuple[PrintedTable, ...]] = {
             "ViT-T",
             NYUD,
             """
-            tm+te-frozen  34.80  0.6730  22.48  56.00  -
+            frozen        34.80  0.6730  22.48  56.00  -
             tm+te         38.27  0.6370  21.64  57.90  -
             """,
         ),
@@ -94,9 +83,9 @@ TABLES: dict[str, tuple[PrintedTable, ...]] = {
             "ViT-T",
             (),
             """
-            tm+te-random   -2.966
-            tm+te-reverse  -6.167
-            tm+te-swap     -2.608
+            random         -2.966
+            reverse        -6.167
+            swap           -2.608
             tm+te          0.044
             """,
         ),
@@ -120,8 +109,8 @@ TABLES: dict[str, tuple[PrintedTable, ...]] = {
             PASCAL,
             """
             tm+te          66.18  56.29  83.21  15.26  47.00  -
-            tm+te-random   62.12  54.43  82.95  15.55  45.80  -
-            tm+te-reverse  57.84  52.82  82.75  15.74  43.20  -
+            random         62.12  54.43  82.95  15.55  45.80  -
+            reverse        57.84  52.82  82.75  15.74  43.20  -
             """,
         ),
         PrintedTable(
@@ -130,7 +119,7 @@ TABLES: dict[str, tuple[PrintedTable, ...]] = {
             PASCAL,
             """
             tm+te            66.18  56.29  83.21  15.26  47.00  -
-            tm+te-batchnorm  60.80  53.29  82.59  15.73  44.90  -
+            batch-norm       60.80  53.29  82.59  15.73  44.90  -
             """,
         ),
         PrintedTable(
@@ -138,7 +127,7 @@ TABLES: dict[str, tuple[PrintedTable, ...]] = {
             "ViT-T",
             PASCAL,
             """
-            tm+te-frozen  58.34  52.96  82.86  15.63  43.20  -
+            frozen        58.34  52.96  82.86  15.63  43.20  -
             tm+te         66.18  56.29  83.21  15.26  47.00  -
             """,
         ),
