@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "scenes": ("..rooms.show", "draw the embedded data set"),
     "run": (".runner.command", "run an experiment of the evaluation, or go on with it"),
-    "smoke": (".smoke", "try every data set and arm for a few steps"),
-    "demo": (".demo", "train, analyse, expand and compare on the embedded data set"),
+    "report": (".report.command", "turn a folder of runs into tables and figures"),
     "parameters": (".parameters", "what the paper's method and its rivals add to a network"),
+    "smoke": (".smoke", "try every data set and arm for a few steps"),
+    "scenes": ("..rooms.show", "draw the rendered rooms"),
+    "demo": (".demo", "train, analyse, expand and compare on the rendered rooms"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser("python -m benchmarks.paper", description="The paper's tables in small.")
+    parser = argparse.ArgumentParser("python -m benchmarks.paper", description="The evaluation: experiments, their reports, and a demo.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)

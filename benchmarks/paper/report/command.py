@@ -1,0 +1,44 @@
+"""``python -m benchmarks.paper report OUT``: turn a folder of runs into a page, its numbers and its figures."""
+
+import argparse
+from pathlib import Path
+
+from dtme.files import write_beside
+
+from .comparison import BASELINE, Comparison, compare
+from .figures import draw
+from .folder import read_folder
+from .numbers import as_text, numbers
+from .page import page
+from .tables import main_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", nargs="+", type=Path, metavar="OUT", help="folders that `run` wrote; each gets a report")
+    parser.add_argument("--baseline", default=BASELINE, help=f"the arm that others are compared with ({BASELINE})")
+    parser.add_argument("--table", action="store_true", help="print the main table and write nothing")
+    parser.add_argument("--to", type=Path, help="where the report goes (OUT/report)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.to and len(args.out) > 1:
+        raise SystemExit(f"--to is for one folder, got {len(args.out)}")
+    for out in args.out:
+        try:
+            comparison = compare(read_folder(out), args.baseline)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        if args.table:
+            print(main_table(comparison))
+        else:
+            print(write(comparison, args.to or out / "report"))
+
+
+def write(comparison: Comparison, to: Path) -> Path:
+    """Write ``report.md``, ``report.json`` and the figures, the same for the same runs; returns the page's path."""
+    pictures = draw(comparison, to)
+    content = as_text(numbers(comparison))
+    write_beside(to / "report.json", lambda path: path.write_text(content, encoding="utf-8"))
+    text = page(comparison, pictures)
+    write_beside(to / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return to / "report.md"
