@@ -17,7 +17,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser("python -m benchmarks.paper", description="The evaluation: experiments, their reports, and a demo.")
+    summary = "The evaluation: experiments, their reports, and a demo."
+    parser = argparse.ArgumentParser("python -m benchmarks.paper", description=summary)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)

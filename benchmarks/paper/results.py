@@ -29,6 +29,10 @@ FORMAT = 1
 Run = dict[str, Any]
 
 
+def run_name(arm: str, task: str | None, seed: int, variant: str = "") -> str:
+    return ".".join(part for part in (arm, task, variant, f"seed-{seed}") if part)
+
+
 def run_path(out: Path, name: str) -> Path:
     return out / "runs" / f"{name}.json"
 

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.paper.results import read_runs
 from benchmarks.paper.runner.together import average_gradients, share_buffers
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def launched(*arguments):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..results import Run, read_experiment, read_runs, run_path
+from ..results import Run, read_experiment, read_runs, run_name, run_path
 
 SINGLE = "single"
 """The arm that trains every task alone, one run per task."""
@@ -149,7 +149,7 @@ def _add(folder: Folder, run: Run) -> None:
     name, part, seed = identity
     if not isinstance(name, str) or not (part is None or isinstance(part, str)) or not isinstance(seed, int):
         raise ValueError(f"a run in {folder.path / 'runs'} has arm, task and seed {identity}, a name, name and integer")
-    where = run_path(folder.path, name, part, seed)
+    where = run_path(folder.path, run_name(name, part, seed))
     _check_keys(where, run, RUN_KEYS)
     for what, value, known in (
         ("arm", name, folder.arms),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Options
+from ..results import run_name
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Config:
 
     @property
     def name(self) -> str:
-        parts = (self.arm, self.task, self.variant, f"seed-{self.seed}")
-        return ".".join(part for part in parts if part)
+        return run_name(self.arm, self.task, self.seed, self.variant)
 
     @property
     def settings(self) -> dict[str, Any]:

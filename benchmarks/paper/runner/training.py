@@ -105,8 +105,10 @@ class Training:
         return dict(zip(self.combination.names, self.history[self.step - 1].tolist(), strict=True))
 
     def losses(self) -> dict[str, list[float]]:
-        """Every task's mean loss in each of ``PARTS`` parts of the training."""
-        parts = [part.nanmean(0).tolist() for part in self.history[: self.step].tensor_split(PARTS)]
+        """Every task's mean loss in each of ``PARTS`` parts of the training, or in each step if these are fewer."""
+        if self.step == 0:
+            return {}
+        parts = [part.mean(0).tolist() for part in self.history[: self.step].tensor_split(min(PARTS, self.step))]
         return {name: [part[i] for part in parts] for i, name in enumerate(self.combination.names)}
 
     def save(self, path: Path) -> None:
