@@ -118,7 +118,7 @@ def test_all_parts_have_a_class():
     ("objects", "message"),
     [
         ([person(("tail", next(masks((0, 6, 0, 8)))))], "a person's part 'tail', expected one of head, hair"),
-        ([person(("head", np.ones((6, 7), bool)))], "a mask of 6 × 7, its image is 6 × 8"),
+        ([person(("head", np.ones((6, 7, 2), bool)))], "the mask of head is no array of numbers with two dimensions"),
         (
             [{"class": "person", "mask": np.ones((6, 8), bool)}],
             "no struct anno.objects with the fields class_ind, ",
@@ -128,7 +128,14 @@ def test_all_parts_have_a_class():
 )
 def test_parts_that_are_none(root, version, objects, message):
     WRITERS[version](root / "human_parts/2.mat", "2", objects)
-    with pytest.raises(DataError, match=rf"human_parts/2\.mat holds {message}"):
+    with pytest.raises(DataError, match=rf"human_parts/2\.mat.* {message}"):
+        opened(root).val[0, None]
+
+
+@pytest.mark.parametrize("version", WRITERS)
+def test_a_mask_of_another_size(root, version):
+    WRITERS[version](root / "human_parts/2.mat", "2", [person(("head", np.ones((6, 7), bool)))])
+    with pytest.raises(DataError, match=r"human_parts/2\.mat is 6 × 7, but its image .*JPEGImages/2\.jpg is 6 × 8"):
         opened(root).val[0, None]
 
 

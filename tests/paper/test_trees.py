@@ -2,6 +2,7 @@
 them, roots that nothing is written to, and errors that name the file."""
 
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -176,6 +177,15 @@ def test_links_lead_to_the_same_items(name, root, copy, tmp_path):
     elsewhere.unlink()  # a link that leads nowhere is no file
     with pytest.raises(DataError, match=rf"lacks 1 of the \d+ files .*{linked.name}"):
         opened(name, copy)
+
+
+def test_a_split_can_be_sent_to_another_process(name, root):
+    """As loaders do whose workers are started afresh; nothing that was read goes with it."""
+    train = opened(name, root).train
+    before = pickle.dumps(train)
+    expected = train[1, 0]
+    assert len(pickle.dumps(train)) == len(before) < 10_000
+    assert same(pickle.loads(before)[1, 0], expected)
 
 
 def test_limits_take_the_first(name, root):
