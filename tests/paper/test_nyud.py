@@ -70,7 +70,7 @@ def test_its_own_size_holds_its_images(root):
 
 
 def test_a_size_that_an_image_does_not_fit_in(root):
-    with pytest.raises(DataError, match=r"2\.png is 4 × 6, larger than size 8 × 4: an evaluation looks at whole"):
+    with pytest.raises(DataError, match=r"1\.png is 4 × 6, larger than size 8 × 4: an evaluation looks at whole"):
         opened(root, size=(8, 4))
     Image.new("RGB", (600, 425)).save(root / "images" / "2.png")  # found when it is read, where no size was given
     with pytest.raises(DataError, match=r"2\.png is 425 × 600, larger than size 448 × 576"):
@@ -180,6 +180,13 @@ def test_splits_that_are_none(root, text, message):
     (root / "gt_sets" / "train.txt").write_bytes(text.encode())
     with pytest.raises(DataError, match=r"gt_sets/train\.txt " + message):
         opened(root)
+
+
+def test_an_image_in_both_splits(root):
+    (root / "gt_sets" / "val.txt").write_text("2\n1\n")
+    with pytest.raises(DataError, match=r"gt_sets/val\.txt names 1, which gt_sets/train\.txt names too"):
+        opened(root)
+    assert len(opened(root, val=1).val) == 1
 
 
 def test_a_split_that_is_no_text(root):

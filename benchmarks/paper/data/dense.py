@@ -14,6 +14,7 @@ from .files import (
     check_layout,
     check_options,
     check_same_size,
+    named,
     picture_size,
     pixels,
     read_picture,
@@ -80,8 +81,8 @@ class ImageItems:
             self._check_fits(id, image.shape[:2])
             return eval_transform(image, self._labels(id, image, self.names), self.kinds, self.size)
         labels = self._labels(id, image, dict.fromkeys((*self.names, GUIDE)))
-        pixels, tensors = train_transform(image, labels, self.kinds, self.size, generator(draw, index))
-        return pixels, {name: tensors[name] for name in self.names}
+        drawn, tensors = train_transform(image, labels, self.kinds, self.size, generator(draw, index))
+        return drawn, {name: tensors[name] for name in self.names}
 
     def _labels(self, id: str, image: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
         labels = {name: self.tree.label(name, id) for name in names}
@@ -126,11 +127,15 @@ def open_tree(tree: type[Tree], tasks: Tasks, kinds: Kinds, size: tuple[int, int
     check_layout(root, tree.title, tree.folder, (*folders, *tree.splits.values()))
     files, listing = tree(root), Listing(root)
     ids = {split: read_split(root / path, getattr(options, split)) for split, path in tree.splits.items()}
+    both = sorted(set(ids["train"]) & set(ids["val"]))
+    if both:
+        raise DataError(f"{root / tree.splits['val']} names {named(both)}, which {tree.splits['train']} names too")
     wanted = dict.fromkeys(
         files.path(what, id, listing) for split in ids for id in ids[split] for what in needed[split]
     )
     refuse_missing(root, [path for path in wanted if path not in listing], len(wanted))
     train, val = (ImageItems(files, ids[split], tuple(chosen), kinds, final) for split in ("train", "val"))
     if options.size is not None:
-        val.check_sizes()
+        for items in (train, val):
+            items.check_sizes()
     return Data(name, chosen, train, val, final)
