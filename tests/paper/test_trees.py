@@ -2,7 +2,9 @@
 them, roots that nothing is written to, and errors that name the file."""
 
 import os
+import pickle
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -29,6 +31,13 @@ FILES = {  # one of every kind
         "sal_distill/*.png",
     ),
     "taskonomy": ("rgb/taskonomy/train/*.png", "depth_zbuffer/taskonomy/train/*.png", "normal/taskonomy/train/*.png"),
+}
+
+
+FOLDERS = {
+    "nyud": [*nyud.Nyud.folders],
+    "pascal": [*pascal.Pascal.folders, "semseg/pascal-context"],
+    "taskonomy": ["rgb", *taskonomy.STORED],
 }
 
 
@@ -97,7 +106,7 @@ def test_tasks_losses_and_items_fit(name, root):
 @pytest.mark.skipif(not hasattr(metrics, "L1Error"), reason="the meters of these data sets are not there")
 def test_meters_tell_a_perfect_prediction(name, root):
     data = opened(name, root)
-    _, labels = next(iter(DataLoader(data.val, batch_size=COUNT, sampler=[(i, None) for i in range(COUNT)])))
+    _, labels = next(iter(DataLoader(data.val, sampler=[(0, None)])))
     for task, table in data.tasks.items():
         label = labels[task]
         perfect = label.nan_to_num()
@@ -176,6 +185,36 @@ def test_links_lead_to_the_same_items(name, root, copy, tmp_path):
     elsewhere.unlink()  # a link that leads nowhere is no file
     with pytest.raises(DataError, match=rf"lacks 1 of the \d+ files .*{linked.name}"):
         opened(name, copy)
+
+
+def test_a_split_can_be_sent_to_another_process(name, root):
+    """As loaders do whose workers are started afresh; nothing that was read goes with it."""
+    train = opened(name, root).train
+    before = pickle.dumps(train)
+    expected = train[1, 0]
+    assert len(pickle.dumps(train)) == len(before) < 10_000
+    assert same(pickle.loads(before)[1, 0], expected)
+
+
+def test_folders_are_listed_once_however_many_files_they_hold(name, tmp_path, monkeypatch):
+    counts = []
+    for count in (1, 5):
+        trees.write_tree(name, tmp_path / str(count), count)
+        calls = Counter()
+
+        def counting(function, calls=calls):
+            def call(*args, **kwargs):
+                calls[function.__name__] += 1
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for function in (os.scandir, os.stat):
+                patch.setattr(os, function.__name__, counting(function))
+            open_data(name, Options(root=tmp_path / str(count), size=None if name != "taskonomy" else trees.SIZE))
+        counts.append(calls)
+    assert counts[0] == counts[1] and 0 < counts[0]["scandir"] <= 2 * len(FOLDERS[name])
 
 
 def test_limits_take_the_first(name, root):

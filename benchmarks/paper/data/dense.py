@@ -9,7 +9,18 @@ import numpy as np
 
 from ..tasks import Tasks, choose
 from .dataset import Data, DataError, Item, Options
-from .files import Listing, check_layout, check_options, picture_size, read_picture, read_split, refuse_missing
+from .files import (
+    Listing,
+    check_layout,
+    check_options,
+    check_same_size,
+    named,
+    picture_size,
+    pixels,
+    read_picture,
+    read_split,
+    refuse_missing,
+)
 from .transforms import Kinds, eval_transform, generator, train_transform
 
 IMAGE = "image"
@@ -70,24 +81,20 @@ class ImageItems:
             self._check_fits(id, image.shape[:2])
             return eval_transform(image, self._labels(id, image, self.names), self.kinds, self.size)
         labels = self._labels(id, image, dict.fromkeys((*self.names, GUIDE)))
-        pixels, tensors = train_transform(image, labels, self.kinds, self.size, generator(draw, index))
-        return pixels, {name: tensors[name] for name in self.names}
+        drawn, tensors = train_transform(image, labels, self.kinds, self.size, generator(draw, index))
+        return drawn, {name: tensors[name] for name in self.names}
 
     def _labels(self, id: str, image: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
         labels = {name: self.tree.label(name, id) for name in names}
         for name, label in labels.items():
-            if label.shape[:2] != image.shape[:2]:
-                raise DataError(
-                    f"{self.tree.root / self.tree.path(name, id)} is {_pixels(label.shape)}, "
-                    f"but its image {self.tree.root / self.tree.path(IMAGE, id)} is {_pixels(image.shape)}"
-                )
+            check_same_size(self._place(name, id), label.shape[:2], self._place(IMAGE, id), image.shape[:2])
         return labels
 
     def _check_fits(self, id: str, sides: Sequence[int]) -> None:
         if any(have > most for have, most in zip(sides, self.size, strict=True)):
             raise DataError(
-                f"{self.tree.root / self.tree.path(IMAGE, id)} is {_pixels(sides)}, larger than size "
-                f"{_pixels(self.size)}: an evaluation looks at whole images, so choose a size that holds them"
+                f"{self._place(IMAGE, id)} is {pixels(sides)}, larger than size {pixels(self.size)}: "
+                "an evaluation looks at whole images, so choose a size that holds them"
             )
 
     def check_sizes(self) -> None:
@@ -97,11 +104,10 @@ class ImageItems:
             DataError: names the first that does not.
         """
         for id in self.ids:
-            self._check_fits(id, picture_size(self.tree.root / self.tree.path(IMAGE, id)))
+            self._check_fits(id, picture_size(self._place(IMAGE, id)))
 
-
-def _pixels(sides: Sequence[int]) -> str:
-    return f"{sides[0]} × {sides[1]}"
+    def _place(self, what: str, id: str) -> Path:
+        return self.tree.root / self.tree.path(what, id)
 
 
 def open_tree(tree: type[Tree], tasks: Tasks, kinds: Kinds, size: tuple[int, int], name: str, options: Options) -> Data:
@@ -121,11 +127,15 @@ def open_tree(tree: type[Tree], tasks: Tasks, kinds: Kinds, size: tuple[int, int
     check_layout(root, tree.title, tree.folder, (*folders, *tree.splits.values()))
     files, listing = tree(root), Listing(root)
     ids = {split: read_split(root / path, getattr(options, split)) for split, path in tree.splits.items()}
+    both = sorted(set(ids["train"]) & set(ids["val"]))
+    if both:
+        raise DataError(f"{root / tree.splits['val']} names {named(both)}, which {tree.splits['train']} names too")
     wanted = dict.fromkeys(
         files.path(what, id, listing) for split in ids for id in ids[split] for what in needed[split]
     )
     refuse_missing(root, [path for path in wanted if path not in listing], len(wanted))
     train, val = (ImageItems(files, ids[split], tuple(chosen), kinds, final) for split in ("train", "val"))
     if options.size is not None:
-        val.check_sizes()
+        for items in (train, val):
+            items.check_sizes()
     return Data(name, chosen, train, val, final)

@@ -4,6 +4,7 @@ is named when it is read. Nothing here writes."""
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def named(items: Iterable[object]) -> str:
     items = list(items)
     text = ", ".join(map(str, items[:NAMED]))
     return text if len(items) <= NAMED else f"{text} … ({len(items)} in all)"
+
+
+def pixels(sides: Sequence[int]) -> str:
+    """Height and width, as they are printed."""
+    return f"{sides[0]} × {sides[1]}"
+
+
+def check_same_size(path: Path, sides: Sequence[int], image: Path, image_sides: Sequence[int]) -> None:
+    """Refuse a label that is not as large as its image, by (height, width) of both."""
+    if tuple(sides) != tuple(image_sides):
+        raise DataError(f"{path} is {pixels(sides)}, but its image {image} is {pixels(image_sides)}")
 
 
 class Listing:
@@ -135,10 +147,9 @@ def check_names(path: Path, names: Sequence[str], what: str) -> None:
     strange = [name for name in names if name in (".", "..") or set(name) & set("/\\:\0")]
     if strange:
         raise DataError(f"{path} must hold names without a path, got {named(map(repr, strange))}")
-    if len(set(names)) < len(names):
-        seen: set[str] = set()
-        twice = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
-        raise DataError(f"{path} names {named(dict.fromkeys(twice))} more than once")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} names {named(twice)} more than once")
 
 
 def read_split(path: Path, count: int | None) -> list[str]:
@@ -203,6 +214,18 @@ def read_picture(path: Path, what: str) -> np.ndarray:
             raise DataError(f"{path} holds {pixels.min()} … {pixels.max()}, expected 16 bits: 0 … 65535")
         pixels = pixels.astype(np.uint16)
     return pixels
+
+
+def no_direction(stored: np.ndarray) -> np.ndarray:
+    """Where vectors of bytes, (H, W, 3) uint8, are grey: all 127 or 128, the bytes next to 0. (H, W) bool."""
+    return ((stored == 127) | (stored == 128)).all(2)
+
+
+def unit_vectors(stored: np.ndarray, unknown: float) -> np.ndarray:
+    """n = 2 v / 255 - 1 of bytes v, (H, W, 3) float32, and ``unknown`` throughout where v has no direction."""
+    vectors = stored * np.float32(2 / 255) - np.float32(1)
+    vectors[no_direction(stored)] = unknown
+    return vectors
 
 
 def read_array(path: Path) -> np.ndarray:

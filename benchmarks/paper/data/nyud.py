@@ -5,7 +5,7 @@
 ``segmentation/ID.png``   0 unknown, 1 … 40 a class
 ``depth/ID.npy``          metres, 0 unknown
 ``normals/ID.png``        the unit normal n as 255 (n + 1) / 2 in three bytes; grey, which is no direction, is unknown
-``edge/ID.png``           0 … 255, of 255
+``edge/ID.png``           0 … 255: an edge where it is above half
 ``gt_sets/train.txt``     ids, one a line; and ``gt_sets/val.txt``
 ========================  ============================================================================
 
@@ -21,7 +21,7 @@ from .. import losses, metrics
 from ..tasks import Task
 from .dataset import Data, DataError, Options
 from .dense import IMAGE, Tree, open_tree
-from .files import Listing, check_classes, read_array, read_picture
+from .files import Listing, check_classes, read_array, read_picture, unit_vectors
 from .transforms import CLASSES, DEPTH, EDGES, NORMALS
 
 SIZE = (448, 576)
@@ -65,7 +65,7 @@ class Nyud(Tree):
         if task == "normals":
             return unit_vectors(read_picture(path, "vector"), unknown=0)
         if task == "edge":
-            return read_picture(path, "grey")[..., None] / np.float32(255)
+            return (read_picture(path, "grey")[..., None] > 127.5).astype(np.float32)
         return _metres(path, read_array(path))
 
 
@@ -79,16 +79,6 @@ def _metres(path: Path, depth: np.ndarray) -> np.ndarray:
     if wrong.size:
         raise DataError(f"{path} holds a depth of {wrong[0]} ({wrong.size} such pixels), expected metres, 0 if unknown")
     return depth.astype(np.float32)[..., None]
-
-
-def unit_vectors(stored: np.ndarray, unknown: float) -> np.ndarray:
-    """n = 2 v / 255 - 1 of bytes v, (H, W, 3) float32.
-
-    Bytes hold no zero: a vector is ``unknown`` throughout where each of its bytes is 127 or 128, the nearest to it.
-    """
-    vectors = stored * np.float32(2 / 255) - np.float32(1)
-    vectors[((stored == 127) | (stored == 128)).all(2)] = unknown
-    return vectors
 
 
 def open_data(options: Options) -> Data:

@@ -32,9 +32,8 @@ from .. import losses, metrics
 from ..tasks import Task
 from .dataset import Data, DataError, Options
 from .dense import GUIDE, IMAGE, Tree, open_tree
-from .files import Listing, check_classes, picture_size, read_picture
+from .files import Listing, check_classes, check_same_size, picture_size, read_picture, unit_vectors
 from .matlab import read_mat
-from .nyud import unit_vectors
 from .transforms import CLASSES, EDGES, NORMALS, PARTS
 
 SIZE = (512, 512)
@@ -129,11 +128,10 @@ class Pascal(Tree):
     def _parts(self, id: str) -> np.ndarray:
         """The classes of ``PART_NAMES``; where parts overlap, the last of the file."""
         path = self.root / self.path("parts", id)
-        labels = np.zeros(picture_size(self.root / self.path(IMAGE, id)), np.uint8)
+        image = self.root / self.path(IMAGE, id)
+        labels = np.zeros(picture_size(image), np.uint8)
         for mask, part in _person_parts(path, read_mat(path, "anno")):
-            if mask.shape != labels.shape:
-                shapes = f"{mask.shape[0]} × {mask.shape[1]}, its image is {labels.shape[0]} × {labels.shape[1]}"
-                raise DataError(f"{path} holds a mask of {shapes}")
+            check_same_size(path, mask.shape, image, labels.shape)
             labels[mask] = part
         return labels
 

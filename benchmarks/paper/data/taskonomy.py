@@ -28,8 +28,11 @@ from .files import (
     check_layout,
     check_names,
     check_options,
+    check_same_size,
     named,
+    no_direction,
     picture_size,
+    pixels,
     read_picture,
     read_table,
     refuse_missing,
@@ -180,12 +183,12 @@ class Pictures:
 
     def read(self, folder: str, what: str, channels: int, view: View) -> Tensor:
         """(channels, H, W) float32, as stored; NaN where nothing is known."""
-        pixels = read_picture(self.root / self.path(folder, view), what)
-        values = pixels.astype(np.float32)
+        held = read_picture(self.root / self.path(folder, view), what)
+        values = held.astype(np.float32)
         if folder.startswith("depth_"):
-            values[pixels == UNKNOWN_DEPTH] = np.nan
+            values[held == UNKNOWN_DEPTH] = np.nan
         elif folder == "normal":
-            values[((pixels == 127) | (pixels == 128)).all(2)] = np.nan
+            values[no_direction(held)] = np.nan
         values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)[:channels]
         return torch.from_numpy(np.ascontiguousarray(values))
 
@@ -210,11 +213,9 @@ class TaskonomyItems:
         for name in self.names:
             folder, what, channels, scale = STORED[name]
             stored = self.pictures.read(folder, what, channels, view)
-            if stored.shape[1:] != photograph.shape[1:]:
-                raise DataError(
-                    f"{self._place(folder, view)} is {_pixels(stored.shape[1:])}, "
-                    f"but its image {self._place(PHOTOGRAPH, view)} is {_pixels(photograph.shape[1:])}"
-                )
+            check_same_size(
+                self._place(folder, view), stored.shape[1:], self._place(PHOTOGRAPH, view), photograph.shape[1:]
+            )
             labels[name] = scale(resize(stored, self.size))
         image = _byte(resize(photograph, self.size))
         if draw is not None and generator(draw, index).random() < 0.5:
@@ -225,7 +226,7 @@ class TaskonomyItems:
         if sides[0] * self.size[1] != sides[1] * self.size[0]:
             place = self._place(PHOTOGRAPH, view)
             raise DataError(
-                f"{place} is {_pixels(sides)}: it cannot be scaled to size {_pixels(self.size)} "
+                f"{place} is {pixels(sides)}: it cannot be scaled to size {pixels(self.size)} "
                 "without being squeezed, choose a size of the same shape"
             )
 
@@ -235,10 +236,6 @@ class TaskonomyItems:
 
     def _place(self, folder: str, view: View) -> Path:
         return self.pictures.root / self.pictures.path(folder, view)
-
-
-def _pixels(sides: Sequence[int]) -> str:
-    return f"{sides[0]} × {sides[1]}"
 
 
 def resize(values: Tensor, size: tuple[int, int]) -> Tensor:
