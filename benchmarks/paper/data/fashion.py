@@ -162,9 +162,8 @@ def read_idx(root: Path, name: str, dimensions: int) -> tuple[np.ndarray, Path]:
         raise DataError(f"{path} cannot be read: {error}") from error
     start = 4 + 4 * dimensions
     if content[:4] != bytes((0, 0, 8, dimensions)):
-        raise DataError(
-            f"{path} is no idx file of bytes in {dimensions} dimensions: it begins with {content[:4].hex()}"
-        )
+        head = content[:4].hex() or "nothing"
+        raise DataError(f"{path} is no idx file of bytes in {dimensions} dimensions: it begins with {head}")
     shape = tuple(int(length) for length in np.frombuffer(content[4:start].ljust(4 * dimensions, b"\0"), ">u4"))
     if len(content) != start + prod(shape):
         lengths = " × ".join(map(str, shape))

@@ -171,10 +171,10 @@ class Rooms:
 
 
 @cache
-def renderer() -> str:
+def renderer(folder: Path = Path(rooms.__file__).parent) -> str:
     """Twelve digits that change with the code that renders, and with what is kept of a scene."""
     digest = hashlib.sha256(repr(_STORED).encode())
-    for path in sorted(Path(rooms.__file__).parent.glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
