@@ -44,19 +44,7 @@ class Benchmark(NamedTuple):
     """Of every task's output."""
 
 
-TASKONOMY = {
-    "depth_euclidean": 1,
-    "depth_zbuffer": 1,
-    "edge_occlusion": 1,
-    "edge_texture": 1,
-    "keypoints2d": 1,
-    "keypoints3d": 1,
-    "normal": 3,
-    "principal_curvature": 2,
-    "reshading": 1,
-    "segment_unsup2d": 1,
-    "segment_unsup25d": 1,
-}
+TASKONOMY = {"DE": 1, "DZ": 1, "EO": 1, "ET": 1, "Key2D": 1, "Key3D": 1, "N": 3, "PC": 2, "R": 3, "S2D": 1, "S25D": 1}
 BENCHMARKS = {
     "NYUD-v2": Benchmark((448, 576), {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}),
     "PASCAL-Context": Benchmark((512, 512), {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "edge": 1}),

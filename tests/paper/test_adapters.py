@@ -300,23 +300,25 @@ def test_the_budget_is_that_of_the_reference_plan():
         assert facts["budget"] == made.budget == plan.added_parameters()
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 2)), min_size=1, max_size=3
-    ),
-    st.integers(1, 120),
-)
-def test_no_other_choice_is_nearer_to_the_budget(shapes, budget):
+KINDS = st.tuples(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 2))
+
+
+@given(st.lists(KINDS, min_size=1, max_size=3), st.integers(1, 120))
+def test_no_other_choice_is_nearer_to_the_budget_nor_takes_a_unit_too_often(shapes, budget):
     kinds = [
         Kind(
-            tuple(tuple((f"{k}.{lane}.{i}",) for i in range(length)) for lane in range(lanes)),
+            tuple(tuple((f"{k}.{lane}.{i}",) for i in range(length)) for lane, length in enumerate(lengths)),
             cost,
-            lanes * length * times,
+            sum(lengths) * times,
         )
-        for k, (lanes, length, cost, times) in enumerate(shapes)
+        for k, (lengths, cost, times) in enumerate(shapes)
     ]
     chosen = choose_units(kinds, budget)
-    total = sum(times * shapes[int(name.split(".")[0])][2] for name, times in chosen.items())
+    total = 0
+    for name, times in chosen.items():
+        _, cost, most = shapes[int(name.split(".")[0])]
+        assert 1 <= times <= most
+        total += times * cost
     every = product(*(range(kind.most + 1) for kind in kinds))
     nearest = min(abs(budget - sum(n * kind.cost for n, kind in zip(counts, kinds, strict=True))) for counts in every)
     assert abs(budget - total) == nearest
