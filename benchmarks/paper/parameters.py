@@ -1,8 +1,8 @@
 """The paper's parameter counts, and rivals of the same size: ``python -m benchmarks.paper parameters``.
 
-Everything is counted on modules without values (torch's meta device): nothing is downloaded or trained. The paper
-prints by how many per cent its method enlarges a network and not what it counts. The preset ``params`` gives every
-figure to its last digit; ``--search`` tries many other definitions and lists what comes near:
+Networks and rivals are built without values (torch's meta device) and counted: nothing is downloaded or trained. The
+paper prints by how many per cent its method enlarges a network, and not what it counts. The preset ``params`` gives
+every figure to its last digit; ``--search`` tries many other definitions and lists those that give some:
 
 * The network is the encoder with positions for the data set's images, and a 1 × 1 convolution per task from the tokens
   to its channels. The 3 × 3 Conv-BN-ReLU decoders that the paper describes are not in it.
@@ -32,6 +32,7 @@ from dtme.tables import aligned, ruled
 
 from .models import load_backbone
 from .structures.adapters import BitFit, LoRA, NormAffine, Prompts, Rival, width_of
+from .structures.units import deviation
 
 
 class Benchmark(NamedTuple):
@@ -43,19 +44,7 @@ class Benchmark(NamedTuple):
     """Of every task's output."""
 
 
-TASKONOMY = {
-    "depth_euclidean": 1,
-    "depth_zbuffer": 1,
-    "edge_occlusion": 1,
-    "edge_texture": 1,
-    "keypoints2d": 1,
-    "keypoints3d": 1,
-    "normal": 3,
-    "principal_curvature": 2,
-    "reshading": 1,
-    "segment_unsup2d": 1,
-    "segment_unsup25d": 1,
-}
+TASKONOMY = {"DE": 1, "DZ": 1, "EO": 1, "ET": 1, "Key2D": 1, "Key3D": 1, "N": 3, "PC": 2, "R": 3, "S2D": 1, "S25D": 1}
 BENCHMARKS = {
     "NYUD-v2": Benchmark((448, 576), {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}),
     "PASCAL-Context": Benchmark((512, 512), {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "edge": 1}),
@@ -109,7 +98,7 @@ class Preset:
         return f"TM {self.modulation:.0%}, TE {self.expansion:.0%} of blocks, t = {self.num_tokens}, {whose}"
 
 
-RIVALS: dict[str, type[Rival]] = {"LoRA": LoRA, "BitFit": BitFit, "norm affine": NormAffine, "prompts": Prompts}
+VERSIONED: dict[str, type[Rival]] = {"LoRA": LoRA, "BitFit": BitFit, "norm affine": NormAffine}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,27 +153,41 @@ def size(module: nn.Module) -> int:
 
 
 @cache
-def build(backbone: str, benchmark: str, heads: str = "1×1", positions: str = "data") -> dtme.MultiTaskModel:
-    """A network without values; callers copy it before they change it."""
-    image, channels = BENCHMARKS[benchmark]
+def encoder(backbone: str, benchmark: str, positions: str = "data") -> nn.Module:
+    """A backbone without values; callers copy it before they change it."""
+    image = BENCHMARKS[benchmark].size if positions == "data" else (224, 224)
     with torch.device("meta"):
-        network = load_backbone(backbone, image if positions == "data" else (224, 224), None)
-        if positions == "none":
-            embeddings = network.get_submodule("embeddings")
-            del embeddings.position_embeddings, embeddings.cls_token
-        width = width_of(network)
-        return dtme.MultiTaskModel(network, {task: HEADS[heads](width, count) for task, count in channels.items()})
+        network = load_backbone(backbone, image, None)
+    if positions == "none":
+        embeddings = network.get_submodule("embeddings")
+        del embeddings.position_embeddings, embeddings.cls_token
+    return network
 
 
-def plan_of(model: dtme.MultiTaskModel, preset: Preset) -> dtme.ExpansionPlan:
+@cache
+def heads_of(width: int, benchmark: str, kind: str = "1×1") -> nn.ModuleDict:
+    """A head per task without values."""
+    with torch.device("meta"):
+        return nn.ModuleDict({t: HEADS[kind](width, count) for t, count in BENCHMARKS[benchmark].channels.items()})
+
+
+def build(row: Row) -> dtme.MultiTaskModel:
+    """A network without values."""
+    network = copy.deepcopy(encoder(row.backbone, row.benchmark))
+    return dtme.MultiTaskModel(network, heads_of(width_of(network), row.benchmark))
+
+
+def plan_of(row: Row, preset: Preset) -> dtme.ExpansionPlan:
     """Of the first blocks: which they are makes no difference to their number of parameters."""
-    blocks, width = list(find_blocks(model.backbone)), width_of(model.backbone)
+    network, tasks = encoder(row.backbone, row.benchmark), tuple(BENCHMARKS[row.benchmark].channels)
+    blocks = tuple(find_blocks(network))
     modulated, expanded = (
-        dict.fromkeys(blocks[: max(1, round(share * len(blocks))) if share else 0], model.tasks)
+        dict.fromkeys(blocks[: max(1, round(share * len(blocks))) if share else 0], tasks)
         for share in (preset.modulation, preset.expansion)
     )
-    groups: dict[str, tuple[str, ...]] = {} if preset.per_task else {"all": model.tasks}
-    return dtme.ExpansionPlan(model.tasks, preset.num_tokens, modulated, expanded, dict.fromkeys(blocks, width), groups)
+    widths = dict.fromkeys(blocks, width_of(network))
+    groups: dict[str, tuple[str, ...]] = {} if preset.per_task else {"all": tasks}
+    return dtme.ExpansionPlan(tasks, preset.num_tokens, modulated, expanded, widths, groups)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -206,29 +209,36 @@ def table() -> str:
 
 
 def _cells(row: Row) -> Iterator[list[str]]:
-    model = build(row.backbone, row.benchmark)
-    whole = size(model)
+    model = build(row)
+    whole, share = size(model), BLOCKS[row.benchmark]
     numbers = [f"{size(model.backbone):,}", f"{size(model.heads):,}"]
     for name, tokens in NUM_TOKENS.items():
-        share = BLOCKS[row.benchmark]
-        added = size(dtme.expand(copy.deepcopy(model), plan_of(model, Preset(share, share, tokens)))) - whole
+        added = plan_of(row, Preset(share, share, tokens)).added_parameters()
         percent = 100 * added / whole
         difference = f"{percent - float(row.percent):+.4f}"
         start = [row.backbone, row.benchmark, str(len(model.tasks)), name, *numbers]
         yield [*start, f"{added:,}", "", f"{percent:.3f}", row.percent, difference]
         if name == "params":
-            yield from _rivals(model, added)
+            for rival, (count, retired) in rivals(model, added).items():
+                cells = [f"{count:,}", f"{retired:,}" if retired else "", f"{100 * count / whole:.3f}"]
+                yield ["", "", "", rival, "", "", *cells, "", f"{deviation(count, added):+.2%}"]
 
 
-def _rivals(model: dtme.MultiTaskModel, budget: int) -> Iterator[list[str]]:
-    for name, rival in RIVALS.items():
+def rivals(model: dtme.MultiTaskModel, budget: int) -> dict[str, tuple[int, int]]:
+    """``{rival: (parameters that it adds, and that it retires)}`` at the size of ``budget``."""
+    found = {}
+    for name, rival in VERSIONED.items():
         built, facts = rival().fit(copy.deepcopy(model), budget, seed=0)
-        added = size(built) - size(model)
-        if added != facts["added"]:
-            raise RuntimeError(f"{name} says that it adds {facts['added']:,} parameters and adds {added:,}")
-        retired = f"{facts['retired']:,}" if facts.get("retired") else ""
-        percent = f"{100 * added / size(model):.3f}"
-        yield ["", "", "", name, "", "", f"{added:,}", retired, percent, "", f"{facts['deviation']:+.2%}"]
+        check_added(name, facts["added"], model, built)
+        found[name] = facts["added"], facts["retired"]
+    # expanding tries every block, which takes seconds without values
+    return found | {"prompts": (Prompts().plan(model, budget).added_parameters(), 0)}
+
+
+def check_added(name: str, added: int, model: nn.Module, built: nn.Module) -> None:
+    """Whether the modules of ``built`` have as many more parameters than those of ``model`` as ``name`` says."""
+    if (count := size(built) - size(model)) != added:
+        raise RuntimeError(f"{name} says that it adds {added:,} parameters, and its modules have {count:,} more")
 
 
 # --- other definitions ------------------------------------------------------------------------------------------------
@@ -243,24 +253,22 @@ def hits(percent: float, printed: str) -> bool:
 
 def percentages(preset: Preset) -> tuple[float, ...]:
     """Of every row of ``ROWS``."""
-    found = []
-    for row in ROWS:
-        added = _added(
-            row.backbone, row.benchmark, preset.modulation, preset.expansion, preset.num_tokens, preset.per_task
-        )
-        found.append(100 * added / _whole(row.backbone, row.benchmark, preset.heads, preset.positions))
-    return tuple(found)
+    added = _added(preset.modulation, preset.expansion, preset.num_tokens, preset.per_task)
+    return tuple(
+        100 * count / _whole(row, preset.heads, preset.positions) for count, row in zip(added, ROWS, strict=True)
+    )
 
 
 @cache
-def _added(backbone: str, benchmark: str, modulation: float, expansion: float, num_tokens: int, per_task: bool) -> int:
+def _added(modulation: float, expansion: float, num_tokens: int, per_task: bool) -> tuple[int, ...]:
     preset = Preset(modulation, expansion, num_tokens, per_task)
-    return plan_of(build(backbone, benchmark), preset).added_parameters()
+    return tuple(plan_of(row, preset).added_parameters() for row in ROWS)
 
 
 @cache
-def _whole(backbone: str, benchmark: str, heads: str, positions: str) -> int:
-    return size(build(backbone, benchmark, heads, positions))
+def _whole(row: Row, heads: str, positions: str) -> int:
+    network = encoder(row.backbone, row.benchmark, positions)
+    return size(network) + size(heads_of(width_of(network), row.benchmark, heads))
 
 
 def search() -> Iterator[tuple[Preset, tuple[float, ...]]]:

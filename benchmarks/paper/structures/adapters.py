@@ -100,8 +100,13 @@ class Prompts:
     """
 
     def fit(self, model: dtme.MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
-        blocks = tuple(find_blocks(model.backbone))
-        width = width_of(model.backbone)
+        plan = self.plan(model, budget)
+        facts = _facts("prompts", plan.added_parameters(), budget) | {"plan": plan.as_dict()}
+        return dtme.expand(model, plan), facts
+
+    def plan(self, model: dtme.MultiTaskModel, budget: int) -> dtme.ExpansionPlan:
+        """The plan of task tokens alone that adds as nearly ``budget`` parameters as can be."""
+        blocks, width = tuple(find_blocks(model.backbone)), width_of(model.backbone)
         cost = width * len(model.tasks)
         options = [
             (count, max(1, int(budget / (count * cost)) + more))
@@ -115,9 +120,7 @@ class Prompts:
 
         count, tokens = max(options, key=worth)
         chosen = dict.fromkeys((blocks[index] for index in spread(count, len(blocks))), model.tasks)
-        plan = dtme.ExpansionPlan(model.tasks, tokens, {}, chosen, dict.fromkeys(blocks, width))
-        facts = _facts("prompts", plan.added_parameters(), budget) | {"plan": plan.as_dict()}
-        return dtme.expand(model, plan), facts
+        return dtme.ExpansionPlan(model.tasks, tokens, {}, chosen, dict.fromkeys(blocks, width))
 
 
 def width_of(backbone: nn.Module) -> int:

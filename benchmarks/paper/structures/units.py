@@ -61,12 +61,15 @@ def spread(count: int, places: int, shift: float = 0.5) -> list[int]:
 
 def _spread(lanes: Sequence[tuple[Unit, ...]], count: int) -> Iterator[Unit]:
     """``count`` units, evenly over the lanes and over each lane; lanes are shifted, so that they meet other blocks."""
-    number = len(lanes)
-    for place, lane in enumerate(lanes):
-        times, rest = divmod(count // number + (place < count % number), len(lane))
+    counts = [0] * len(lanes)
+    for _ in range(count if lanes else 0):
+        # no lane begins anew before all are through once
+        counts[min(range(len(lanes)), key=lambda place: (counts[place] // len(lanes[place]), counts[place]))] += 1
+    for place, (lane, taken) in enumerate(zip(lanes, counts, strict=True)):
+        times, rest = divmod(taken, len(lane))
         for _ in range(times):
             yield from lane
-        for index in spread(rest, len(lane), (place + 0.5) / number):
+        for index in spread(rest, len(lane), (place + 0.5) / len(lanes)):
             yield lane[index]
 
 
