@@ -128,12 +128,23 @@ class Combination(nn.Module):
 
         Returns:
             every task's loss, detached.
+
+        Raises:
+            FloatingPointError: a loss, or a gradient that was looked at, is not finite; the message names the task.
         """
         x, labels = batch
-        predictions = model(x)
-        losses = {name: tasks[name].loss(predictions[name], labels[name]) for name in self.names}
+        losses = self.measure(model(x), labels, tasks)
         self.backward(model, losses)
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def measure(self, predictions: dict[str, Tensor], labels: dict[str, Tensor], tasks: Tasks) -> dict[str, Tensor]:
+        """Every task's loss, which is finite."""
+        losses = {name: tasks[name].loss(predictions[name], labels[name]) for name in self.names}
+        values = torch.stack([loss.detach() for loss in losses.values()])
+        if not values.isfinite().all():  # one look at all of them: on a GPU each look waits for it
+            name, value = next((name, value) for name, value in losses.items() if not value.isfinite())
+            raise FloatingPointError(f"the loss of {name!r} is {value.item()}")
+        return losses
 
     def backward(self, model: nn.Module, losses: dict[str, Tensor]) -> None:
         torch.stack(list(losses.values())).sum().backward()

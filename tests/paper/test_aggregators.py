@@ -1,18 +1,20 @@
 """Every aggregator against its paper's formula, through a step of a model with shared and own parameters."""
 
+import pickle
 from functools import partial
 from itertools import permutations, product
 
 import numpy as np
 import pytest
 import torch
+from cvxpy.lin_ops import lin_utils
 from scipy.optimize import minimize
 from torchjd import aggregation
 from torchjd.autojac import backward, jac_to_grad
 
 import dtme
 from benchmarks.paper.combinations import ARMS, Aggregated
-from benchmarks.paper.combinations.aggregators import mgda
+from benchmarks.paper.combinations.aggregators import NashMTL, mgda
 
 from .toy_tasks import (
     gradients,
@@ -240,3 +242,18 @@ def test_nash_falls_back_on_the_last_weights():
     combination.step(model, batch, tasks)
     np.testing.assert_allclose(model.shared.grad, 0, atol=1e-3)
     assert combination.facts() == {"unsolved_steps": 1}
+
+
+def test_nash_is_taken_up_where_the_numbers_of_cvxpy_begin_anew(monkeypatch):
+    """As they do in another process. torchjd's own goes on with wrong weights from most of these numbers."""
+    matrices = torch.randn(3, 4, 30, generator=torch.Generator().manual_seed(0))
+    for first in (4, 11, 16, 23, 28, 30):
+        monkeypatch.setattr(lin_utils.ID_COUNTER, "count", first + 1)
+        aggregator = NashMTL(4)
+        aggregator(matrices[0])
+        saved = pickle.dumps(aggregator)
+        expected = [aggregator(matrix) for matrix in matrices[1:]]
+        monkeypatch.setattr(lin_utils.ID_COUNTER, "count", 1)
+        aggregator = pickle.loads(saved)
+        for matrix, combined in zip(matrices[1:], expected, strict=True):
+            assert torch.equal(aggregator(matrix), combined)
