@@ -6,6 +6,7 @@ TORCH := torch==2.13.0
 OLD_TIMM := 0.5.4 0.6.13
 WORKERS ?= 2
 DEMO ?=
+PAPER ?=
 EXAMPLES ?= 1000
 CALLS ?= 100000
 TRITON ?= 3.9.0
@@ -21,7 +22,7 @@ GPU_PYTHON ?= python3.12
 THERE = out/triton-$(GPU_TRITON)-there
 HERE = out/triton-$(GPU_TRITON)-here
 
-.PHONY: demo test everything fuzz aot bench sweep stacks gpu gpu-test gpu-cache lint clean
+.PHONY: demo test everything fuzz aot bench sweep stacks paper-smoke gpu gpu-test gpu-cache lint clean
 
 demo: $(READY)
 	$(RUN) -m benchmarks.paper demo $(DEMO)
@@ -62,6 +63,10 @@ sweep: $(READY)
 # regular expression; `python -m benchmarks.stacks table` writes the rows in Markdown
 stacks: $(READY)
 	$(RUN) -m benchmarks.stacks --only '$(ONLY)'
+
+# the evaluation in small: every data set, arm and experiment for a few steps, their reports, and a run that is killed
+paper-smoke: $(READY)
+	$(RUN) -m benchmarks.paper smoke $(PAPER)
 
 # with the python3 that is given, which has the torch and Triton of its GPU: nothing is installed. What is worth most in
 # BUDGET seconds, every figure written to OUT as it comes; STAGES picks by a regular expression, RESUME=1 goes on
