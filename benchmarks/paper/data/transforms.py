@@ -19,10 +19,8 @@ from torch import Tensor
 
 from ...rooms.labels import IGNORE
 from .dataset import Item
+from .images import MEAN, STD
 
-MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-STD = np.array((0.229, 0.224, 0.225), np.float32)
-"""ImageNet's, of colours in [0, 1], which pretrained backbones expect."""
 SCALES = (0.5, 2.0)
 CROPS = 10
 """So many crops are tried until the largest class covers less than ``LARGEST`` of what is labelled."""
