@@ -51,7 +51,7 @@ class ResultFolder:
             "reason": None,
             "settings": {"lr": 2e-5, "steps": 100},
             "facts": {"device": "cpu", "torch": "2.13.0", "commit": "abc1234", "dtme": "0.1"},
-            "metrics": {name: self.gained(name, gains[name]) for name in tasks},
+            "metrics": {name: self.gained(name, gains[name]) for name in tasks if name in self.tasks},
             "losses": {name: [1 / (1 + i) for i in range(10)] for name in tasks},
             "seconds": {"training": 100.0, "structure": 5.0, "evaluation": 10.0},
             "cpu_seconds": 200.0,

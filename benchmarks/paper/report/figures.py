@@ -112,7 +112,8 @@ def _limit(axes: Any, tests: list[Any]) -> None:
     span = max(dots.max() - dots.min(), 1e-6)
     shown = np.append(dots, np.clip(ends, dots.min() - span, dots.max() + span))
     low, high = shown.min(), shown.max()
-    axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    margin = 0.04 * (high - low) or 1.0
+    axes.set_xlim(low - margin, high + margin)
 
 
 def tasks(comparison: Comparison) -> Any:
@@ -123,7 +124,7 @@ def tasks(comparison: Comparison) -> Any:
     names = comparison.tasks
     values = np.array([[_mean(arm.terms[task]) for task in names] for arm in arms])
     most = max(np.nanmax(np.abs(values)), 1e-6)
-    figure = _figure(max(5.5, min(16.0, 3.2 + 0.85 * len(names))), 1.7 + 0.3 * len(arms))
+    figure = _figure(max(6.5, min(16.0, 3.2 + 0.85 * len(names))), 1.7 + 0.3 * len(arms))
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     axes.set_facecolor(EMPTY)
@@ -142,8 +143,7 @@ def tasks(comparison: Comparison) -> Any:
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5)
     bar.set_label("%, blue is better", fontsize=8, color=TEXT)
-    reference = label(comparison.arms[comparison.reference].title, 40)
-    _title(axes, f"Gain over {reference} by task, mean over seeds")
+    _title(axes, f"Mean gain over {label(comparison.arms[comparison.reference].title, 28)}")
     return figure
 
 
