@@ -5,61 +5,19 @@ import math
 
 import pytest
 
-from benchmarks.paper.__main__ import main
 from benchmarks.paper.report.comparison import compare
 from benchmarks.paper.report.folder import read_folder
 from benchmarks.paper.report.numbers import as_text
 from benchmarks.paper.report.numbers import numbers as numbers_of
 from benchmarks.paper.report.page import page
 from benchmarks.paper.report.text import decimals, duration, memory, plain, table
-from tests.paper.result_folders import TASKS, ResultFolder, conflicts, noisy_folder
-
-SEED_EFFECT = (0.0, 3.0, -2.0, 5.0, 1.0)
-"""What a seed does to every arm, in %."""
+from tests.paper.result_folders import SEED_EFFECT, TASKS, ResultFolder, conflicts, known, rows, section
 
 
 def report(folder, **options):
     """The page without pictures, which take most of the time, and the numbers."""
     comparison = compare(read_folder(folder.path), **options)
     return page(comparison, []), json.loads(as_text(numbers_of(comparison)))
-
-
-def write(folder, *options):
-    """What the command writes: {file name: bytes}."""
-    main(["report", str(folder.path), *options])
-    return files(folder.path / "report")
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def section(text, title):
-    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
-
-
-def rows(text, which=0):
-    """A Markdown table of a section: {first cell: {column: cell}}."""
-    tables, last = [], False
-    for line in text.splitlines():
-        is_row = line.startswith("|")
-        if is_row and not last:
-            tables.append([])
-        if is_row:
-            tables[-1].append([cell.strip() for cell in line[2:-2].split(" | ")])
-        last = is_row
-    head, _, *lines = tables[which]
-    assert all(len(line) == len(head) for line in lines)
-    return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
-
-
-def known(path, gains, seeds=range(5), **options):
-    """Runs whose Δm is exactly the arm's gain plus the seed's effect."""
-    folder = ResultFolder(path, ["single", *gains], seeds, **options).single()
-    for arm, gain in gains.items():
-        for seed in folder.seeds:
-            folder.run(arm, seed, gain + SEED_EFFECT[seed])
-    return folder
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------
@@ -327,116 +285,6 @@ def test_titles_that_are_the_same_or_hold_a_bar(tmp_path):
     lines = section(text, "Arms").splitlines()
     assert any(line.startswith("| a \\| b ") for line in lines)
     assert any(line.startswith("| same (te) ") for line in lines)
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_runs_make_the_same_bytes(tmp_path):
-    folder = noisy_folder(tmp_path, {"joint": -4.0, "tm": 1.0}, range(3))
-    first = write(folder)
-    assert first.keys() == {
-        "report.md",
-        "report.json",
-        "differences.png",
-        "tasks.png",
-        "conflicts.png",
-        "losses.png",
-    }
-    main(["report", str(tmp_path), "--to", str(tmp_path / "elsewhere")])
-    assert files(tmp_path / "elsewhere") == first
-    for name in first:
-        assert name.endswith((".md", ".json")) or f"({name})" in first["report.md"].decode()
-
-
-def test_a_picture_that_is_no_longer_drawn_is_removed(tmp_path):
-    folder = noisy_folder(tmp_path, {"joint": -4.0, "tm": 1.0}, range(2), singles=False)
-    assert "differences.png" in write(folder)
-    for seed in range(2):
-        (tmp_path / "runs" / f"tm.seed-{seed}.json").unlink()
-    left = write(folder)
-    assert left.keys() == {"report.md", "report.json", "conflicts.png", "losses.png"}
-    assert b"differences.png" not in left["report.md"]
-
-
-def test_table_alone(tmp_path, capsys):
-    folder = known(tmp_path, {"joint": -4.0, "tm": -1.0})
-    main(["report", str(tmp_path), "--table"])
-    printed = capsys.readouterr().out.strip()
-    assert not (tmp_path / "report").exists()
-    text, _ = report(folder)
-    assert section(text, "Arms").strip().startswith(printed) and set(rows(printed)) == {"single", "joint", "tm"}
-
-
-def test_several_folders_get_a_page_each(tmp_path, capsys):
-    for name in ("a", "b"):
-        known(tmp_path / name, {"joint": -4.0}, [0])
-    main(["report", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert capsys.readouterr().out.split() == [str(tmp_path / name / "report" / "report.md") for name in ("a", "b")]
-    with pytest.raises(SystemExit, match="--to is for one folder, got 2"):
-        main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--to", str(tmp_path / "c")])
-
-
-def refused(folder, *options):
-    with pytest.raises(SystemExit) as error:
-        main(["report", str(folder.path), *options])
-    assert not (folder.path / "report").exists()
-    return str(error.value)
-
-
-def test_no_experiment_and_no_runs(tmp_path):
-    folder = ResultFolder(tmp_path / "out", ["joint"])
-    assert "runs holds no run that ended" in refused(folder)
-    (folder.path / "experiment.json").unlink()
-    assert "holds no experiment.json" in refused(folder)
-
-
-@pytest.mark.parametrize("name", ["experiment.json", "runs/joint.seed-0.json"])
-def test_a_file_that_is_no_json_or_of_another_format_is_named(tmp_path, name):
-    folder = known(tmp_path, {"joint": -4.0})
-    (tmp_path / name).write_text('{"format": 1, "arms"')
-    assert f"{tmp_path / name} is no JSON" in refused(folder)
-    (tmp_path / name).write_text('{"format": 2}')
-    assert f"{tmp_path / name} has format 2" in refused(folder)
-    (tmp_path / name).write_text('{"format": 1}')
-    assert "is missing" in refused(folder) or "has arm, task and seed" in refused(folder)
-
-
-def test_a_baseline_that_is_no_arm(tmp_path):
-    folder = known(tmp_path, {"joint": -4.0, "tm": 1.0})
-    assert "--baseline te" in (message := refused(folder, "--baseline", "te")) and "single, joint, tm" in message
-
-
-@pytest.mark.parametrize(
-    ("arm", "seed", "changes", "message"),
-    [
-        (
-            "joint",
-            0,
-            {"metrics": {"semseg": 1.0, "depth": 1.0, "smell": 1.0}},
-            "of task 'smell', expected one of semseg",
-        ),
-        ("joint", 0, {"losses": {"smell": [1.0]}}, "of task 'smell'"),
-        ("joint", 0, {"metrics": {"semseg": 1.0}}, "is done and has no metric of task 'depth'"),
-        ("joint", 0, {"metrics": {"semseg": "good", "depth": 1.0}}, "has 'good' as the metric of task 'semseg'"),
-        ("joint", 0, {"status": "lost"}, "has status 'lost', expected one of done, diverged"),
-        ("joint", 0, {"facts": None}, "facts is None"),
-        ("joint", 9, {}, "has seed 9, expected one of 0, 1"),
-        ("other", 0, {}, "has arm 'other', expected one of single, joint"),
-        ("joint", 0, {"task": "smell", "losses": {}}, "has task 'smell', expected one of semseg, depth"),
-        ("joint", 0, {"task": "depth"}, "some runs of 'joint' are of one task, some of all"),
-    ],
-)
-def test_a_run_that_does_not_belong(tmp_path, arm, seed, changes, message):
-    folder = known(tmp_path, {"joint": -4.0}, range(2))
-    folder.run(arm, seed, **changes)
-    assert message in refused(folder)
-
-
-def test_a_run_that_is_there_twice(tmp_path):
-    folder = known(tmp_path, {"joint": -4.0}, range(2))
-    (tmp_path / "runs" / "joint.copy.json").write_bytes((tmp_path / "runs" / "joint.seed-1.json").read_bytes())
-    assert "joint.seed-1.json is there twice" in refused(folder)
 
 
 # --- numbers as text --------------------------------------------------------------------------------------------------

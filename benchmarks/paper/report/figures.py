@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dtme.files import write_beside
+from dtme.map_plots import INK
 from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
 from .comparison import ArmResult, Comparison
@@ -91,7 +92,7 @@ def differences(comparison: Comparison) -> Any:
     axes.set_yticks(range(len(tests)), [label(comparison.arms[name].title) for name in tests], fontsize=8)
     _limit(axes, list(tests.values()))
     axes.set_ylim(len(tests) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color=EMPTY)
     axes.set_axisbelow(True)
@@ -113,7 +114,12 @@ def _limit(axes: Any, tests: list[Any]) -> None:
     shown = np.append(dots, np.clip(ends, dots.min() - span, dots.max() + span))
     low, high = shown.min(), shown.max()
     margin = 0.04 * (high - low) or 1.0
-    axes.set_xlim(low - margin, high + margin)
+    low, high = low - margin, high + margin
+    axes.set_xlim(low, high)
+    for row, test in enumerate(tests):  # an interval that goes on has an arrow
+        for end, marker, goes_on in ((low, "<", test.difference.low < low), (high, ">", test.difference.high > high)):
+            if goes_on:
+                axes.plot([end], [row], marker, color=RANGE, markersize=6, clip_on=False)
 
 
 def tasks(comparison: Comparison) -> Any:
@@ -132,7 +138,7 @@ def tasks(comparison: Comparison) -> Any:
         value = values[row, column]
         red, green, blue, _ = image.to_rgba(value)
         is_dark = not math.isnan(value) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-        style = {"ha": "center", "va": "center", "fontsize": 7.5, "color": "white" if is_dark else TEXT}
+        style = {"ha": "center", "va": "center", "fontsize": 7.5, "color": "white" if is_dark else INK}
         axes.text(column, row, plain(value, 1, sign=True), **style)
     turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 9 else {}
     axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
