@@ -51,7 +51,7 @@ class ResultFolder:
             "reason": None,
             "settings": {"lr": 2e-5, "steps": 100},
             "facts": {"device": "cpu", "torch": "2.13.0", "commit": "abc1234", "dtme": "0.1"},
-            "metrics": {name: self.gained(name, gains[name]) for name in tasks},
+            "metrics": {name: self.gained(name, gains[name]) for name in tasks if name in self.tasks},
             "losses": {name: [1 / (1 + i) for i in range(10)] for name in tasks},
             "seconds": {"training": 100.0, "structure": 5.0, "evaluation": 10.0},
             "cpu_seconds": 200.0,
@@ -110,4 +110,37 @@ def noisy_folder(path, arms, seeds=range(5), spread=0.6, singles=True, data="roo
                 conflicts=conflicts(end=(90 - int(gain), 150), blocks=12),
                 parameters={"backbone": 9000, "heads": 1000, "added": int(10 * abs(gain)), "combination": 0},
             )
+    return folder
+
+
+SEED_EFFECT = (0.0, 3.0, -2.0, 5.0, 1.0)
+"""What a seed does to every arm, in %."""
+
+
+def section(text, title):
+    """A section of a page."""
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def rows(text, which=0):
+    """A Markdown table of a section: {first cell: {column: cell}}."""
+    tables, last = [], False
+    for line in text.splitlines():
+        is_row = line.startswith("|")
+        if is_row and not last:
+            tables.append([])
+        if is_row:
+            tables[-1].append([cell.strip() for cell in line[2:-2].split(" | ")])
+        last = is_row
+    head, _, *lines = tables[which]
+    assert all(len(line) == len(head) for line in lines)
+    return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+
+
+def known(path, gains, seeds=range(5), **options):
+    """Runs whose Δm is exactly the arm's gain plus the seed's effect."""
+    folder = ResultFolder(path, ["single", *gains], seeds, **options).single()
+    for arm, gain in gains.items():
+        for seed in folder.seeds:
+            folder.run(arm, seed, gain + SEED_EFFECT[seed])
     return folder

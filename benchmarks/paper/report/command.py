@@ -26,12 +26,9 @@ def run(args: argparse.Namespace) -> None:
     for out in args.out:
         try:
             comparison = compare(read_folder(out), args.baseline)
-        except ValueError as error:
+            print(main_table(comparison) if args.table else write(comparison, args.to or out / "report"))
+        except (ValueError, OSError) as error:  # an OSError names its file
             raise SystemExit(str(error)) from error
-        if args.table:
-            print(main_table(comparison))
-        else:
-            print(write(comparison, args.to or out / "report"))
 
 
 def write(comparison: Comparison, to: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 from ..metrics import delta_m
 from ..results import Run
 from .folder import SINGLE, ArmRuns, Folder, number
-from .statistics import Estimate, Requirement, estimate, holm, requirement
+from .statistics import ALPHA, Estimate, Requirement, estimate, holm, requirement
 
 BASELINE = "joint"
 EFFECTS = (0.5, 1.0, 3.0)
@@ -271,6 +271,6 @@ def _tests(
     estimates = [estimate(list(by_seed.values())) for by_seed in pairs]
     adjusted = holm([e.p for e in estimates])
     return {
-        arm.name: Test(e, by_seed, p, p < 0.05 and (e.mean < 0) == lower_is_better and not arm.diverged)
+        arm.name: Test(e, by_seed, p, p < ALPHA and (e.mean < 0) == lower_is_better and not arm.diverged)
         for arm, e, by_seed, p in zip(others, estimates, pairs, adjusted, strict=True)
     }

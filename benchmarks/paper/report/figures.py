@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dtme.files import write_beside
+from dtme.map_plots import INK
 from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
 from .comparison import ArmResult, Comparison
@@ -91,7 +92,7 @@ def differences(comparison: Comparison) -> Any:
     axes.set_yticks(range(len(tests)), [label(comparison.arms[name].title) for name in tests], fontsize=8)
     _limit(axes, list(tests.values()))
     axes.set_ylim(len(tests) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color=EMPTY)
     axes.set_axisbelow(True)
@@ -112,7 +113,13 @@ def _limit(axes: Any, tests: list[Any]) -> None:
     span = max(dots.max() - dots.min(), 1e-6)
     shown = np.append(dots, np.clip(ends, dots.min() - span, dots.max() + span))
     low, high = shown.min(), shown.max()
-    axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    margin = 0.04 * (high - low) or 1.0
+    low, high = low - margin, high + margin
+    axes.set_xlim(low, high)
+    for row, test in enumerate(tests):  # an interval that goes on has an arrow
+        for end, marker, goes_on in ((low, "<", test.difference.low < low), (high, ">", test.difference.high > high)):
+            if goes_on:
+                axes.plot([end], [row], marker, color=RANGE, markersize=6, clip_on=False)
 
 
 def tasks(comparison: Comparison) -> Any:
@@ -123,7 +130,7 @@ def tasks(comparison: Comparison) -> Any:
     names = comparison.tasks
     values = np.array([[_mean(arm.terms[task]) for task in names] for arm in arms])
     most = max(np.nanmax(np.abs(values)), 1e-6)
-    figure = _figure(max(5.5, min(16.0, 3.2 + 0.85 * len(names))), 1.7 + 0.3 * len(arms))
+    figure = _figure(max(6.5, min(16.0, 3.2 + 0.85 * len(names))), 1.7 + 0.3 * len(arms))
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     axes.set_facecolor(EMPTY)
@@ -131,7 +138,7 @@ def tasks(comparison: Comparison) -> Any:
         value = values[row, column]
         red, green, blue, _ = image.to_rgba(value)
         is_dark = not math.isnan(value) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-        style = {"ha": "center", "va": "center", "fontsize": 7.5, "color": "white" if is_dark else TEXT}
+        style = {"ha": "center", "va": "center", "fontsize": 7.5, "color": "white" if is_dark else INK}
         axes.text(column, row, plain(value, 1, sign=True), **style)
     turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 9 else {}
     axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
@@ -142,8 +149,7 @@ def tasks(comparison: Comparison) -> Any:
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5)
     bar.set_label("%, blue is better", fontsize=8, color=TEXT)
-    reference = label(comparison.arms[comparison.reference].title, 40)
-    _title(axes, f"Gain over {reference} by task, mean over seeds")
+    _title(axes, f"Mean gain over {label(comparison.arms[comparison.reference].title, 28)}")
     return figure
 
 

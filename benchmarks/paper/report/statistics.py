@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
-"""Of every interval; tests are two-sided at 1 - LEVEL."""
+ALPHA = 0.05
+"""Level of every test; all are two-sided."""
+LEVEL = 1 - ALPHA
+"""Of every interval."""
 POWER = 0.8
 """With which the number of seeds of ``seeds_needed`` would find the effect."""
 MOST_SEEDS = 10**9
