@@ -30,6 +30,7 @@ from dtme.blocks import find_blocks
 from dtme.plan import NUM_TOKENS
 from dtme.tables import aligned, ruled
 
+from .data import nyud, pascal, taskonomy
 from .models import load_backbone
 from .structures.adapters import BitFit, LoRA, NormAffine, Prompts, Rival, width_of
 from .structures.units import deviation
@@ -44,11 +45,9 @@ class Benchmark(NamedTuple):
     """Of every task's output."""
 
 
-TASKONOMY = {"DE": 1, "DZ": 1, "EO": 1, "ET": 1, "Key2D": 1, "Key3D": 1, "N": 3, "PC": 2, "R": 3, "S2D": 1, "S25D": 1}
 BENCHMARKS = {
-    "NYUD-v2": Benchmark((448, 576), {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}),
-    "PASCAL-Context": Benchmark((512, 512), {"semseg": 21, "parts": 7, "saliency": 2, "normals": 3, "edge": 1}),
-    "Taskonomy": Benchmark((256, 256), TASKONOMY),
+    name: Benchmark(data.SIZE, {task: info.channels for task, info in data.TASKS.items()})
+    for name, data in (("NYUD-v2", nyud), ("PASCAL-Context", pascal), ("Taskonomy", taskonomy))
 }
 
 
