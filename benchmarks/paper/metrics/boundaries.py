@@ -6,9 +6,8 @@ from torch import Tensor
 
 from ...rooms.labels import IGNORE
 from .contours import Matcher, suppress, thin
-from .meter import Layout, Meter
+from .meter import NUMBER_PER_PIXEL, Meter
 
-PIXEL: Layout = ("B", 1, "H", "W")
 THRESHOLDS = np.arange(1, 100) / 100
 
 
@@ -41,7 +40,7 @@ class BoundaryF(Meter):
     def __init__(self, max_distance: float) -> None:
         if not 0 < max_distance < 1:
             raise ValueError(f"max_distance must be a share of the image's diagonal in (0, 1), got {max_distance}")
-        super().__init__((3, len(THRESHOLDS)), PIXEL, PIXEL, labels=2)
+        super().__init__((3, len(THRESHOLDS)), NUMBER_PER_PIXEL, NUMBER_PER_PIXEL, labels=2)
         self._max_distance = max_distance
 
     def _count(self, prediction: Tensor, target: Tensor) -> Tensor:
