@@ -1,13 +1,28 @@
 """Every meter against a plain loop, over batches cut anywhere, and with nothing to count."""
 
+import json
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks.paper.data.rooms import TASKS
-from benchmarks.paper.metrics import DepthRMSE, EdgeF, MaxF, MeanIoU, NormalsError, delta_m
+from benchmarks.paper.metrics import (
+    Accuracy,
+    BoundaryF,
+    DepthRMSE,
+    EdgeF,
+    L1Error,
+    MaxF,
+    MeanIoU,
+    NormalsError,
+    RootMeanSquareError,
+    delta_m,
+)
 from benchmarks.paper.tasks import lower_is_better
 from benchmarks.rooms.labels import IGNORE
 
@@ -17,6 +32,12 @@ RNG = np.random.default_rng(0)
 
 
 def example(task, count=6):
+    """A prediction and labels, some of them none, of a task of the rooms or, other than dense, of texts."""
+    if task == "topic":
+        return RNG.normal(size=(count, 4)), np.where(RNG.random(count) < 0.2, IGNORE, RNG.integers(0, 4, count))
+    if task == "height":
+        prediction, target = RNG.normal(size=(2, count, 3))
+        return prediction, np.where(RNG.random(target.shape) < 0.2, np.nan, target)
     channels, shape = TASKS[task].channels, (count, 7, 9)
     prediction, hole = RNG.normal(size=(count, channels, 7, 9)), RNG.random(shape) < 0.2
     if TASKS[task].classes:
@@ -71,6 +92,10 @@ def max_f(p, y, again=False):
     return 100 * best
 
 
+def accuracy(p, y):
+    return 100 * (p.argmax(1) == y)[y != IGNORE].mean()
+
+
 CASES = {
     "mean IoU": ("semseg", lambda: MeanIoU(15), iou),
     "RMSE": ("depth", DepthRMSE, lambda p, y: math.sqrt(((p - y)[y > 0] ** 2).mean())),
@@ -79,12 +104,16 @@ CASES = {
     "edge F, same pixel": ("edges", lambda: EdgeF(0), lambda p, y: edge_f(p, y, 0)),
     "edge F, other threshold": ("edges", lambda: EdgeF(1, 0.3), lambda p, y: edge_f(p - math.log(3 / 7), y)),
     "maxF": ("saliency", MaxF, max_f),
+    "accuracy": ("topic", lambda: Accuracy(4), accuracy),
+    "mean error": ("height", L1Error, lambda p, y: np.nanmean(np.abs(p - y))),
+    "root of mean square": ("height", RootMeanSquareError, lambda p, y: np.sqrt(np.nanmean((p - y) ** 2))),
     "maxF, InvPT": ("saliency", lambda: MaxF("invpt"), lambda p, y: max_f(p, y, True)),
 }
 
 
 def tensors(task, prediction, target):
-    return torch.tensor(prediction), torch.tensor(target, dtype=torch.int64 if TASKS[task].classes else torch.float64)
+    whole = task == "topic" or (task in TASKS and TASKS[task].classes)
+    return torch.tensor(prediction), torch.tensor(target, dtype=torch.int64 if whole else torch.float64)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -137,19 +166,28 @@ def test_absent_classes_are_left_out_and_invented_ones_are_not():
     assert meter.compute() == pytest.approx(37.5)
 
 
-def test_mean_iou_is_torchmetrics_s():
-    try:
-        from torchmetrics.classification import MulticlassJaccardIndex
-    except Exception as error:  # it imports torchvision, which raises what it likes where its build is not torch's
-        pytest.skip(f"torchmetrics does not import here: {error}")
-    ours, theirs = MeanIoU(15), MulticlassJaccardIndex(15, ignore_index=IGNORE)
+@pytest.mark.parametrize("task", ["semseg", "topic", "height"])
+def test_it_is_torchmetrics_s(task):
+    from torchmetrics import MeanAbsoluteError, MeanSquaredError
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+    ours, theirs, scale = {
+        "semseg": ([MeanIoU(15)], [MulticlassJaccardIndex(15, ignore_index=IGNORE)], 100),
+        "topic": ([Accuracy(4)], [MulticlassAccuracy(4, average="micro", ignore_index=IGNORE)], 100),
+        "height": ([L1Error(), RootMeanSquareError()], [MeanAbsoluteError(), MeanSquaredError(squared=False)], 1),
+    }[task]
     for seed in range(3):
-        p, y = tensors("semseg", *example("semseg"))
-        y[y == 4] = IGNORE
-        p[:, 4 + seed] = -9
-        ours.update(p, y)
-        theirs.update(p.float(), y)
-    assert ours.compute() == pytest.approx(100 * theirs.compute().item(), rel=1e-5)
+        p, y = tensors(task, *example(task))
+        if task == "semseg":  # classes that are only in one of the two, or in none
+            y[y == 4] = IGNORE
+            p[:, 4 + seed] = -9
+        for meter in ours:
+            meter.update(p, y)
+        valid = ~y.isnan()
+        for meter in theirs:
+            meter.update(*((p[valid], y[valid]) if task == "height" else (p, y)))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.compute() == pytest.approx(scale * other.compute().item(), rel=1e-5)
 
 
 def test_a_missed_and_an_empty_map_score_zero():
@@ -161,6 +199,123 @@ def test_a_missed_and_an_empty_map_score_zero():
         assert meter.compute() == 0
 
 
+# --- a split in parts: saved in the middle, or shared by processes ----------------------------------------------------
+
+
+ALL = CASES | {"boundary F": ("edges", lambda: BoundaryF(0.2), None)}
+WORLD = 2
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_copy_saved_in_the_middle_of_a_split_goes_on(case):
+    task, make, _ = ALL[case]
+    p, y = tensors(task, *example(task))
+    whole, first = make(), make()
+    whole.update(p, y)
+    first.update(p[:2], y[:2])
+    rest = pickle.loads(pickle.dumps(first))
+    rest.update(p[2:], y[2:])
+    assert rest.compute() == pytest.approx(whole.compute(), rel=1e-12)
+    first.update(p[2:], y[2:])
+    assert first.compute() == rest.compute()
+
+
+def splits():
+    """case -> (prediction, target) of five items, the same in every process."""
+    global RNG
+    RNG = np.random.default_rng(1)
+    return {case: tensors(task, *example(task, 5)) for case, (task, _, _) in ALL.items()}
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        found = {}
+        for case, (p, y) in splits().items():
+            meter = ALL[case][1]()
+            meter.update(p[rank::WORLD], y[rank::WORLD])
+            meter.all_reduce_()
+            found[case] = meter.compute()
+        Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_with_a_shard_each_have_the_metric_of_the_split(tmp_path):
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), WORLD)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD))
+    assert first == second
+    for case, (p, y) in splits().items():
+        meter = ALL[case][1]()
+        meter.update(p, y)
+        meter.all_reduce_()  # nothing to sum over
+        assert first[case] == pytest.approx(meter.compute(), rel=1e-12)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("case", ALL)
+def test_a_prediction_that_is_no_number_names_the_meter_and_leaves_the_sums(case, value):
+    task, make, _ = ALL[case]
+    p, y = tensors(task, *example(task))
+    meter = make()
+    meter.update(p, y)
+    before = meter.compute()
+    p.view(-1)[7] = value
+    with pytest.raises(ValueError, match=f"^{type(meter).__name__}: 1 of {p.numel()} predictions are NaN or infinite"):
+        meter.update(p, y)
+    assert meter.compute() == before
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_shapes_that_do_not_fit_name_the_meter(case):
+    task, make, _ = ALL[case]
+    p, y = tensors(task, *example(task))
+    wrong = [(p[:1], y), (p, y[:1]), (p[..., None], y), (p, y[None]), (p[..., :-1], y)]
+    wrong += [(p[:, :0], y)] + ([(p, y[..., :-1])] if y.ndim > 1 else [])
+    for prediction, target in wrong:
+        with pytest.raises(ValueError, match=f"^{type(make()).__name__}: prediction and target must "):
+            make().update(prediction, target)
+
+
+@pytest.mark.parametrize("label", [-1, 20, 254, 256])
+@pytest.mark.parametrize("case", ["mean IoU", "accuracy", "maxF", "edge F", "boundary F"])
+def test_a_label_that_is_none_is_named(case, label):
+    task, make, _ = ALL[case]
+    p, y = tensors(task, *example(task))
+    y.view(-1)[3] = label
+    with pytest.raises(ValueError, match=f"labels must be 0 to .* got {label}$"):
+        make().update(p, y)
+
+
+def test_an_edge_that_is_half_one_is_no_label():
+    p, y = tensors("edges", *example("edges"))
+    y[0, 0, 2, 2] = 0.5
+    with pytest.raises(ValueError, match=r"^EdgeF: labels must be 0 to 1, or 255 for none, got 0\.5"):
+        EdgeF().update(p, y)
+
+
+@pytest.mark.parametrize(("case", "value"), [("RMSE", math.inf), ("mean angle", math.nan), ("mean error", math.inf)])
+def test_a_target_that_is_no_number_is_an_error(case, value):
+    task, make, _ = ALL[case]
+    p, y = tensors(task, *example(task))
+    y.view(-1)[3] = value
+    with pytest.raises(ValueError, match="a target is NaN or infinite"):
+        make().update(p, y)
+
+
+@pytest.mark.parametrize("classes", [0, 1, 256])
+def test_as_many_classes_as_labels_can_name(classes):
+    with pytest.raises(ValueError, match=f"classes must be 2 to 255.*got {classes}"):
+        MeanIoU(classes)
+
+
+# --- Δm ---------------------------------------------------------------------------------------------------------------
+
+
 def test_delta_m():
     total, terms = delta_m({"semseg": 44.0, "depth": 0.55}, {"semseg": 40.0, "depth": 0.5}, {"depth"})
     assert terms == {"semseg": pytest.approx(10), "depth": pytest.approx(-10)}
@@ -169,7 +324,14 @@ def test_delta_m():
 
 @pytest.mark.parametrize(
     ("results", "baseline", "says"),
-    [({"a": 1.0}, {"b": 1.0}, "same tasks"), ({}, {}, "same tasks"), ({"a": 1.0}, {"a": 0.0}, "zero.*'a'")],
+    [
+        ({"a": 1.0}, {"b": 1.0}, "same tasks"),
+        ({}, {}, "same tasks"),
+        ({"a": 1.0}, {"a": 0.0}, "baseline must be above zero.*'a'"),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": -1.0}, "baseline must be above zero.*'b'"),
+        ({"a": math.nan, "b": 1.0}, {"a": 1.0, "b": 1.0}, "results must be finite.*'a'"),
+        ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": math.inf}, "baseline must be finite.*'b'"),
+    ],
 )
 def test_delta_m_names_the_culprit(results, baseline, says):
     with pytest.raises(ValueError, match=says):

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ...clients import import_torchvision
 from ...rooms.labels import IGNORE
-from .meter import IMAGE, Layout, Meter
+from .meter import CLASS_PER_PIXEL, Layout, Meter
 
 
 class _Confusion(Meter):
@@ -33,7 +33,7 @@ class MeanIoU(_Confusion):
     """
 
     def __init__(self, classes: int) -> None:
-        super().__init__(classes, ("B", classes, "H", "W"), IMAGE)
+        super().__init__(classes, ("B", classes, "H", "W"), CLASS_PER_PIXEL)
 
     def compute(self) -> float:
         hit = self._sums.diagonal()

@@ -1,5 +1,6 @@
 """What a multi-task model gains over single-task ones."""
 
+import math
 from collections.abc import Collection, Mapping
 
 
@@ -15,12 +16,18 @@ def delta_m(
 
     Returns:
         (total, {task: term}), in %; positive is better, and the total is the mean of the terms.
+
+    Raises:
+        ValueError: the two name different tasks or none, a value is NaN or infinite, or a baseline is not positive:
+            nothing is relative to 0, and relative to a negative value, gains would count as losses.
     """
     if not results or results.keys() != baseline.keys():
         raise ValueError(f"results and baseline must name the same tasks, got {sorted(results)} and {sorted(baseline)}")
-    zero = [task for task, value in baseline.items() if value == 0]
-    if zero:
-        raise ValueError(f"baseline must not be zero, it is for {zero}")
+    for name, values in (("results", results), ("baseline", baseline)):
+        if undefined := [task for task, value in values.items() if not math.isfinite(value)]:
+            raise ValueError(f"{name} must be finite, for {undefined} they are not: leave out those tasks from both")
+    if low := [task for task, value in baseline.items() if value <= 0]:
+        raise ValueError(f"baseline must be above zero, for {low} it is not")
     terms = {
         task: (-100 if task in lower_is_better else 100) * (results[task] - base) / base
         for task, base in baseline.items()

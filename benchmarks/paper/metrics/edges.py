@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...rooms.labels import IGNORE
-from .meter import Meter
+from .meter import NUMBER_PER_PIXEL, Meter
 
 
 class EdgeF(Meter):
@@ -19,7 +19,7 @@ class EdgeF(Meter):
     """
 
     def __init__(self, tolerance: int = 1, threshold: float = 0.5) -> None:
-        super().__init__((4,), ("B", 1, "H", "W"), ("B", 1, "H", "W"), labels=2)
+        super().__init__((4,), NUMBER_PER_PIXEL, NUMBER_PER_PIXEL, labels=2)
         self._tolerance = tolerance
         self._logit = math.log(threshold / (1 - threshold))
 

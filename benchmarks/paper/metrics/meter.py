@@ -12,7 +12,8 @@ from ...rooms.labels import IGNORE
 
 Layout = Sequence[int | str]
 """Sizes of a tensor's dimensions: a number, or a letter that is the same number wherever it stands."""
-IMAGE: Layout = ("B", "H", "W")
+CLASS_PER_PIXEL: Layout = ("B", "H", "W")
+NUMBER_PER_PIXEL: Layout = ("B", 1, "H", "W")
 
 
 class Meter(ABC):
@@ -97,7 +98,10 @@ class Meter(ABC):
     def _check_labels(self, target: Tensor) -> None:
         if not self._labels:
             return
-        wrong = ((target < 0) | (target >= self._labels) | (target != target.round())) & (target != IGNORE)
+        wrong = (target < 0) | (target >= self._labels)
+        if target.is_floating_point():
+            wrong |= target != target.round()
+        wrong &= target != IGNORE
         if wrong.any():
             raise ValueError(
                 f"{self._name}: labels must be 0 to {self._labels - 1}, or {IGNORE} for none, "

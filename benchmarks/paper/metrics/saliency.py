@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...rooms.labels import IGNORE
-from .meter import IMAGE, Meter
+from .meter import CLASS_PER_PIXEL, Meter
 
 
 class MaxF(Meter):
@@ -21,7 +21,7 @@ class MaxF(Meter):
     def __init__(self, mode: Literal["plain", "invpt"] = "plain") -> None:
         if mode not in ("plain", "invpt"):
             raise ValueError(f"mode must be 'plain' or 'invpt', got {mode!r}")
-        super().__init__((3, 19), ("B", 2, "H", "W"), IMAGE, labels=2)
+        super().__init__((3, 19), ("B", 2, "H", "W"), CLASS_PER_PIXEL, labels=2)
         self._mode = mode
 
     def _count(self, prediction: Tensor, target: Tensor) -> Tensor:
