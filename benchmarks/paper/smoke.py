@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import DATA_SETS
-from .data.trees import write_tree
+from .data import DATA_SETS, trees
 from .results import Run, read_runs
 
-SIZE = {"rooms": (32, 32), "fashion": (40, 40), "nyud": (32, 64), "pascal": (32, 32), "taskonomy": (32, 32)}
+SIZE = {"rooms": (32, 32), "fashion": (40, 40), **dict.fromkeys(("nyud", "pascal", "taskonomy"), trees.SIZE)}
 """Height and width in pixels; texts have none."""
 ARMS = ("single", "joint", "tm+te")
 """Of the data sets that are tried beside the rooms, which are tried with all arms."""
@@ -81,7 +80,7 @@ def small_files(name: str, folder: Path) -> Path | None:
     root = folder / name
     if not root.exists():
         writers: dict[str, Callable[[Path], None]] = {"fashion": write_fashion, "wordnet": write_wordnet}
-        writers.get(name, lambda path: write_tree(name, path, 24, 0))(root)
+        writers.get(name, lambda path: trees.write_tree(name, path, 24, 0))(root)
     return root
 
 
