@@ -220,6 +220,20 @@ def test_a_copy_saved_in_the_middle_of_a_split_goes_on(case):
     assert first.compute() == rest.compute()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ALL)
+def test_of_an_empty_batch_nothing_comes_and_any_precision_goes(case, dtype):
+    task, make, _ = ALL[case]
+    p, y = tensors(task, *example(task))
+    p = p.to(dtype)
+    want, meter = make(), make()
+    want.update(p.double(), y)
+    meter.update(p[:0], y[:0])
+    assert math.isnan(meter.compute())
+    meter.update(p.requires_grad_(), y if task in ("semseg", "topic", "saliency") else y.float())
+    assert meter.compute() == pytest.approx(want.compute(), rel=1e-6)
+
+
 def splits():
     """case -> (prediction, target) of five items, the same in every process."""
     global RNG
