@@ -107,10 +107,9 @@ def open_data(options: Options) -> Data:
     check_counts(options)
     size = check_size(options, SIZE, MIN_SIDE)
     tasks = choose(TASKS, DEMO_TASKS if options.tasks is None else options.tasks)
+    folder, kinds = Path(options.cache).absolute(), tuple(_STORED)[1:]
     train, val = (
-        Rooms(
-            _rendered(Scenes(count, size, options.seed, split, tuple(_STORED)[1:]), Path(options.cache)), tuple(tasks)
-        )
+        Rooms(_rendered(Scenes(count, size, options.seed, split, kinds), folder), tuple(tasks))
         for split, count in (("train", options.train or TRAIN), ("val", options.val or VAL))
     )
     return Data("rooms", tasks, train, val, size)
@@ -148,7 +147,9 @@ class Rooms:
         Args:
             mirror: which are seen in a mirror, left for right; None for none.
         """
-        at, turned = np.asarray(indices, np.int64), np.asarray([False] * len(indices) if mirror is None else mirror)
+        at, turned = np.asarray(indices, np.int64), np.zeros(len(indices), bool)
+        if mirror is not None:
+            turned[:] = mirror
         outside = at[(at < 0) | (at >= len(self))]
         if outside.size:
             raise IndexError(f"index must be in [0, {len(self)}), got {outside[0]}")
