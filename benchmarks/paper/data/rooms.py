@@ -8,7 +8,7 @@ import hashlib
 import os
 import random
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,9 @@ def open_data(options: Options) -> Data:
     check_counts(options)
     size = check_size(options, SIZE, MIN_SIDE)
     tasks = choose(TASKS, DEMO_TASKS if options.tasks is None else options.tasks)
+    folder, kinds = Path(options.cache).absolute(), tuple(_STORED)[1:]
     train, val = (
-        Rooms(
-            _rendered(Scenes(count, size, options.seed, split, tuple(_STORED)[1:]), Path(options.cache)), tuple(tasks)
-        )
+        Rooms(_rendered(Scenes(count, size, options.seed, split, kinds), folder), tuple(tasks))
         for split, count in (("train", options.train or TRAIN), ("val", options.val or VAL))
     )
     return Data("rooms", tasks, train, val, size)
@@ -148,7 +147,9 @@ class Rooms:
         Args:
             mirror: which are seen in a mirror, left for right; None for none.
         """
-        at, turned = np.asarray(indices, np.int64), np.asarray([False] * len(indices) if mirror is None else mirror)
+        at, turned = np.asarray(indices, np.int64), np.zeros(len(indices), bool)
+        if mirror is not None:
+            turned[:] = mirror
         outside = at[(at < 0) | (at >= len(self))]
         if outside.size:
             raise IndexError(f"index must be in [0, {len(self)}), got {outside[0]}")
@@ -217,14 +218,21 @@ def _render(scenes: Scenes, path: Path) -> None:
         scenes,
         together,
         num_workers=min(16, os.cpu_count() or 1) if len(scenes) > together else 0,
+        collate_fn=partial(_packed, record),
         generator=torch.Generator(),  # the loader draws a seed, and not from the numbers of whoever opens this
     )
     header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (len(scenes),)}
     with path.open("wb") as file, tqdm(total=len(scenes), desc=f"rendering {scenes.split:5}", unit="scene") as bar:
         np.lib.format.write_array_header_1_0(file, header)
-        for images, labels in chunks:
-            records = np.empty(len(images), record)
-            for kind, values in {"image": images, **labels}.items():
-                records[kind] = values.numpy()
-            file.write(records.tobytes())
-            bar.update(len(images))
+        for chunk in chunks:
+            file.write(chunk.numpy().tobytes())
+            bar.update(len(chunk))
+
+
+def _packed(record: np.dtype, items: Sequence[Item]) -> Tensor:
+    """Scenes as the file has them, (n, bytes of a scene) uint8: what processes have to hand over is smaller so."""
+    records = np.empty(len(items), record)
+    for row, (image, labels) in zip(records, items, strict=True):
+        for kind, values in {"image": image, **labels}.items():
+            row[kind] = values.numpy()
+    return torch.from_numpy(records.view(np.uint8).reshape(len(items), -1))
