@@ -5,13 +5,13 @@ from math import ceil
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dtme
 
 from ..clients import import_torchvision
 from .data import Data
+from .decoders import DECODERS, TokenHead
 
 SMALL_IMAGE = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 384}
 SMALL_TEXT = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
@@ -27,21 +27,22 @@ VIT = {
 name of a hub brings weights."""
 
 
-def build(data: Data, backbone: str, seed: int) -> dtme.MultiTaskModel:
+def build(data: Data, backbone: str, seed: int, decoder: str = "pixels") -> dtme.MultiTaskModel:
     """A backbone, untrained heads for all tasks of ``data``; ``seed`` draws what is not pretrained.
 
     Args:
         backbone: ``"small"``, a key of ``VIT``, or any name or folder that transformers loads.
+        decoder: a key of ``decoders.DECODERS``: the heads of dense tasks.
 
     Raises:
         ValueError: the backbone does not fit the data's inputs.
     """
     torch.manual_seed(seed)
     network = load_backbone(backbone, data.size, data.vocabulary)
-    return with_heads(network, data)
+    return with_heads(network, data, decoder)
 
 
-def with_heads(network: nn.Module, data: Data) -> dtme.MultiTaskModel:
+def with_heads(network: nn.Module, data: Data, decoder: str = "pixels") -> dtme.MultiTaskModel:
     """A transformers model and a head for every task."""
     width = network.config.hidden_size
     heads: dict[str, nn.Module] = {}
@@ -49,10 +50,10 @@ def with_heads(network: nn.Module, data: Data) -> dtme.MultiTaskModel:
         if task.is_dense:
             patch = network.config.patch_size
             grid = data.size[0] // patch, data.size[1] // patch
-            heads[name] = PixelHead(width, task.channels, grid, patch)
+            heads[name] = DECODERS[decoder](width, task.channels, grid, patch)
         else:
             heads[name] = TokenHead(width, task.channels)
-    return dtme.MultiTaskModel(network, heads, features=tokens_of)
+    return dtme.MultiTaskModel(network, heads, features=taps_of if decoder == "taps" and data.size else tokens_of)
 
 
 def load_backbone(name: str, size: tuple[int, int] | None, vocabulary: int | None) -> nn.Module:
@@ -93,10 +94,22 @@ def load_backbone(name: str, size: tuple[int, int] | None, vocabulary: int | Non
 
 def tokens_of(backbone: nn.Module, x: Any) -> Tensor:
     """(B, N, p), positions interpolated where the backbone was trained at another size."""
+    return _run(backbone, x).last_hidden_state
+
+
+def taps_of(backbone: nn.Module, x: Any) -> tuple[Tensor, ...]:
+    """The tokens behind a quarter, a half, three quarters and all of the blocks, (B, N, p) each."""
+    output = _run(backbone, x, output_hidden_states=True)
+    depth = len(output.hidden_states) - 1  # the first are what goes into the first block
+    return (*(output.hidden_states[depth * quarter // 4] for quarter in (1, 2, 3)), output.last_hidden_state)
+
+
+def _run(backbone: nn.Module, x: Any, **options: Any) -> Any:
     if not isinstance(x, Tensor):
-        return backbone(**x).last_hidden_state
-    options = {"interpolate_pos_encoding": True} if _is_of_another_size(backbone, x) else {}
-    return backbone(x, **options).last_hidden_state
+        return backbone(**x, **options)
+    if _is_of_another_size(backbone, x):
+        options["interpolate_pos_encoding"] = True
+    return backbone(x, **options)
 
 
 def _is_of_another_size(backbone: nn.Module, x: Tensor) -> bool:
@@ -104,40 +117,3 @@ def _is_of_another_size(backbone: nn.Module, x: Tensor) -> bool:
         return False  # it interpolates by itself, or raises
     size = backbone.config.image_size
     return tuple(x.shape[-2:]) != (tuple(size) if isinstance(size, (tuple, list)) else (size, size))
-
-
-class PixelHead(nn.Module):
-    """The paper's decoder, one 3×3 Conv-BN-ReLU on the grid of patch tokens, then each becomes its patch of pixels.
-
-    Args:
-        num_features: p, width of the tokens.
-        channels: C, outputs a pixel.
-        grid: (h, w) patches; tokens before the last h * w (class, registers) are left out.
-        patch: pixels along a patch's side.
-    """
-
-    def __init__(self, num_features: int, channels: int, grid: tuple[int, int], patch: int) -> None:
-        super().__init__()
-        self.grid, self.patch = grid, patch
-        self.mix = nn.Sequential(
-            nn.Conv2d(num_features, num_features, 3, padding=1, bias=False), nn.BatchNorm2d(num_features), nn.ReLU()
-        )
-        self.project = nn.Conv2d(num_features, channels * patch**2, 1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, p) → (B, C, h * patch, w * patch)."""
-        height, width = self.grid
-        patches = tokens[:, tokens.shape[1] - height * width :].mT.unflatten(2, self.grid)
-        return F.pixel_shuffle(self.project(self.mix(patches)), self.patch)
-
-
-class TokenHead(nn.Module):
-    """From the first token, (B, N, p), to (B, channels)."""
-
-    def __init__(self, num_features: int, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(num_features)
-        self.project = nn.Linear(num_features, channels)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.project(self.norm(tokens[:, 0]))

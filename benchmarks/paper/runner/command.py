@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dtme.files import write_beside
 
 from ..data import DATA_SETS, Data, Options, open_data
+from ..decoders import DECODERS
 from ..experiments import ARMS, EXPERIMENTS
 from ..results import FORMAT, read_json
 from .config import Config
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         default=defaults.backbone,
         help="small, vit-tiny, -small, -base, -large, or any transformers name or folder",
+    )
+    data.add_argument(
+        "--decoder", choices=DECODERS, help="heads of dense tasks: pixels for rooms, else conv, which is the paper's"
     )
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=defaults.steps)
@@ -160,6 +164,7 @@ def config_of(args: argparse.Namespace) -> Config:
         tokenizer=args.tokenizer or own,
         cache=args.cache,
     )
+    decoder = args.decoder or ("pixels" if args.data == "rooms" else "conv")
     same = (
         "data",
         "backbone",
@@ -176,6 +181,7 @@ def config_of(args: argparse.Namespace) -> Config:
         "",
         0,
         options=options,
+        decoder=decoder,
         lr=lr,
         trunk_lr=lr,
         modulation=args.modulation,

@@ -18,6 +18,7 @@ class Config:
     data: str = "rooms"
     options: Options = field(default_factory=Options)
     backbone: str = "small"
+    decoder: str = "pixels"
     steps: int = 600
     batch: int = 16
     lr: float = 1e-3

@@ -93,7 +93,7 @@ class RunOfArm:
 
     def _begun(self, combination: Combination) -> Training:
         """A training before its first step: untrained heads on the backbone; a task alone has the same head."""
-        model = build(self.data, self.config.backbone, self.config.seed)
+        model = build(self.data, self.config.backbone, self.config.seed, self.config.decoder)
         if self.config.task is not None:
             model = dtme.MultiTaskModel(
                 model.backbone, {self.config.task: model.heads[self.config.task]}, features=model.features
