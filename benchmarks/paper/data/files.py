@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .common import check_counts, check_size, refuse
 from .dataset import DataError, Options
 
 NAMED = 10
@@ -80,21 +81,15 @@ def check_options(options: Options, title: str, default: tuple[int, int]) -> tup
     """
     if options.root is None:
         raise ValueError(f"{title} needs the root of its files, got none")
-    if options.tokenizer is not None:
-        raise ValueError(f"tokenizer means nothing to {title}, which holds images: got {options.tokenizer!r}")
+    refuse(options, title, "tokenizer")
     if options.seed != 0:
         raise ValueError(f"seed means nothing to {title}, which is read and not drawn: leave it 0, got {options.seed}")
-    for name in ("train", "val"):
-        count = getattr(options, name)
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    size = default if options.size is None else tuple(options.size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (height, width) in pixels, got {options.size}")
+    check_counts(options)
+    size = check_size(options, default, 1)
     root = Path(options.root)
     if not root.is_dir():
         raise DataError(f"{root} is no folder: {title} is to lie there")
-    return root, (int(size[0]), int(size[1]))
+    return root, size
 
 
 def check_layout(root: Path, title: str, folder: str, wanted: Collection[str]) -> None:
@@ -200,6 +195,8 @@ def read_picture(path: Path, what: str) -> np.ndarray:
     with _opened(path) as picture:
         if picture.mode not in _CHANNELS[what]:
             raise DataError(f"{path} stores {picture.mode} pixels, expected {' or '.join(_CHANNELS[what])} ({what})")
+        if what == "classes" and _is_stretched(picture):
+            raise DataError(f"{path} stores grey of less than 8 bits, which a reader stretches to 0 … 255, expected 8")
         try:
             picture.load()
             if what in ("rgb", "vector"):
@@ -214,6 +211,12 @@ def read_picture(path: Path, what: str) -> np.ndarray:
             raise DataError(f"{path} holds {pixels.min()} … {pixels.max()}, expected 16 bits: 0 … 65535")
         pixels = pixels.astype(np.uint16)
     return pixels
+
+
+def _is_stretched(picture: Image.Image) -> bool:
+    """Whether Pillow multiplies stored grey so that its highest value becomes 255: 2 bits by 85, 4 bits by 17."""
+    modes = [getattr(tile, "args", None) for tile in getattr(picture, "tile", ())]
+    return any(mode in ("L;2", "L;4") for args in modes for mode in (args if isinstance(args, tuple) else (args,)))
 
 
 def no_direction(stored: np.ndarray) -> np.ndarray:

@@ -75,10 +75,12 @@ def _metres(path: Path, depth: np.ndarray) -> np.ndarray:
         raise DataError(f"{path} holds an array of shape {depth.shape}, expected (height, width)")
     if depth.dtype.kind != "f":
         raise DataError(f"{path} holds {depth.dtype}, expected metres as floating-point numbers")
-    wrong = depth[~((depth >= 0) & np.isfinite(depth))]
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused
+        metres = depth.astype(np.float32)
+    wrong = depth[~((metres >= 0) & np.isfinite(metres))]
     if wrong.size:
         raise DataError(f"{path} holds a depth of {wrong[0]} ({wrong.size} such pixels), expected metres, 0 if unknown")
-    return depth.astype(np.float32)[..., None]
+    return metres[..., None]
 
 
 def open_data(options: Options) -> Data:

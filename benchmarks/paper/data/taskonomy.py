@@ -110,20 +110,10 @@ STORED = {
 """Of every task, which is named as in the paper's tables."""
 
 
-def _l1_of_directions() -> metrics.Meter:
-    """L1 of a prediction that is made a unit vector first: what it is trained on, a cosine, leaves its length open."""
-
-    class DirectionL1(metrics.L1Error):
-        def update(self, prediction: Tensor, target: Tensor) -> None:
-            super().update(F.normalize(prediction.float(), dim=1), target)
-
-    return DirectionL1()
-
-
 def _task(name: str) -> Task:
     channels = STORED[name].channels
     if name == "N":
-        return Task(channels, losses.cosine_loss, _l1_of_directions, "L1", "", True)
+        return Task(channels, losses.cosine_loss, lambda: metrics.DirectionL1(), "L1", "", True)
     if name == "PC":
         return Task(channels, losses.mse_loss, lambda: metrics.RootMeanSquareError(), "RMSE", "", True)
     return Task(channels, losses.l1_loss, lambda: metrics.L1Error(), "L1", "", True)

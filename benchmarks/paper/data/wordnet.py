@@ -4,6 +4,7 @@ The root is a text file, or the folder of ``wordnet.tsv``. A line is a gloss, it
 lexicographer file (00 to 44) and its depth below the root of the hierarchy (-1: none), with tabs between them.
 """
 
+import codecs
 import hashlib
 import re
 import zlib
@@ -125,7 +126,7 @@ def read_glosses(path: Path) -> list[Gloss]:
         DataError: there is no such file, or a line is none of a gloss.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if not lines[-1]:

@@ -76,6 +76,16 @@ class L1Error(_Error):
         return torch.stack([(prediction - target)[valid].double().abs().sum(), valid.sum()])
 
 
+class DirectionL1(L1Error):
+    """L1 of predictions that are made unit vectors first, for what is trained on a cosine, which leaves lengths open.
+
+    Prediction and target (B, C, ...), whose C components are those of a vector.
+    """
+
+    def _count(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return super()._count(F.normalize(prediction.double(), dim=1), target)
+
+
 class RootMeanSquareError(_Error):
     """Root of the mean square error over all elements of the split whose target is not NaN; both of one shape."""
 
