@@ -84,7 +84,9 @@ def _for_texts(name: str, vocabulary: int | None) -> nn.Module:
     network = _pretrained(name)
     known = getattr(network.config, "vocab_size", None)
     if known is None:
-        raise ValueError(f"--backbone {name}: {type(network).__name__} has no vocab_size in its config: it reads no texts")
+        raise ValueError(
+            f"--backbone {name}: {type(network).__name__} has no vocab_size in its config: it reads no texts"
+        )
     if vocabulary is not None and vocabulary > known:
         raise ValueError(f"--backbone {name} knows {known} tokens, the texts hold {vocabulary}: see --tokenizer")
     return network

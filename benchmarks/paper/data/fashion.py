@@ -6,6 +6,7 @@ one garment of 28 × 28 at its upper left and another at its lower right; where 
 
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Callable
 from math import prod
@@ -153,7 +154,7 @@ def read_idx(root: Path, name: str, dimensions: int) -> tuple[np.ndarray, Path]:
     bytes.
     """
     readers: dict[str, Callable[[Path], bytes]] = {name: Path.read_bytes, f"{name}.gz": _decompressed}
-    path = next((root / file for file in readers if (root / file).is_file()), None)
+    path = next((root / file for file in readers if os.path.isfile(root / file)), None)
     if path is None:
         raise DataError(f"{root / name} is missing, and so is {name}.gz")
     try:

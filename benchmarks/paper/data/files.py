@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -87,8 +88,8 @@ def check_options(options: Options, title: str, default: tuple[int, int]) -> tup
     check_counts(options)
     size = check_size(options, default, 1)
     root = Path(options.root)
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder: {title} is to lie there")
+    if not os.path.isdir(root):  # unlike that of Path, this says no wherever a look fails
+        raise DataError(f"{root} is no folder that can be read: {title} is to lie there")
     return root, size
 
 
@@ -103,20 +104,25 @@ def check_layout(root: Path, title: str, folder: str, wanted: Collection[str]) -
     """
 
     def lacking(place: Path) -> list[str]:
-        return [
-            name for name in wanted if not ((place / name).is_dir() if name[-1] == "/" else (place / name).is_file())
-        ]
+        return [name for name in wanted if not (os.path.isdir if name[-1] == "/" else os.path.isfile)(place / name)]
 
     missing = lacking(root)
     if not missing:
         return
-    with os.scandir(root) as entries:
+    with _listed(root) as entries:
         held = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
     hint = f". They lie in {root / folder}: name that folder" if not lacking(root / folder) else ""
     raise DataError(
         f"{root} is not laid out as {title}: it lacks {', '.join(missing)} of {', '.join(wanted)}, "
         f"and holds {named(held) or 'nothing'}{hint}"
     )
+
+
+def _listed(folder: Path) -> Any:
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error}") from error
 
 
 def refuse_missing(root: Path, missing: Sequence[str], total: int) -> None:
@@ -161,8 +167,11 @@ def read_split(path: Path, count: int | None) -> list[str]:
 
 def read_table(path: Path) -> list[list[str]]:
     """The rows of a CSV file, its cells stripped, without blank rows."""
-    rows = csv.reader(io.StringIO(_text(path), newline=""))
-    return [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(_text(path), newline=""))]
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as a table: {error}") from error
+    return [row for row in rows if any(row)]
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -195,6 +204,8 @@ def read_picture(path: Path, what: str) -> np.ndarray:
     with _opened(path) as picture:
         if picture.mode not in _CHANNELS[what]:
             raise DataError(f"{path} stores {picture.mode} pixels, expected {' or '.join(_CHANNELS[what])} ({what})")
+        if what != "rgb" and picture.format != "PNG":
+            raise DataError(f"{path} is {picture.format}, expected PNG: a label must be stored without loss")
         if what == "classes" and _is_stretched(picture):
             raise DataError(f"{path} stores grey of less than 8 bits, which a reader stretches to 0 … 255, expected 8")
         try:
@@ -229,6 +240,17 @@ def unit_vectors(stored: np.ndarray, unknown: float) -> np.ndarray:
     vectors = stored * np.float32(2 / 255) - np.float32(1)
     vectors[no_direction(stored)] = unknown
     return vectors
+
+
+def above_half(path: Path, stored: np.ndarray) -> np.ndarray:
+    """Where a map of bytes, (H, W) uint8, is above half of 255. (H, W) bool.
+
+    Raises:
+        DataError: the map holds 0 and 1 alone, which would all be below.
+    """
+    if stored.max() == 1:
+        raise DataError(f"{path} holds 0 and 1, expected 0 … 255: multiply it by 255")
+    return stored > 127.5
 
 
 def read_array(path: Path) -> np.ndarray:

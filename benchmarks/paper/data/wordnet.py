@@ -6,6 +6,7 @@ lexicographer file (00 to 44) and its depth below the root of the hierarchy (-1:
 
 import codecs
 import hashlib
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def open_data(options: Options) -> Data:
     if options.root is None:
         raise ValueError("the data set 'wordnet' needs its root, a file or the folder of wordnet.tsv")
     path = Path(options.root)
-    path = path / "wordnet.tsv" if path.is_dir() else path
+    path = path / "wordnet.tsv" if os.path.isdir(path) else path
     tokenize, vocabulary = (plain, WORDS) if options.tokenizer is None else pretrained(options.tokenizer)
     splits: dict[str, list[tuple[int, int, Gloss]]] = {"train": [], "val": []}
     for line, gloss in enumerate(read_glosses(path)):
