@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks.paper.data import DataError, Options, files, nyud, open_data, pascal, trees
 from benchmarks.paper.data.common import check_counts, check_size
+from benchmarks.paper.data.matlab import read_mat
 
 
 @pytest.fixture
@@ -101,6 +102,16 @@ def test_a_label_map_with_nan(root):
     scipy.io.savemat(path, {"LabelMap": label_map})
     with pytest.raises(DataError, match=r"train_0000\.mat: LabelMap holds 1 numbers that are NaN or infinite"):
         first("pascal", root)
+
+
+def test_a_thing_of_no_class_is_no_person(tmp_path):
+    trees.write_parts_5(
+        tmp_path / "parts.mat",
+        "parts",
+        [{"class": "", "class_ind": float("nan"), "mask": np.ones((2, 2)), "parts": []}],
+    )
+    anno = read_mat(tmp_path / "parts.mat", "anno")
+    assert list(pascal._person_parts(tmp_path, anno)) == []
 
 
 @pytest.mark.parametrize("root", ["pascal"], indirect=True)

@@ -29,7 +29,7 @@ KINDS = {"top": (0, 2, 4, 6), "trousers": (1,), "dress": (3,), "shoe": (5, 7, 9)
 SIDE, CANVAS = 28, 36
 """Pixels along a garment, and along a picture of two."""
 SIZE = (40, 40)
-"""Of a picture with its margin, unless told otherwise: patches of 8 pixels tile it."""
+"""(height, width) of a picture with its margin, unless told otherwise: patches of 8 pixels tile it."""
 FILES = {"train": "train", "val": "t10k"}
 """Which of Fashion-MNIST's files a split is made of."""
 TASKS = {

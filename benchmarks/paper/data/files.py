@@ -103,8 +103,8 @@ def check_layout(root: Path, title: str, folder: str, wanted: Collection[str]) -
         DataError: says what was looked for, what is missing and what lies there instead.
     """
 
-    def lacking(place: Path) -> list[str]:
-        return [name for name in wanted if not (os.path.isdir if name[-1] == "/" else os.path.isfile)(place / name)]
+    def lacking(below: Path) -> list[str]:
+        return [name for name in wanted if not (os.path.isdir if name[-1] == "/" else os.path.isfile)(below / name)]
 
     missing = lacking(root)
     if not missing:

@@ -46,7 +46,7 @@ KINDS = {"semseg": CLASSES, "depth": DEPTH, "normals": NORMALS, "edge": EDGES}
 
 
 class Nyud(Tree):
-    """Its files."""
+    """The files of NYUD-v2."""
 
     title = "NYUD-v2"
     folder = "NYUDv2"

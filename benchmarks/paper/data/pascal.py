@@ -84,11 +84,11 @@ KINDS = {"semseg": CLASSES, "parts": PARTS, "saliency": CLASSES, "normals": NORM
 
 
 _SUFFIXES = {IMAGE: "jpg", "parts": "mat", "edge": "mat"}
-"""Of the files that are no PNG."""
+"""Suffixes of the files that are no PNG."""
 
 
 class Pascal(Tree):
-    """Its files."""
+    """The files of PASCAL-Context."""
 
     title = "PASCAL-Context"
     folder = "PASCALContext"
@@ -143,7 +143,7 @@ def _person_parts(path: Path, anno: Any) -> Iterator[tuple[np.ndarray, int]]:
             kind = np.asarray(thing["class_ind"])
             if kind.size != 1 or kind.dtype.kind not in "iuf":
                 raise DataError(f"{path} holds no number in anno.objects.class_ind, got {thing['class_ind']!r}")
-            if int(kind.item()) != PERSON:
+            if kind.item() != PERSON:
                 continue
             for part in _structs(path, thing["parts"], "anno.objects.parts", ("part_name", "mask")):
                 name = part["part_name"]

@@ -190,5 +190,5 @@ def pretrained(name: str) -> tuple[Tokenize, int]:
         raise ValueError(f"tokenizer {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         raise ValueError(f"tokenizer {name} has no token that fills up texts of different lengths")
-    tokenizer.padding_side = "right"  # the first token stands for the text
+    tokenizer.padding_side = tokenizer.truncation_side = "right"  # the first token stands for the text
     return _Pretrained(tokenizer), len(tokenizer)

@@ -55,7 +55,7 @@ class NormalsError(_Mean):
 
 
 class _Error(_Mean):
-    """Of predictions and targets of the same shape, whichever; elements with target NaN are left out."""
+    """An error of predictions and targets of any one shape; elements with target NaN are left out."""
 
     def __init__(self) -> None:
         super().__init__((), ())
