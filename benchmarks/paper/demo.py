@@ -49,16 +49,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.steps, args.batch, args.scenes) < 1:
-        raise SystemExit("--steps, --batch and --scenes must be positive")
     started = time.perf_counter()
-    device = torch.device(args.device)
     try:
-        data, model = prepare(args, device)
+        check(args)
+        data, model = prepare(args, torch.device(args.device))
     except ValueError as error:
         raise SystemExit(str(error)) from error
     score(args, data, model)
     print(f"done in {time.perf_counter() - started:.0f} s")
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is loaded; makes the folder of the results.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if min(args.steps, args.batch, args.scenes) < 1:
+        raise ValueError("--steps, --batch and --scenes must be positive")
+    if args.lr is not None and not (args.lr > 0 and math.isfinite(args.lr)):
+        raise ValueError(f"--lr must be a positive number, got {args.lr}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without it
+        raise ValueError(f"--device {args.device} cannot be used here: {error}") from error
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {args.out} cannot be made: {error}") from error
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple[Data, dtme.MultiTaskModel]:
@@ -100,7 +118,10 @@ def own_size(backbone: str) -> tuple[int, int]:
     import_torchvision()
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(backbone)
+    try:
+        config = AutoConfig.from_pretrained(backbone)
+    except OSError as error:
+        raise ValueError(f"--backbone {backbone} cannot be loaded: {error}") from error
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     sides = {size} if isinstance(size, int) else set(size or ())
     if len(sides) != 1 or not isinstance(patch, int):
@@ -168,7 +189,6 @@ def write_results(
     held_out: Batches,
     losses: dict[str, dict[str, list[float]]],
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     report.save(out / "report.json")
     plan.save(out / "plan.json")
     report.plot(out / "conflicts.png")

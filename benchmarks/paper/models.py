@@ -57,32 +57,14 @@ def with_heads(network: nn.Module, data: Data, decoder: str = "pixels") -> dtme.
 
 
 def load_backbone(name: str, size: tuple[int, int] | None, vocabulary: int | None) -> nn.Module:
-    """A transformers model for images of ``size`` (height, width), or for texts of so many different tokens."""
-    import_torchvision()
-    from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTModel
+    """A transformers model for images of ``size`` (height, width), or for texts of so many different tokens.
 
+    Raises:
+        ValueError: no such model, or it does not fit the images or the texts; the message names the option.
+    """
+    network = _for_texts(name, vocabulary) if size is None else _for_images(name, size)
     if size is None:
-        if name == "small":
-            return BertModel(BertConfig(vocab_size=vocabulary, **SMALL_TEXT), add_pooling_layer=False)
-        network = AutoModel.from_pretrained(name)
-        known = network.config.vocab_size
-        if vocabulary is not None and vocabulary > known:
-            raise ValueError(f"--backbone {name} knows {known} tokens, the texts hold {vocabulary}: see --tokenizer")
         return network
-    if name == "small" or name in VIT:
-        options: dict[str, Any] = dict(SMALL_IMAGE)
-        if name in VIT:
-            width, depth, heads = VIT[name]
-            options = {
-                "hidden_size": width,
-                "num_hidden_layers": depth,
-                "num_attention_heads": heads,
-                "intermediate_size": 4 * width,
-            }
-        patch = 16 if name in VIT else SMALL_PATCH
-        network = ViTModel(ViTConfig(image_size=size, patch_size=patch, **options), add_pooling_layer=False)
-    else:
-        network = AutoModel.from_pretrained(name)
     patch = getattr(network.config, "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(f"--backbone {name}: {type(network).__name__} has no square patch_size in its config")
@@ -90,6 +72,53 @@ def load_backbone(name: str, size: tuple[int, int] | None, vocabulary: int | Non
         fits = " ".join(str(ceil(side / patch) * patch) for side in size)
         raise ValueError(f"--backbone {name}: patches of {patch} pixels do not tile {size[0]} × {size[1]}, try {fits}")
     return network
+
+
+def _for_texts(name: str, vocabulary: int | None) -> nn.Module:
+    import_torchvision()
+    from transformers import BertConfig, BertModel
+
+    if name == "small":
+        return BertModel(BertConfig(vocab_size=vocabulary, **SMALL_TEXT), add_pooling_layer=False)
+    if name in VIT:
+        raise ValueError(f"--backbone {name} looks at images, and the data set holds texts: name a text transformer")
+    network = _pretrained(name)
+    known = getattr(network.config, "vocab_size", None)
+    if known is None:
+        raise ValueError(
+            f"--backbone {name}: {type(network).__name__} has no vocab_size in its config: it reads no texts"
+        )
+    if vocabulary is not None and vocabulary > known:
+        raise ValueError(f"--backbone {name} knows {known} tokens, the texts hold {vocabulary}: see --tokenizer")
+    return network
+
+
+def _for_images(name: str, size: tuple[int, int]) -> nn.Module:
+    import_torchvision()
+    from transformers import ViTConfig, ViTModel
+
+    options: dict[str, Any] = dict(SMALL_IMAGE)
+    if name in VIT:
+        width, depth, heads = VIT[name]
+        options = {
+            "hidden_size": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * width,
+        }
+    elif name != "small":
+        return _pretrained(name)
+    patch = 16 if name in VIT else SMALL_PATCH
+    return ViTModel(ViTConfig(image_size=size, patch_size=patch, **options), add_pooling_layer=False)
+
+
+def _pretrained(name: str) -> nn.Module:
+    from transformers import AutoModel
+
+    try:
+        return AutoModel.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"--backbone {name} cannot be loaded: {error}") from error
 
 
 def tokens_of(backbone: nn.Module, x: Any) -> Tensor:

@@ -13,6 +13,7 @@ import dtme
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.data import Options, open_data
 from benchmarks.paper.data.rooms import DEMO_TASKS
+from benchmarks.paper.models import load_backbone
 
 FILES = {"conflicts.png", "conflict_map.png", "losses.png", "predictions.png", "report.json", "plan.json", "model"}
 
@@ -70,11 +71,30 @@ def test_any_size_of_a_pretrained_backbone(tmp_path, cache, pretrained, capsys, 
         (("--size", "20"), "patches of 8 pixels do not tile 20 × 20, try 24 24"),
         (("--size", "8"), "each at least 16 pixels"),
         (("--size", "0"), "each at least 16 pixels"),
+        (("--lr", "0"), "--lr must be a positive number, got 0"),
+        (("--lr", "-0.1"), "--lr must be a positive number, got -0.1"),  # which would climb
+        (("--lr", "nan"), "--lr must be a positive number, got nan"),
+        (("--device", "tpu9"), "--device tpu9 cannot be used here"),
+        (("--backbone", "/no/such/model"), "--backbone /no/such/model cannot be loaded"),
+        (("--backbone", "/no/such/model", "--size", "32"), "--backbone /no/such/model cannot be loaded"),
+        (("--backbone", "/no/such/model", "--out", __file__), r"--out .*test_demo\.py cannot be made"),
     ],
 )
 def test_demo_refuses(tmp_path, cache, options, says):
     with pytest.raises(SystemExit, match=says):
         run(tmp_path, cache, *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("vit-tiny", "--backbone vit-tiny looks at images, and the data set holds texts"),
+        (None, "ViTModel has no vocab_size in its config: it reads no texts"),
+    ],
+)
+def test_what_looks_at_images_reads_no_texts(pretrained, name, says):
+    with pytest.raises(ValueError, match=says):
+        load_backbone(name or str(pretrained), None, 100)
 
 
 def test_a_size_that_the_backbone_itself_refuses(tmp_path, cache):

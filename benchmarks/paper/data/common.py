@@ -1,5 +1,7 @@
 """What data sets share: checks of their options, and the table's row of a task that sorts whole items into classes."""
 
+from numbers import Integral
+
 from .. import losses, metrics
 from ..tasks import Task
 from .dataset import Options
@@ -36,11 +38,11 @@ def check_counts(options: Options) -> None:
     """Numbers of items, where they are given.
 
     Raises:
-        ValueError: one of them is smaller than 1.
+        ValueError: one of them is no whole number, or smaller than 1.
     """
     for split in ("train", "val"):
         count = getattr(options, split)
-        if count is not None and count < 1:
+        if count is not None and not (isinstance(count, Integral) and count >= 1):
             raise ValueError(f"{split} must be at least 1, got {count}")
 
 
@@ -48,9 +50,10 @@ def check_size(options: Options, default: tuple[int, int], least: int) -> tuple[
     """(height, width) of the images.
 
     Raises:
-        ValueError: it is no pair of numbers that are at least ``least``.
+        ValueError: it is no pair of whole numbers that are at least ``least``.
     """
-    size = default if options.size is None else tuple(options.size)
-    if len(size) != 2 or min(size) < least:
+    size = default if options.size is None else options.size
+    sides = tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(side, Integral) and side >= least for side in sides):
         raise ValueError(f"size must be (height, width), each at least {least} pixels, got {options.size}")
-    return int(size[0]), int(size[1])
+    return int(sides[0]), int(sides[1])

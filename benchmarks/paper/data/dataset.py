@@ -10,7 +10,7 @@ from torch import Tensor
 from ..tasks import Tasks
 
 Input = Tensor | dict[str, Tensor]
-"""Of one item: an image (3, H, W), normalised for the backbone; or what a text transformer takes, by argument."""
+"""The input of one item: an image (3, H, W), normalised for the backbone; or the arguments of a text transformer."""
 Item = tuple[Input, dict[str, Tensor]]
 """Input, and every task's label."""
 
@@ -40,16 +40,17 @@ class Options:
     root: Path | None = None
     """Where its files are; nothing is ever written there."""
     tasks: tuple[str, ...] | None = None
-    """Some of its tasks; None for its own choice."""
+    """Names of some of its tasks; None for the default of the data set."""
     size: tuple[int, int] | None = None
-    """(height, width) of an image in pixels; None for its own choice."""
+    """(height, width) of an image in pixels; None for the default of the data set."""
     seed: int = 0
-    """Of the data set itself where it is drawn: another seed, other scenes or pairs. Not of the order of training."""
+    """Seed of the data set itself where it is drawn: another seed gives other scenes or pairs. The order of training
+    does not depend on it."""
     train: int | None = None
-    """At most so many items; None for its own choice."""
+    """At most so many items of the split, the first ones; None for the default of the data set. ``val`` likewise."""
     val: int | None = None
     tokenizer: str | None = None
-    """Of a text: a folder or name that transformers loads a tokenizer from; None for a plain one of words."""
+    """What cuts texts into tokens: a folder or name that transformers loads; None for a plain tokenizer of words."""
     cache: Path = Path("out/paper/cache")
     """For what is costly to make and can be made again."""
 

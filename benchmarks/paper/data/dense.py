@@ -38,7 +38,7 @@ class Tree(ABC):
     folders: ClassVar[Mapping[str, str]]
     """Where the files of the image and of every task lie."""
     splits: ClassVar[Mapping[str, str]]
-    """Of "train" and "val", the file that lists the ids."""
+    """For "train" and "val", the file that lists the ids."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -87,13 +87,13 @@ class ImageItems:
     def _labels(self, id: str, image: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:
         labels = {name: self.tree.label(name, id) for name in names}
         for name, label in labels.items():
-            check_same_size(self._place(name, id), label.shape[:2], self._place(IMAGE, id), image.shape[:2])
+            check_same_size(self._file(name, id), label.shape[:2], self._file(IMAGE, id), image.shape[:2])
         return labels
 
     def _check_fits(self, id: str, sides: Sequence[int]) -> None:
         if any(have > most for have, most in zip(sides, self.size, strict=True)):
             raise DataError(
-                f"{self._place(IMAGE, id)} is {pixels(sides)}, larger than size {pixels(self.size)}: "
+                f"{self._file(IMAGE, id)} is {pixels(sides)}, larger than size {pixels(self.size)}: "
                 "an evaluation looks at whole images, so choose a size that holds them"
             )
 
@@ -104,9 +104,9 @@ class ImageItems:
             DataError: names the first that does not.
         """
         for id in self.ids:
-            self._check_fits(id, picture_size(self._place(IMAGE, id)))
+            self._check_fits(id, picture_size(self._file(IMAGE, id)))
 
-    def _place(self, what: str, id: str) -> Path:
+    def _file(self, what: str, id: str) -> Path:
         return self.tree.root / self.tree.path(what, id)
 
 

@@ -6,6 +6,7 @@ one garment of 28 × 28 at its upper left and another at its lower right; where 
 
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Callable
 from math import prod
@@ -28,7 +29,7 @@ KINDS = {"top": (0, 2, 4, 6), "trousers": (1,), "dress": (3,), "shoe": (5, 7, 9)
 SIDE, CANVAS = 28, 36
 """Pixels along a garment, and along a picture of two."""
 SIZE = (40, 40)
-"""Of a picture with its margin, unless told otherwise: patches of 8 pixels tile it."""
+"""(height, width) of a picture with its margin, unless told otherwise: patches of 8 pixels tile it."""
 FILES = {"train": "train", "val": "t10k"}
 """Which of Fashion-MNIST's files a split is made of."""
 TASKS = {
@@ -153,7 +154,7 @@ def read_idx(root: Path, name: str, dimensions: int) -> tuple[np.ndarray, Path]:
     bytes.
     """
     readers: dict[str, Callable[[Path], bytes]] = {name: Path.read_bytes, f"{name}.gz": _decompressed}
-    path = next((root / file for file in readers if (root / file).is_file()), None)
+    path = next((root / file for file in readers if os.path.isfile(root / file)), None)
     if path is None:
         raise DataError(f"{root / name} is missing, and so is {name}.gz")
     try:

@@ -7,10 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from .common import check_counts, check_size, refuse
 from .dataset import DataError, Options
 
 NAMED = 10
@@ -80,21 +82,15 @@ def check_options(options: Options, title: str, default: tuple[int, int]) -> tup
     """
     if options.root is None:
         raise ValueError(f"{title} needs the root of its files, got none")
-    if options.tokenizer is not None:
-        raise ValueError(f"tokenizer means nothing to {title}, which holds images: got {options.tokenizer!r}")
+    refuse(options, title, "tokenizer")
     if options.seed != 0:
         raise ValueError(f"seed means nothing to {title}, which is read and not drawn: leave it 0, got {options.seed}")
-    for name in ("train", "val"):
-        count = getattr(options, name)
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    size = default if options.size is None else tuple(options.size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (height, width) in pixels, got {options.size}")
+    check_counts(options)
+    size = check_size(options, default, 1)
     root = Path(options.root)
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder: {title} is to lie there")
-    return root, (int(size[0]), int(size[1]))
+    if not os.path.isdir(root):  # unlike that of Path, this says no wherever a look fails
+        raise DataError(f"{root} is no folder that can be read: {title} is to lie there")
+    return root, size
 
 
 def check_layout(root: Path, title: str, folder: str, wanted: Collection[str]) -> None:
@@ -107,21 +103,26 @@ def check_layout(root: Path, title: str, folder: str, wanted: Collection[str]) -
         DataError: says what was looked for, what is missing and what lies there instead.
     """
 
-    def lacking(place: Path) -> list[str]:
-        return [
-            name for name in wanted if not ((place / name).is_dir() if name[-1] == "/" else (place / name).is_file())
-        ]
+    def lacking(below: Path) -> list[str]:
+        return [name for name in wanted if not (os.path.isdir if name[-1] == "/" else os.path.isfile)(below / name)]
 
     missing = lacking(root)
     if not missing:
         return
-    with os.scandir(root) as entries:
+    with _listed(root) as entries:
         held = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
     hint = f". They lie in {root / folder}: name that folder" if not lacking(root / folder) else ""
     raise DataError(
         f"{root} is not laid out as {title}: it lacks {', '.join(missing)} of {', '.join(wanted)}, "
         f"and holds {named(held) or 'nothing'}{hint}"
     )
+
+
+def _listed(folder: Path) -> Any:
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error}") from error
 
 
 def refuse_missing(root: Path, missing: Sequence[str], total: int) -> None:
@@ -166,8 +167,11 @@ def read_split(path: Path, count: int | None) -> list[str]:
 
 def read_table(path: Path) -> list[list[str]]:
     """The rows of a CSV file, its cells stripped, without blank rows."""
-    rows = csv.reader(io.StringIO(_text(path), newline=""))
-    return [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(_text(path), newline=""))]
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as a table: {error}") from error
+    return [row for row in rows if any(row)]
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -200,6 +204,10 @@ def read_picture(path: Path, what: str) -> np.ndarray:
     with _opened(path) as picture:
         if picture.mode not in _CHANNELS[what]:
             raise DataError(f"{path} stores {picture.mode} pixels, expected {' or '.join(_CHANNELS[what])} ({what})")
+        if what != "rgb" and picture.format != "PNG":
+            raise DataError(f"{path} is {picture.format}, expected PNG: a label must be stored without loss")
+        if what == "classes" and _is_stretched(picture):
+            raise DataError(f"{path} stores grey of less than 8 bits, which a reader stretches to 0 … 255, expected 8")
         try:
             picture.load()
             if what in ("rgb", "vector"):
@@ -216,6 +224,12 @@ def read_picture(path: Path, what: str) -> np.ndarray:
     return pixels
 
 
+def _is_stretched(picture: Image.Image) -> bool:
+    """Whether Pillow multiplies stored grey so that its highest value becomes 255: 2 bits by 85, 4 bits by 17."""
+    modes = [getattr(tile, "args", None) for tile in getattr(picture, "tile", ())]
+    return any(mode in ("L;2", "L;4") for args in modes for mode in (args if isinstance(args, tuple) else (args,)))
+
+
 def no_direction(stored: np.ndarray) -> np.ndarray:
     """Where vectors of bytes, (H, W, 3) uint8, are grey: all 127 or 128, the bytes next to 0. (H, W) bool."""
     return ((stored == 127) | (stored == 128)).all(2)
@@ -226,6 +240,17 @@ def unit_vectors(stored: np.ndarray, unknown: float) -> np.ndarray:
     vectors = stored * np.float32(2 / 255) - np.float32(1)
     vectors[no_direction(stored)] = unknown
     return vectors
+
+
+def above_half(path: Path, stored: np.ndarray) -> np.ndarray:
+    """Where a map of bytes, (H, W) uint8, is above half of 255. (H, W) bool.
+
+    Raises:
+        DataError: the map holds 0 and 1 alone, which would all be below.
+    """
+    if stored.max() == 1:
+        raise DataError(f"{path} holds 0 and 1, expected 0 … 255: multiply it by 255")
+    return stored > 127.5
 
 
 def read_array(path: Path) -> np.ndarray:

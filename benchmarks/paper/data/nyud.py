@@ -21,10 +21,12 @@ from .. import losses, metrics
 from ..tasks import Task
 from .dataset import Data, DataError, Options
 from .dense import IMAGE, Tree, open_tree
-from .files import Listing, check_classes, read_array, read_picture, unit_vectors
+from .files import Listing, above_half, check_classes, read_array, read_picture, unit_vectors
 from .transforms import CLASSES, DEPTH, EDGES, NORMALS
 
 SIZE = (448, 576)
+FARTHEST = 100
+"""Metres. No room is as deep, and the camera of these images sees ten: larger numbers are of another unit."""
 NAMES = (
     "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf",
     "picture", "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat",
@@ -44,7 +46,7 @@ KINDS = {"semseg": CLASSES, "depth": DEPTH, "normals": NORMALS, "edge": EDGES}
 
 
 class Nyud(Tree):
-    """Its files."""
+    """The files of NYUD-v2."""
 
     title = "NYUD-v2"
     folder = "NYUDv2"
@@ -65,7 +67,7 @@ class Nyud(Tree):
         if task == "normals":
             return unit_vectors(read_picture(path, "vector"), unknown=0)
         if task == "edge":
-            return (read_picture(path, "grey")[..., None] > 127.5).astype(np.float32)
+            return above_half(path, read_picture(path, "grey"))[..., None].astype(np.float32)
         return _metres(path, read_array(path))
 
 
@@ -75,10 +77,15 @@ def _metres(path: Path, depth: np.ndarray) -> np.ndarray:
         raise DataError(f"{path} holds an array of shape {depth.shape}, expected (height, width)")
     if depth.dtype.kind != "f":
         raise DataError(f"{path} holds {depth.dtype}, expected metres as floating-point numbers")
-    wrong = depth[~((depth >= 0) & np.isfinite(depth))]
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused
+        metres = depth.astype(np.float32)
+    wrong = depth[~((metres >= 0) & (metres <= FARTHEST))]
     if wrong.size:
-        raise DataError(f"{path} holds a depth of {wrong[0]} ({wrong.size} such pixels), expected metres, 0 if unknown")
-    return depth.astype(np.float32)[..., None]
+        raise DataError(
+            f"{path} holds a depth of {wrong[0]} ({wrong.size} such pixels), "
+            f"expected 0 … {FARTHEST} metres, 0 if unknown"
+        )
+    return metres[..., None]
 
 
 def open_data(options: Options) -> Data:

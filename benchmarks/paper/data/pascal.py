@@ -32,7 +32,7 @@ from .. import losses, metrics
 from ..tasks import Task
 from .dataset import Data, DataError, Options
 from .dense import GUIDE, IMAGE, Tree, open_tree
-from .files import Listing, check_classes, check_same_size, picture_size, read_picture, unit_vectors
+from .files import Listing, above_half, check_classes, check_same_size, picture_size, read_picture, unit_vectors
 from .matlab import read_mat
 from .transforms import CLASSES, EDGES, NORMALS, PARTS
 
@@ -84,11 +84,11 @@ KINDS = {"semseg": CLASSES, "parts": PARTS, "saliency": CLASSES, "normals": NORM
 
 
 _SUFFIXES = {IMAGE: "jpg", "parts": "mat", "edge": "mat"}
-"""Of the files that are no PNG."""
+"""Suffixes of the files that are no PNG."""
 
 
 class Pascal(Tree):
-    """Its files."""
+    """The files of PASCAL-Context."""
 
     title = "PASCAL-Context"
     folder = "PASCALContext"
@@ -118,7 +118,7 @@ class Pascal(Tree):
             check_classes(path, classes, len(NAMES), IGNORE)
             return classes
         if task == "saliency":
-            return (read_picture(path, "grey") > 127.5).astype(np.uint8)
+            return above_half(path, read_picture(path, "grey")).astype(np.uint8)
         if task == "normals":
             return unit_vectors(read_picture(path, "vector"), unknown=0)
         if task == "edge":
@@ -143,7 +143,7 @@ def _person_parts(path: Path, anno: Any) -> Iterator[tuple[np.ndarray, int]]:
             kind = np.asarray(thing["class_ind"])
             if kind.size != 1 or kind.dtype.kind not in "iuf":
                 raise DataError(f"{path} holds no number in anno.objects.class_ind, got {thing['class_ind']!r}")
-            if int(kind.item()) != PERSON:
+            if kind.item() != PERSON:
                 continue
             for part in _structs(path, thing["parts"], "anno.objects.parts", ("part_name", "mask")):
                 name = part["part_name"]
@@ -165,6 +165,8 @@ def _map(path: Path, value: Any, name: str) -> np.ndarray:
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "biuf":
         held = f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
         raise DataError(f"{path}: {name} is no array of numbers with two dimensions, got {held}")
+    if not np.isfinite(value).all():
+        raise DataError(f"{path}: {name} holds {int((~np.isfinite(value)).sum())} numbers that are NaN or infinite")
     return value
 
 

@@ -46,7 +46,7 @@ PHOTOGRAPH = "rgb"
 FULL = 2**16
 UNKNOWN_DEPTH = 65535
 CURVATURE_MEAN, CURVATURE_STD = (123.572, 120.1), (31.922, 21.658)
-"""Of the two principal curvatures, in stored units."""
+"""Mean and deviation of the two principal curvatures, in stored units."""
 
 
 def _logarithmic(stored: Tensor) -> Tensor:
@@ -107,23 +107,13 @@ STORED = {
     "S2D": Stored("segment_unsup2d", "grey", 1, _byte),
     "S25D": Stored("segment_unsup25d", "grey", 1, _byte),
 }
-"""Of every task, which is named as in the paper's tables."""
-
-
-def _l1_of_directions() -> metrics.Meter:
-    """L1 of a prediction that is made a unit vector first: what it is trained on, a cosine, leaves its length open."""
-
-    class DirectionL1(metrics.L1Error):
-        def update(self, prediction: Tensor, target: Tensor) -> None:
-            super().update(F.normalize(prediction.float(), dim=1), target)
-
-    return DirectionL1()
+"""How the pictures of every task are stored; tasks are named as in the paper's tables."""
 
 
 def _task(name: str) -> Task:
     channels = STORED[name].channels
     if name == "N":
-        return Task(channels, losses.cosine_loss, _l1_of_directions, "L1", "", True)
+        return Task(channels, losses.cosine_loss, lambda: metrics.DirectionL1(), "L1", "", True)
     if name == "PC":
         return Task(channels, losses.mse_loss, lambda: metrics.RootMeanSquareError(), "RMSE", "", True)
     return Task(channels, losses.l1_loss, lambda: metrics.L1Error(), "L1", "", True)
@@ -170,13 +160,15 @@ class Pictures:
 
     def _names(self, folder: str, building: str, listing: Listing) -> set[str]:
         """Names of the views of a building in a folder, whose files must all end alike."""
-        place = f"{folder}/taskonomy/{building}"
-        parts = [name.partition("_domain_") for name in listing.names(place) if name.endswith(".png")]
+        directory = f"{folder}/taskonomy/{building}"
+        parts = [name.partition("_domain_") for name in listing.names(directory) if name.endswith(".png")]
         suffixes = sorted({mark + domain for _, mark, domain in parts if mark})
         strange = [name for name, mark, _ in parts if not mark]
         if strange or len(suffixes) > 1:
             ends = f"files that end in {named(suffixes)}" if not strange else f"{named(sorted(strange))}"
-            raise DataError(f"{self.root / place} holds {ends}, expected VIEW_domain_NAME.png with one NAME for all")
+            raise DataError(
+                f"{self.root / directory} holds {ends}, expected VIEW_domain_NAME.png with one NAME for all"
+            )
         if suffixes:
             self._suffixes[folder, building] = suffixes[0]
         return {name for name, _, _ in parts}
@@ -214,7 +206,7 @@ class TaskonomyItems:
             folder, what, channels, scale = STORED[name]
             stored = self.pictures.read(folder, what, channels, view)
             check_same_size(
-                self._place(folder, view), stored.shape[1:], self._place(PHOTOGRAPH, view), photograph.shape[1:]
+                self._file(folder, view), stored.shape[1:], self._file(PHOTOGRAPH, view), photograph.shape[1:]
             )
             labels[name] = scale(resize(stored, self.size))
         image = _byte(resize(photograph, self.size))
@@ -224,17 +216,17 @@ class TaskonomyItems:
 
     def check_shape(self, view: View, sides: Sequence[int]) -> None:
         if sides[0] * self.size[1] != sides[1] * self.size[0]:
-            place = self._place(PHOTOGRAPH, view)
+            path = self._file(PHOTOGRAPH, view)
             raise DataError(
-                f"{place} is {pixels(sides)}: it cannot be scaled to size {pixels(self.size)} "
+                f"{path} is {pixels(sides)}: it cannot be scaled to size {pixels(self.size)} "
                 "without being squeezed, choose a size of the same shape"
             )
 
     def check_first(self) -> None:
         """Refuse a size of another shape than the first picture, by its header."""
-        self.check_shape(self.views[0], picture_size(self._place(PHOTOGRAPH, self.views[0])))
+        self.check_shape(self.views[0], picture_size(self._file(PHOTOGRAPH, self.views[0])))
 
-    def _place(self, folder: str, view: View) -> Path:
+    def _file(self, folder: str, view: View) -> Path:
         return self.pictures.root / self.pictures.path(folder, view)
 
 

@@ -43,7 +43,7 @@ class Kind(NamedTuple):
     is_vector: bool = False
     """Its first channel points to the right: it changes sign in a mirror."""
     is_foreground: bool = False
-    """Of an image that shows background only, nothing is known: it is ignored as a whole."""
+    """Where an image shows background only, nothing is known, and it is ignored as a whole."""
 
 
 CLASSES = Kind(IGNORE, torch.int64)

@@ -4,7 +4,9 @@ The root is a text file, or the folder of ``wordnet.tsv``. A line is a gloss, it
 lexicographer file (00 to 44) and its depth below the root of the hierarchy (-1: none), with tabs between them.
 """
 
+import codecs
 import hashlib
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -71,7 +73,7 @@ def open_data(options: Options) -> Data:
     if options.root is None:
         raise ValueError("the data set 'wordnet' needs its root, a file or the folder of wordnet.tsv")
     path = Path(options.root)
-    path = path / "wordnet.tsv" if path.is_dir() else path
+    path = path / "wordnet.tsv" if os.path.isdir(path) else path
     tokenize, vocabulary = (plain, WORDS) if options.tokenizer is None else pretrained(options.tokenizer)
     splits: dict[str, list[tuple[int, int, Gloss]]] = {"train": [], "val": []}
     for line, gloss in enumerate(read_glosses(path)):
@@ -125,7 +127,7 @@ def read_glosses(path: Path) -> list[Gloss]:
         DataError: there is no such file, or a line is none of a gloss.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if not lines[-1]:
@@ -188,5 +190,5 @@ def pretrained(name: str) -> tuple[Tokenize, int]:
         raise ValueError(f"tokenizer {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         raise ValueError(f"tokenizer {name} has no token that fills up texts of different lengths")
-    tokenizer.padding_side = "right"  # the first token stands for the text
+    tokenizer.padding_side = tokenizer.truncation_side = "right"  # the first token stands for the text
     return _Pretrained(tokenizer), len(tokenizer)

@@ -8,13 +8,14 @@ from .classes import Accuracy, MeanIoU
 from .delta import delta_m
 from .edges import EdgeF
 from .meter import Meter
-from .regression import DepthRMSE, L1Error, NormalsError, RootMeanSquareError
+from .regression import DepthRMSE, DirectionL1, L1Error, NormalsError, RootMeanSquareError
 from .saliency import MaxF
 
 __all__ = [
     "Accuracy",
     "BoundaryF",
     "DepthRMSE",
+    "DirectionL1",
     "EdgeF",
     "L1Error",
     "MaxF",

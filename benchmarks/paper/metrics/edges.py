@@ -28,13 +28,13 @@ class EdgeF(Meter):
 
     def _count(self, prediction: Tensor, target: Tensor) -> Tensor:
         truth = target == 1
-        found = (prediction > self._logit) & (target != IGNORE)
-        right, recalled = found & self._near(truth), truth & self._near(found)
-        return torch.stack([right.sum(), found.sum(), recalled.sum(), truth.sum()])
+        predicted = (prediction > self._logit) & (target != IGNORE)
+        right, recalled = predicted & self._near(truth), truth & self._near(predicted)
+        return torch.stack([right.sum(), predicted.sum(), recalled.sum(), truth.sum()])
 
     def compute(self) -> float:
-        right, found, recalled, truth = self._sums.tolist()
-        if found + truth == 0:
+        right, predicted, recalled, truth = self._sums.tolist()
+        if predicted + truth == 0:
             return float("nan")
-        # 2PR / (P + R) with P = right / found, R = recalled / truth, multiplied out: no 0 / 0 when nothing is found
-        return 100 * 2 * right * recalled / max(right * truth + recalled * found, 1)
+        # 2PR / (P + R) with P = right / predicted, R = recalled / truth, multiplied out: no 0 / 0 when nothing is found
+        return 100 * 2 * right * recalled / max(right * truth + recalled * predicted, 1)

@@ -55,7 +55,7 @@ class NormalsError(_Mean):
 
 
 class _Error(_Mean):
-    """Of predictions and targets of the same shape, whichever; elements with target NaN are left out."""
+    """An error of predictions and targets of any one shape; elements with target NaN are left out."""
 
     def __init__(self) -> None:
         super().__init__((), ())
@@ -74,6 +74,16 @@ class L1Error(_Error):
     def _count(self, prediction: Tensor, target: Tensor) -> Tensor:
         valid = ~target.isnan()
         return torch.stack([(prediction - target)[valid].double().abs().sum(), valid.sum()])
+
+
+class DirectionL1(L1Error):
+    """L1 of predictions that are made unit vectors first, for what is trained on a cosine, which leaves lengths open.
+
+    Prediction and target (B, C, ...), whose C components are those of a vector.
+    """
+
+    def _count(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return super()._count(F.normalize(prediction.double(), dim=1), target)
 
 
 class RootMeanSquareError(_Error):

@@ -30,13 +30,13 @@ class MaxF(Meter):
         if self._mode == "invpt":
             probability = probability.sigmoid()
         thresholds = torch.arange(1, 20, dtype=torch.float64, device=prediction.device) / 20
-        found, truth = probability > thresholds[:, None], target[valid] == 1
-        return torch.stack([(found & truth).sum(1), found.sum(1), truth.sum().expand(19)])
+        predicted, truth = probability > thresholds[:, None], target[valid] == 1
+        return torch.stack([(predicted & truth).sum(1), predicted.sum(1), truth.sum().expand(19)])
 
     def compute(self) -> float:
-        right, found, truth = self._sums
-        if truth[0] + found.sum() == 0:
+        right, predicted, truth = self._sums
+        if truth[0] + predicted.sum() == 0:
             return float("nan")
-        # (1 + β²) PR / (β² P + R) with P = right / found, R = right / truth, multiplied out
-        f = (1 + self.BETA2) * right / (self.BETA2 * truth + found).clamp(min=self.BETA2)
+        # (1 + β²) PR / (β² P + R) with P = right / predicted, R = right / truth, multiplied out
+        f = (1 + self.BETA2) * right / (self.BETA2 * truth + predicted).clamp(min=self.BETA2)
         return 100 * f.max().item()
