@@ -58,13 +58,15 @@ def with_heads(network: nn.Module, data: Data) -> dtme.MultiTaskModel:
 def load_backbone(name: str, size: tuple[int, int] | None, vocabulary: int | None) -> nn.Module:
     """A transformers model for images of ``size`` (height, width), or for texts of so many different tokens."""
     import_torchvision()
-    from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTModel
+    from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
     if size is None:
         if name == "small":
             return BertModel(BertConfig(vocab_size=vocabulary, **SMALL_TEXT), add_pooling_layer=False)
-        network = AutoModel.from_pretrained(name)
-        known = network.config.vocab_size
+        network = _pretrained(name)
+        known = getattr(network.config, "vocab_size", None)
+        if known is None:
+            raise ValueError(f"--backbone {name}: {type(network).__name__} takes no texts")
         if vocabulary is not None and vocabulary > known:
             raise ValueError(f"--backbone {name} knows {known} tokens, the texts hold {vocabulary}: see --tokenizer")
         return network
@@ -81,7 +83,7 @@ def load_backbone(name: str, size: tuple[int, int] | None, vocabulary: int | Non
         patch = 16 if name in VIT else SMALL_PATCH
         network = ViTModel(ViTConfig(image_size=size, patch_size=patch, **options), add_pooling_layer=False)
     else:
-        network = AutoModel.from_pretrained(name)
+        network = _pretrained(name)
     patch = getattr(network.config, "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(f"--backbone {name}: {type(network).__name__} has no square patch_size in its config")
@@ -89,6 +91,17 @@ def load_backbone(name: str, size: tuple[int, int] | None, vocabulary: int | Non
         fits = " ".join(str(ceil(side / patch) * patch) for side in size)
         raise ValueError(f"--backbone {name}: patches of {patch} pixels do not tile {size[0]} × {size[1]}, try {fits}")
     return network
+
+
+def _pretrained(name: str) -> nn.Module:
+    """Raises: ValueError: there is no such folder or name, or it holds no model; the message says what was wrong."""
+    from transformers import AutoModel
+
+    try:
+        return AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--backbone {name} cannot be loaded: {reason}") from error
 
 
 def tokens_of(backbone: nn.Module, x: Any) -> Tensor:

@@ -1,18 +1,21 @@
 """What a run's JSON tells beside its metrics."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import dtme
 import dtme_kernels
+from dtme.randomness import put_back
 
 from ...clients import import_torchvision
 from ...kernels.device import facts
-from ..arms import Facts
+from ..arms import Batch, Facts
+from ..tasks import Tasks
 
 try:
     import fcntl
@@ -31,6 +34,23 @@ def conflicts_of(report: dtme.ConflictReport) -> Facts:
         **{name: [None if rate != rate else rate for rate in values.tolist()] for name, values in rates.items()},
         **{f"{name}_counts": int(values.sum()) // 2 for name, values in counts.items()},
     }
+
+
+def what_is_not_finite(model: Any, batches: Iterable[Batch], tasks: Tasks) -> str | None:
+    """The first loss, or gradient of one, that is not finite over some batches, the model as it is evaluated."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    with put_back(model), torch.enable_grad():
+        model.eval()
+        for x, labels in batches:
+            predictions = model(x)
+            for name, task in tasks.items():
+                loss = task.loss(predictions[name], labels[name])
+                if not loss.isfinite():
+                    return f"the loss of {name!r} is {loss.item()}"
+                gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+                if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+                    return f"a gradient of the loss of {name!r} is not finite"
+    return None
 
 
 def run_facts() -> dict[str, str]:
