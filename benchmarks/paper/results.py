@@ -16,7 +16,7 @@ and ``OUT/runs/ARM.seed-0.json``, or ``OUT/runs/ARM.TASK.seed-0.json`` where eac
      "seconds": {"training": s, "analysis": s,   the joint part included, whichever run trained it; of analyses, those
                  "structure": s, "evaluation": s},   that this run made: arms of a seed share the one at the start
      "cpu_seconds": s,                           of all of them together
-     "peak_memory": bytes,                       of the process that ended the run, since it took it up
+     "peak_memory": bytes,                       of the process, while it trained the part that is the arm's own
      "parameters": {"backbone": n, "heads": n, "added": n, "combination": n},
      "structure": {...}, "combination": {...},   facts of the arm, the plan among them
      "conflicts": {"start" | "end": {"blocks": [...], "range": [rate per block], "null": [...], "ranks": [...],

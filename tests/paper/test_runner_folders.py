@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.paper.arms import Arm, Combination
+from benchmarks.paper.arms import Arm, Combination, Plain
 from benchmarks.paper.data import Options, open_data
 from benchmarks.paper.experiments import ARMS
 from benchmarks.paper.results import run_path
@@ -69,6 +70,12 @@ def test_a_damaged_file_of_a_training_is_named(config, tmp_path, content):
 def test_settings_of_a_run_name_the_kind_of_its_device(config):
     """Under torchrun every process has another number, and what rank 0 wrote has to be found done again."""
     assert replace(config, device="cuda:3").settings == replace(config, device="cuda").settings
+
+
+def test_a_run_that_another_process_ended_meanwhile_is_not_run_again(config, tmp_path):
+    """A worker may outlive its parent, and end its run while that of the next parent waits for it."""
+    content, told = run(config, tmp_path), []
+    assert run(config, tmp_path, tell=lambda what, at: told.append(what)) == content and told == []
 
 
 # ---- a model that has diverged
@@ -222,3 +229,27 @@ def test_steps_that_were_there_say_nothing_of_the_time_that_is_left(config, tmp_
     assert schedule._bar.n == 310 and schedule._bar.initial == 300
     rate = schedule._bar.format_dict["rate"]
     assert rate is not None and rate < 2  # a second or so each, not 300 at once
+
+
+class Greedy(Plain):
+    """Needs much memory for a moment, before the training."""
+
+    def apply(self, setting):
+        torch.ones(100_000_000)
+        return super().apply(setting)
+
+
+class GreedyStep(Combination):
+    """Needs much memory in a step."""
+
+    def backward(self, model, losses):
+        torch.ones(100_000_000)
+        super().backward(model, losses)
+
+
+def test_peak_memory_is_that_of_the_arms_own_training(config, tmp_path):
+    """An analysis or the joint part, which the first arm of a seed makes for all, would make it look expensive."""
+    arms = {"plain": Arm(""), "before": Arm("", Greedy), "in": Arm("", combination=GreedyStep)}
+    arms["again"] = arms["plain"]  # after a run that needed much
+    peaks = {name: RunOfArm(config, arm, Workplace(tmp_path / name)).run()["peak_memory"] for name, arm in arms.items()}
+    assert max(peaks["before"], peaks["again"]) - peaks["plain"] < 200e6 < 300e6 < peaks["in"] - peaks["plain"]

@@ -28,9 +28,9 @@ class Config:
     steps: int = 600
     batch: int = 16
     lr: float = 1e-3
-    """Of the arm, at the first step of the part that is its own."""
+    """Of the part of the training that is the arm's own, as the polynomial would have it at step 0."""
     trunk_lr: float = 1e-3
-    """Of the joint training before that, which arms of a seed share."""
+    """Likewise, of the joint training before that, which arms of a seed share."""
     weight_decay: float = 1e-6
     expand_at: float = 0.25
     """After what share of the steps an arm's structure is applied, if the arm says nothing else."""

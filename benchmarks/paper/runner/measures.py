@@ -1,5 +1,7 @@
 """What a run's JSON tells beside its metrics."""
 
+import ctypes
+import gc
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,7 +64,13 @@ def run_facts() -> dict[str, str]:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Of this process on a CPU; where the system cannot forget a peak, it is that of all runs of the process so far."""
+    """Of this process on a CPU; where the system cannot forget a peak, it is that of all runs of the process so far.
+
+    What earlier runs have left behind is given back first, as far as it can be.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of the GNU library: else it keeps what was freed
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -18,7 +18,7 @@ from dtme.files import write_beside
 from ..arms import Arm, Combination, Facts, Setting
 from ..data import open_data
 from ..models import build
-from ..results import FORMAT, Run, run_path
+from ..results import FORMAT, Run, read_run, run_path
 from .batches import InOrder, items_to_read, splits, training_batches
 from .config import Config
 from .measures import (
@@ -29,6 +29,7 @@ from .measures import (
     run_facts,
     what_is_not_finite,
 )
+from .schedule import is_done
 from .together import rank_and_world, share_buffers
 from .training import Diverged, Training
 
@@ -92,6 +93,7 @@ class RunOfArm:
                 model.backbone, {self.config.task: model.heads[self.config.task]}, features=model.features
             )
         training = Training(model.to(self.config.device), combination, self.config.steps, self.config.seed)
+        training.facts["peak_memory"] = 0
         training.facts["parameters"] = {
             name: sum(p.numel() for p in part.parameters())
             for name, part in (("backbone", model.backbone), ("heads", model.heads))
@@ -117,9 +119,10 @@ class RunOfArm:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Run:
-        reset_peak_memory(self.config.device)
         torch.set_num_threads(self.config.threads)
-        with self._alone(self.place.checkpoint(self.config)):  # a worker whose parent was killed may be at it still
+        with self._alone(self.place.checkpoint(self.config)):  # a worker whose parent was killed may be at it still,
+            if self.world == 1 and is_done(self.config, self.place.out):  # and have ended it meanwhile
+                return read_run(run_path(self.place.out, self.config.name))
             return self._run()
 
     def _run(self) -> Run:
@@ -189,6 +192,7 @@ class RunOfArm:
                     training.model, training.facts["structure"] = self.arm.structure().apply(setting)
             training.model.to(self.config.device)
         training.train_with(self.config.lr, self.config.weight_decay)
+        training.facts["peak_memory"] = 0  # not that of the joint part, which another run may have trained
 
     @contextmanager
     def _or_diverged(self, training: Training) -> Iterator[None]:
@@ -247,6 +251,10 @@ class RunOfArm:
     def _train(self, training: Training, last: int, checkpoint: Path, decisive: dict[str, Any], writer: Any) -> None:
         """Up to step ``last``, saved every so many seconds and when it has to stop."""
         saved = time.monotonic()
+        reset_peak_memory(self.config.device)
+
+        def keep_peak() -> None:
+            training.facts["peak_memory"] = max(training.facts["peak_memory"], peak_memory(self.config.device))
 
         def each(training: Training) -> None:
             nonlocal saved
@@ -256,6 +264,7 @@ class RunOfArm:
                     writer.add_scalar(f"loss/{name}", loss, training.step)
             stops = self.place.stop()
             if stops or (time.monotonic() - saved > self.place.save_every and training.step < last):
+                keep_peak()
                 if self.rank == 0:
                     training.save(checkpoint, decisive)
                 saved = time.monotonic()
@@ -263,6 +272,7 @@ class RunOfArm:
                 raise Stopped
 
         training.run(self._batches(training.step, last), self._tasks, each)
+        keep_peak()
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
@@ -308,7 +318,7 @@ class RunOfArm:
             "settings": self.config.settings | {"lr": self.config.lr, "branch": self.branch, "processes": self.world},
             "facts": run_facts(),
             "metrics": metrics,
-            "peak_memory": peak_memory(self.config.device),
+            "peak_memory": training and training.facts["peak_memory"],
             "conflicts": conflicts,
         }
         if training is None:  # diverged before the arm began
