@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,14 +214,16 @@ class Schedule:
             tqdm.write(f"{worker.config.name} failed: {failed}")
 
     def _count(self, worker: _Worker, step: int, is_there: bool = False) -> None:
-        """Steps that were there, or that nobody trains any more, are done and say nothing of how long others take."""
-        more = step - worker.steps
-        if more <= 0:
-            return
-        worker.steps = step
+        """Steps that were there, or that nobody trains any more, are done and say nothing of how long others take.
+
+        Nor does the time until then, in which a worker started, read data or applied a structure.
+        """
+        more = max(0, step - worker.steps)
+        worker.steps += more
         if not is_there:
             self._bar.update(more)
             return
+        self._bar.last_print_t = time.time()
         self._bar.initial += more
         self._bar.last_print_n += more
         self._bar.n += more
