@@ -13,7 +13,10 @@ and ``OUT/runs/ARM.seed-0.json``, or ``OUT/runs/ARM.TASK.seed-0.json`` where eac
      "facts": {"device", "torch", "commit", "transformers", "dtme", ...},
      "metrics": {task: number or null},          at the last step, on the validation split; null where not defined
      "losses": {task: [mean of every tenth part of the training]},
-     "seconds": {"training": s, "structure": s, "evaluation": s}, "cpu_seconds": s, "peak_memory": bytes,
+     "seconds": {"training": s, "analysis": s,   the joint part included, whichever run trained it; of analyses, those
+                 "structure": s, "evaluation": s},   that this run made: arms of a seed share the one at the start
+     "cpu_seconds": s,                           of all of them together
+     "peak_memory": bytes,                       of the process, while it trained the part that is the arm's own
      "parameters": {"backbone": n, "heads": n, "added": n, "combination": n},
      "structure": {...}, "combination": {...},   facts of the arm, the plan among them
      "conflicts": {"start" | "end": {"blocks": [...], "range": [rate per block], "null": [...], "ranks": [...],
@@ -56,10 +59,14 @@ def read_experiment(out: Path) -> dict[str, Any]:
     return _checked(path, read_json(path))
 
 
+def read_run(path: Path) -> Run:
+    return _checked(path, read_json(path))
+
+
 def read_runs(out: Path) -> Iterator[Run]:
     """All runs of a folder that ended, in the order of their names."""
     for path in sorted((out / "runs").glob("*.json")):
-        yield _checked(path, read_json(path))
+        yield read_run(path)
 
 
 def _checked(path: Path, content: Any) -> dict[str, Any]:

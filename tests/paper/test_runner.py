@@ -229,13 +229,13 @@ def test_a_full_disk_is_named_and_loses_nothing(config, tmp_path):
 
 def test_a_training_is_saved_whole_or_not_at_all(config, tmp_path):
     training = Training(torch.nn.Linear(400, 400), Combination(config.options.tasks), 4, 0)
-    training.save(tmp_path / "a.pt")
+    training.save(tmp_path / "a.pt", {})
     before, limits = (tmp_path / "a.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         with pytest.raises(OSError, match="File too large"):
-            training.save(tmp_path / "a.pt")
+            training.save(tmp_path / "a.pt", {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

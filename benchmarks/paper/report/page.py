@@ -69,7 +69,8 @@ def _arms(comparison: Comparison, pictures: list[str]) -> str:
     reading = tables.READING.format(baseline=base)
     cost = (
         " Added parameters are beyond the backbone and the heads, in brackets in % of these; seconds of training are "
-        "those of one seed, without the analysis that chooses a structure and without evaluation."
+        "those of one seed, without the analysis that chooses a structure and without evaluation; memory is that of "
+        "the device, or of the whole process on a CPU, during the part of the training that is the arm's own."
     )
     return _section(
         "Arms",

@@ -99,5 +99,5 @@ def times_sentence(folder: Folder) -> str:
     total = times(folder)
     return (
         f"{total['runs']} runs took {duration(total['wall'])} of wall time, each counted by itself though some may "
-        f"have run at once, and {duration(total['cpu'])} of CPU time."
+        f"have run at once or share their joint part, and {duration(total['cpu'])} of CPU time."
     )

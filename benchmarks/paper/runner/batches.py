@@ -1,6 +1,7 @@
 """Which items make the batch of a step: a function of the seed and the step alone."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import Item, Items
+from ..data import Data, Item, Items
 from .config import Config
 
 Key = tuple[int, int | None]
@@ -54,6 +55,25 @@ def training_batches(
     loader = DataLoader(items, batch_sampler=sampler, num_workers=workers)  # type: ignore[arg-type]
     for batch in loader:
         yield moved(batch, config.device)
+
+
+def splits(data: Data, config: Config) -> Data:
+    """The splits that a run trains and validates on; where a share is held out, both are of the training items.
+
+    Raises:
+        ValueError: one is empty, or the training split has no whole batch.
+    """
+    for name, split in (("training", data.train), ("validation", data.val)):
+        if not len(split):
+            raise ValueError(f"the {name} split of {config.data} is empty")
+    if config.held_out:
+        count = len(data.train)
+        kept = count - max(1, round(config.held_out * count))
+        data = replace(data, train=Part(data.train, range(kept)), val=Part(data.train, range(kept, count)))
+    if len(data.train) < config.batch:
+        left = ", the held-out ones left out" if config.held_out else ""
+        raise ValueError(f"--batch {config.batch} is more than the {len(data.train)} training items{left}")
+    return data
 
 
 class InOrder:

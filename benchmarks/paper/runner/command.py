@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from dtme.files import write_beside
 from ..data import DATA_SETS, Data, Options, open_data
 from ..decoders import DECODERS
 from ..experiments import ARMS, EXPERIMENTS
-from ..results import FORMAT, read_json
-from .config import Config
+from ..models import build
+from ..results import FORMAT, read_json, read_runs
+from .batches import InOrder, splits
+from .config import Config, differences
 from .one import RunOfArm, Workplace
-from .schedule import RunError, Schedule, claimed, differences, in_turn, is_done
+from .schedule import RunError, Schedule, claimed, in_turn, is_done
 from .together import joined
-from .tune import Tuner, label
+from .tune import FIRST_SEED, HELD_OUT, JOINT, Tuner, label
+from .worker import what_happened
 
 PRETRAINED_LR = 5e-5
 SMALL_LR = 1e-3
@@ -90,8 +94,12 @@ def run(args: argparse.Namespace) -> int:
                 return run_together(args, device)
         with claimed(args.out):
             return run_apart(args)
-    except (RunError, ValueError) as error:
+    except RunError as error:
         raise SystemExit(str(error)) from error
+    except ValueError as error:  # of a library, it may be of many lines
+        raise SystemExit(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise SystemExit(what_happened(error)) from error
     except KeyboardInterrupt:
         return 130
 
@@ -103,10 +111,14 @@ def run_apart(args: argparse.Namespace) -> int:
     place = place_of(args)
     tuner = Tuner(base, data.tasks, args.out, args.tune_seeds, args.jobs, place)
     tuned = tuner.known()
-    check_settings(args, base, arms, data)
+    check_folder(args, base, runs_of(arms, data), tuned)
+    check_fit(base, data)
+    if args.tune:
+        check_fit(replace(base, held_out=HELD_OUT), data)
+    write_experiment(args, base, arms, data, tuned)  # before anything is trained whose settings it tells
     if args.tune:
         tuned = tuner.tune(runs_of(arms, data))
-    write_experiment(args, base, arms, data, tuned)
+        write_experiment(args, base, arms, data, tuned)
     configs = configs_of(args, base, arms, data, tuned)
     schedule = Schedule(in_turn(configs, args.jobs), args.out, jobs=args.jobs, place=place, title=args.experiment)
     schedule.run()
@@ -125,7 +137,7 @@ def run_together(args: argparse.Namespace, device: str) -> int:
     dist.barrier()
     data = open_data(base.data, base.options)
     tuned = Tuner(base, data.tasks, args.out, 1, 1, {}).known()
-    check_settings(args, base, arms, data)
+    check_folder(args, base, runs_of(arms, data), tuned)
     dist.barrier()
     if rank == 0:
         write_experiment(args, base, arms, data, tuned)
@@ -142,16 +154,30 @@ def run_together(args: argparse.Namespace, device: str) -> int:
 # --- what the options mean --------------------------------------------------------------------------------------------
 
 
-def config_of(args: argparse.Namespace) -> Config:
-    """What all runs have in common."""
-    for name in ("seeds", "steps", "batch", "read", "jobs", "threads", "tune_seeds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+def check_options(args: argparse.Namespace) -> None:
+    """Raises: ValueError: an option is out of its range."""
+    least = dict.fromkeys(("seeds", "steps", "batch", "read", "jobs", "threads", "tune_seeds", "num_tokens"), 1)
+    least |= dict.fromkeys(("weight_decay", "save_every", "loader_workers"), 0)
+    for name, limit in least.items():
+        if not limit <= getattr(args, name) < inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {limit}, got {getattr(args, name)}")
+    if args.seeds > FIRST_SEED:
+        raise ValueError(f"--seeds must be at most {FIRST_SEED}, where those of tuning begin, got {args.seeds}")
     if not 0 <= args.expand_at < 1:
         raise ValueError(f"--expand-at must be in [0, 1), got {args.expand_at}")
+    for name in ("modulation", "expansion"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} must be in [0, 1], got {getattr(args, name)}")
+    if args.lr is not None and not 0 < args.lr < inf:
+        raise ValueError(f"--lr must be positive, got {args.lr}")
     if args.size is not None and len(args.size) > 2:
         raise ValueError(f"--size takes one side, or height and width, got {args.size}")
-    lr = args.lr or (SMALL_LR if args.backbone == "small" else PRETRAINED_LR)
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """What all runs have in common."""
+    check_options(args)
+    lr = args.lr if args.lr is not None else (SMALL_LR if args.backbone == "small" else PRETRAINED_LR)
     is_text = args.data == "wordnet"
     own = args.backbone if is_text and args.backbone != "small" else None
     options = Options(
@@ -210,28 +236,59 @@ def runs_of(arms: Sequence[str], data: Data) -> list[tuple[str, str | None]]:
 def configs_of(
     args: argparse.Namespace, base: Config, arms: Sequence[str], data: Data, tuned: dict[str, Any]
 ) -> list[Config]:
-    joint = tuned.get("joint", {}).get("lr", base.lr)
-    configs = []
-    for seed in range(args.seeds):
-        for arm, task in runs_of(arms, data):
-            lr = tuned.get(label(arm, task), {}).get("lr", joint)
-            configs.append(replace(base, arm=arm, task=task, seed=seed, lr=lr, trunk_lr=joint if task is None else lr))
-    return configs
+    return [config_of_run(base, *run, seed, tuned) for seed in range(args.seeds) for run in runs_of(arms, data)]
 
 
-def check_settings(args: argparse.Namespace, base: Config, arms: Sequence[str], data: Data) -> None:
-    """Before anything is written: a folder holds one experiment's settings.
+def config_of_run(base: Config, arm: str, task: str | None, seed: int, tuned: dict[str, Any]) -> Config:
+    """At the rates that were tuned, if any were; the joint part at that of the joint training."""
+    joint = tuned.get(JOINT, {}).get("lr", base.lr)
+    lr = tuned.get(label(arm, task), {}).get("lr", joint)
+    return replace(base, arm=arm, task=task, seed=seed, lr=lr, trunk_lr=joint if task is None else lr)
+
+
+def check_folder(
+    args: argparse.Namespace, base: Config, runs: Sequence[tuple[str, str | None]], tuned: dict[str, Any]
+) -> None:
+    """Before anything is written: a folder holds one experiment's settings, and its arms are all tuned, or none is.
 
     Raises:
-        ValueError: what is there was run with others.
+        ValueError: what is there was run with other settings or rates than it would be now, those of runs that this
+            command leaves alone included: arms are compared with them.
     """
     path = args.out / "experiment.json"
-    if not path.exists():
-        return
-    was = read_json(path)
-    now = json.loads(json.dumps(common_settings(base)))
-    if other := differences(was.get("settings", {}), now):
-        raise ValueError(f"{args.out} holds runs with another {other}: name another --out")
+    if path.exists():
+        was = read_json(path)
+        now = common_settings(base) | {"lr": base.lr}
+        if other := differences(was.get("settings", {}) | {"lr": was.get("lr")}, now):
+            raise ValueError(f"{args.out} holds runs with another {other}: name another --out")
+    there = [(run["arm"], run["task"], run["seed"]) for run in read_runs(args.out)]
+    if args.tune and (other := [label(arm, task) for arm, task, _ in there if label(arm, task) not in tuned]):
+        raise ValueError(f"{args.out} holds runs of {other[0]} at a rate that was not tuned: name another --out")
+    if tuned and not args.tune and (other := [label(*run) for run in runs if label(*run) not in tuned]):
+        raise ValueError(f"the rates in {args.out} are tuned, but not that of {other[0]}: add --tune")
+    for arm, task, seed in there:
+        is_done(config_of_run(base, arm, task, seed, tuned), args.out)
+
+
+def check_fit(base: Config, data: Data) -> None:
+    """The backbone runs on two items of the data, here once rather than in every run.
+
+    Raises:
+        ValueError: it does not, or the batch is too large for the data, or the device is not there.
+    """
+    data = splits(data, base)
+    if base.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {base.device}: torch sees no such device")
+    model = build(data, base.backbone, base.seed).eval()
+    indices = range(min(2, len(data.val)))
+    try:
+        with torch.no_grad():
+            for x, labels in InOrder(data.val, indices, len(indices), "cpu"):
+                for name, prediction in model(x).items():
+                    data.tasks[name].loss(prediction, labels[name])
+    except (RuntimeError, TypeError, IndexError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--backbone {base.backbone} does not run on --data {base.data}: {reason}") from error
 
 
 def common_settings(base: Config) -> dict[str, Any]:

@@ -1,11 +1,18 @@
 """What decides a run, to the bit."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..data import Options
 from ..results import run_name
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Of settings, in words; empty where all of ``now`` are the same."""
+    other = [name for name in now if was.get(name) != now[name]]
+    return ", ".join(f"{name} ({was.get(name)!r} there, {now[name]!r} now)" for name in other)
 
 
 @dataclass(frozen=True)
@@ -22,9 +29,9 @@ class Config:
     steps: int = 600
     batch: int = 16
     lr: float = 1e-3
-    """Of the arm, at the first step of the part that is its own."""
+    """Of the part of the training that is the arm's own, as the polynomial would have it at step 0."""
     trunk_lr: float = 1e-3
-    """Of the joint training before that, which arms of a seed share."""
+    """Likewise, of the joint training before that, which arms of a seed share."""
     weight_decay: float = 1e-6
     expand_at: float = 0.25
     """After what share of the steps an arm's structure is applied, if the arm says nothing else."""
@@ -49,9 +56,11 @@ class Config:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As JSON holds it, without what differs between the runs of an experiment."""
+        """As JSON holds it, without what differs between the runs of an experiment. Of a device, its kind: the number
+        is the process's."""
         left_out = ("arm", "seed", "task", "lr", "variant")
         values = {name: value for name, value in self.as_dict().items() if name not in left_out}
+        values["device"] = self.device.partition(":")[0]
         values["options"] = {k: v for k, v in values["options"].items() if k != "cache" and v is not None}
         return values
 
@@ -60,6 +69,8 @@ class Config:
         options = values["options"]
         for path in ("root", "cache"):
             options[path] = None if options[path] is None else str(options[path])
+        for several in ("tasks", "size"):
+            options[several] = None if options[several] is None else list(options[several])
         return values
 
     @classmethod

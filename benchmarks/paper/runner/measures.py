@@ -1,18 +1,23 @@
 """What a run's JSON tells beside its metrics."""
 
+import ctypes
+import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import dtme
 import dtme_kernels
+from dtme.randomness import put_back
 
 from ...clients import import_torchvision
 from ...kernels.device import facts
-from ..arms import Facts
+from ..arms import Batch, Facts
+from ..tasks import Tasks
 
 try:
     import fcntl
@@ -33,6 +38,23 @@ def conflicts_of(report: dtme.ConflictReport) -> Facts:
     }
 
 
+def what_is_not_finite(model: Any, batches: Iterable[Batch], tasks: Tasks) -> str | None:
+    """The first loss, or gradient of one, that is not finite over some batches, the model as it is evaluated."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    with put_back(model), torch.enable_grad():
+        model.eval()
+        for x, labels in batches:
+            predictions = model(x)
+            for name, task in tasks.items():
+                loss = task.loss(predictions[name], labels[name])
+                if not loss.isfinite():
+                    return f"the loss of {name!r} is {loss.item()}"
+                gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+                if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+                    return f"a gradient of the loss of {name!r} is not finite"
+    return None
+
+
 def run_facts() -> dict[str, str]:
     """What a figure is worth nothing without."""
     import_torchvision()
@@ -42,7 +64,13 @@ def run_facts() -> dict[str, str]:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Of this process on a CPU; where the system cannot forget a peak, it is that of all runs of the process so far."""
+    """Of this process on a CPU; where the system cannot forget a peak, it is that of all runs of the process so far.
+
+    What earlier runs have left behind is given back first, as far as it can be.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of the GNU library: else it keeps what was freed
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

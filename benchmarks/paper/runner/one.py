@@ -4,8 +4,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,20 @@ import dtme
 from dtme.files import write_beside
 
 from ..arms import Arm, Combination, Facts, Setting
-from ..data import Data, open_data
+from ..data import open_data
 from ..models import build
-from ..results import FORMAT, Run, run_path
-from .batches import InOrder, Part, items_to_read, training_batches
+from ..results import FORMAT, Run, read_run, run_path
+from .batches import InOrder, items_to_read, splits, training_batches
 from .config import Config
-from .measures import conflicts_of, one_at_a_time, peak_memory, reset_peak_memory, run_facts
+from .measures import (
+    conflicts_of,
+    one_at_a_time,
+    peak_memory,
+    reset_peak_memory,
+    run_facts,
+    what_is_not_finite,
+)
+from .schedule import is_done
 from .together import rank_and_world, share_buffers
 from .training import Diverged, Training
 
@@ -62,7 +70,7 @@ class RunOfArm:
         share = config.expand_at if arm.start is None else arm.start
         self.branch = 0 if config.task or self._trains_otherwise else round(share * config.steps)
         """The step at which the arm leaves the joint training that arms of a seed share."""
-        self.data = self._open()
+        self.data = splits(open_data(config.data, config.options), config)
         if self.world > 1:
             reason = arm.combination(self.data.tasks).one_device_only
             if reason:
@@ -77,20 +85,6 @@ class RunOfArm:
 
     # --- data and model ----------------------------------------------------------------------------------------------
 
-    def _open(self) -> Data:
-        data, share = open_data(self.config.data, self.config.options), self.config.held_out
-        for name, split in (("training", data.train), ("validation", data.val)):
-            if not len(split):
-                raise ValueError(f"the {name} split of {self.config.data} is empty")
-        if share:
-            kept = len(data.train) - max(1, round(share * len(data.train)))
-            data = replace(
-                data, train=Part(data.train, range(kept)), val=Part(data.train, range(kept, len(data.train)))
-            )
-        if len(data.train) < self.config.batch:
-            raise ValueError(f"--batch {self.config.batch} is more than the {len(data.train)} training items")
-        return data
-
     def _begun(self, combination: Combination) -> Training:
         """A training before its first step: untrained heads on the backbone; a task alone has the same head."""
         model = build(self.data, self.config.backbone, self.config.seed, self.config.decoder)
@@ -99,6 +93,7 @@ class RunOfArm:
                 model.backbone, {self.config.task: model.heads[self.config.task]}, features=model.features
             )
         training = Training(model.to(self.config.device), combination, self.config.steps, self.config.seed)
+        training.facts["peak_memory"] = 0
         training.facts["parameters"] = {
             name: sum(p.numel() for p in part.parameters())
             for name, part in (("backbone", model.backbone), ("heads", model.heads))
@@ -124,9 +119,10 @@ class RunOfArm:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Run:
-        reset_peak_memory(self.config.device)
         torch.set_num_threads(self.config.threads)
-        with self._alone(self.place.checkpoint(self.config)):  # a worker whose parent was killed may be at it still
+        with self._alone(self.place.checkpoint(self.config)):  # a worker whose parent was killed may be at it still,
+            if self.world == 1 and is_done(self.config, self.place.out):  # and have ended it meanwhile
+                return read_run(run_path(self.place.out, self.config.name))
             return self._run()
 
     def _run(self) -> Run:
@@ -135,8 +131,9 @@ class RunOfArm:
         training = self._resumed()
         try:
             if training is None:
-                training = self._branched()
-            self._train(training, self.config.steps, self.place.checkpoint(self.config), writer)
+                training = self._shared()
+                self._build(training)
+            self._train(training, self.config.steps, self.place.checkpoint(self.config), self._decisive, writer)
             self.place.tell("evaluating", training.step)
             with training.timed("evaluation"):
                 metrics = self.evaluate(training.model)
@@ -150,33 +147,63 @@ class RunOfArm:
             text = json.dumps(content, indent=1) + "\n"
             write_beside(path, lambda beside: beside.write_text(text))
             self.place.checkpoint(self.config).unlink(missing_ok=True)
+        if writer is not None:
+            writer.close()
         return content
 
     def _resumed(self) -> Training | None:
         path = self.place.checkpoint(self.config)
         if not path.exists():
             return None
-        self.place.tell("going on", 0)
-        return Training.load(path, self.config.device)
+        training = Training.load(path, self.config.device, self._decisive)
+        self.place.tell("going on", training.step)
+        return training
 
-    def _branched(self) -> Training:
-        """The joint training of the seed up to where the arm leaves it, there given the arm's structure."""
+    @property
+    def _decisive(self) -> dict[str, Any]:
+        """Settings of what is saved of the arm's own part."""
+        own = {name: getattr(self.config, name) for name in ("arm", "task", "seed", "lr")}
+        return self.config.settings | own | {"processes": self.world}
+
+    @property
+    def _decisive_of_trunk(self) -> dict[str, Any]:
+        """Settings of what is saved of the joint part, which the arms share."""
+        return self.config.settings | {"seed": self.config.seed, "processes": self.world}
+
+    def _shared(self) -> Training:
+        """The joint training of the seed up to where the arm leaves it, or a training before its first step."""
         if self.branch == 0:
-            training = self._begun(self._combination())
-        else:
-            training = self._trunk()
-            training.combination = self._combination()
+            return self._begun(self._combination())
+        training = self._trunk()
+        training.combination = self._combination()
+        return training
+
+    def _build(self, training: Training) -> None:
+        """Give a training the arm's structure and its learning rate."""
         self.place.tell("building", training.step)
         if self.config.task is None:  # a task alone has no conflicts, and nothing to share
             setting = self._setting(training)
-            with self._alone(setting.file), training.timed("structure"):
+            with self._alone(setting.file), self._or_diverged(training):
                 if self.config.conflicts and not self._trains_otherwise:
-                    training.facts["start"] = conflicts_of(setting.report)
-                torch.manual_seed(self.config.seed)  # what is added starts from draws
-                training.model, training.facts["structure"] = self.arm.structure().apply(setting)
+                    with training.timed("analysis"):
+                        training.facts["start"] = conflicts_of(setting.report)
+                with training.timed("structure"):
+                    torch.manual_seed(self.config.seed)  # what is added starts from draws
+                    training.model, training.facts["structure"] = self.arm.structure().apply(setting)
             training.model.to(self.config.device)
         training.train_with(self.config.lr, self.config.weight_decay)
-        return training
+        training.facts["peak_memory"] = 0  # not that of the joint part, which another run may have trained
+
+    @contextmanager
+    def _or_diverged(self, training: Training) -> Iterator[None]:
+        """Analyses refuse numbers that are not finite. Where it is the model that makes them, it has diverged."""
+        try:
+            yield
+        except ValueError as error:
+            what = what_is_not_finite(training.model, self._to_read(), self._tasks)
+            if what is None:
+                raise
+            raise Diverged(f"{what} after {training.step} steps") from error
 
     def _combination(self) -> Any:
         return self.arm.combination(self._tasks).to(self.config.device)
@@ -208,21 +235,26 @@ class RunOfArm:
             if not path.exists():
                 unfinished = path.with_suffix(".part.pt")
                 if unfinished.exists():
-                    training = Training.load(unfinished, self.config.device)
+                    training = Training.load(unfinished, self.config.device, self._decisive_of_trunk)
+                    self.place.tell("going on", training.step)
                 else:
                     training = self._begun(Combination(self._tasks))
                     training.train_with(self.config.trunk_lr, self.config.weight_decay)
-                self._train(training, self.branch, unfinished, None)
+                self._train(training, self.branch, unfinished, self._decisive_of_trunk, None)
                 if self.rank == 0:
-                    training.save(path)
+                    training.save(path, self._decisive_of_trunk)
                     unfinished.unlink(missing_ok=True)
         if self.world > 1:
             dist.barrier()
-        return Training.load(path, self.config.device)
+        return Training.load(path, self.config.device, self._decisive_of_trunk)
 
-    def _train(self, training: Training, last: int, checkpoint: Path, writer: Any) -> None:
+    def _train(self, training: Training, last: int, checkpoint: Path, decisive: dict[str, Any], writer: Any) -> None:
         """Up to step ``last``, saved every so many seconds and when it has to stop."""
         saved = time.monotonic()
+        reset_peak_memory(self.config.device)
+
+        def keep_peak() -> None:
+            training.facts["peak_memory"] = max(training.facts["peak_memory"], peak_memory(self.config.device))
 
         def each(training: Training) -> None:
             nonlocal saved
@@ -232,13 +264,15 @@ class RunOfArm:
                     writer.add_scalar(f"loss/{name}", loss, training.step)
             stops = self.place.stop()
             if stops or (time.monotonic() - saved > self.place.save_every and training.step < last):
+                keep_peak()
                 if self.rank == 0:
-                    training.save(checkpoint)
+                    training.save(checkpoint, decisive)
                 saved = time.monotonic()
             if stops:
                 raise Stopped
 
         training.run(self._batches(training.step, last), self._tasks, each)
+        keep_peak()
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
@@ -269,7 +303,8 @@ class RunOfArm:
             return {"start": start} if start else {}
         self.place.tell("analysing", training.step)
         losses = {name: task.loss for name, task in self._tasks.items()}
-        report = dtme.analyze(training.model, self._to_read(), losses, progress=False)
+        with training.timed("analysis"), self._or_diverged(training):
+            report = dtme.analyze(training.model, self._to_read(), losses, progress=False)
         return ({"start": start} if start else {}) | {"end": conflicts_of(report)}
 
     def _json(self, training: Training | None, status: str, reason: str | None, metrics: Any, conflicts: Any) -> Run:
@@ -283,7 +318,7 @@ class RunOfArm:
             "settings": self.config.settings | {"lr": self.config.lr, "branch": self.branch, "processes": self.world},
             "facts": run_facts(),
             "metrics": metrics,
-            "peak_memory": peak_memory(self.config.device),
+            "peak_memory": training and training.facts["peak_memory"],
             "conflicts": conflicts,
         }
         if training is None:  # diverged before the arm began

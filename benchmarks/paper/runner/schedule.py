@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import IO, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..results import read_json, run_path
-from .config import Config
+from ..results import read_run, run_path
+from .config import Config, differences
 from .measures import fcntl
 
 PATIENCE = 60.0
@@ -45,12 +46,6 @@ def claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Of settings, in words; empty where all of ``now`` are the same."""
-    other = [name for name in now if was.get(name) != now[name]]
-    return ", ".join(f"{name} ({was.get(name)!r} there, {now[name]!r} now)" for name in other)
-
-
 def is_done(config: Config, out: Path) -> bool:
     """Whether the run's JSON is there.
 
@@ -60,9 +55,7 @@ def is_done(config: Config, out: Path) -> bool:
     path = run_path(out, config.name)
     if not path.exists():
         return False
-    was = read_json(path).get("settings", {})
-    now = json.loads(json.dumps(config.settings | {"lr": config.lr}))
-    if other := differences(was, now):
+    if other := differences(read_run(path).get("settings", {}), config.settings | {"lr": config.lr}):
         raise ValueError(f"{path} was run with another {other}. Remove it, or name another --out")
     return True
 
@@ -199,7 +192,8 @@ class Schedule:
                 workers[workers.index(worker)] = self._start(worker.number)
             return
         if event["event"] == "step":
-            self._count(worker, event["step"])
+            is_there = event["what"] in ("going on", "building")  # steps of earlier, or that another run trained
+            self._count(worker, event["step"], is_there)
             self._bar.set_postfix_str(f"{self.done} of {self.total} runs, {config.name} {event['what']}")
             return
         if event["event"] == "done":
@@ -213,16 +207,27 @@ class Schedule:
 
     def _finish(self, worker: _Worker, failed: str | None = None) -> None:
         assert worker.config is not None
-        self._count(worker, worker.config.steps)
+        self._count(worker, worker.config.steps, True)
         self.done += 1
         if failed is not None:
             self.failed[worker.config.name] = failed
             tqdm.write(f"{worker.config.name} failed: {failed}")
 
-    def _count(self, worker: _Worker, step: int) -> None:
-        if step > worker.steps:
-            self._bar.update(step - worker.steps)
-            worker.steps = step
+    def _count(self, worker: _Worker, step: int, is_there: bool = False) -> None:
+        """Steps that were there, or that nobody trains any more, are done and say nothing of how long others take.
+
+        Nor does the time until then, in which a worker started, read data or applied a structure.
+        """
+        more = max(0, step - worker.steps)
+        worker.steps += more
+        if not is_there:
+            self._bar.update(more)
+            return
+        self._bar.last_print_t = time.time()
+        self._bar.initial += more
+        self._bar.last_print_n += more
+        self._bar.n += more
+        self._bar.refresh()
 
     def _stop(self, workers: Sequence[_Worker]) -> None:
         """Ask all to save and end; nobody waits for one that does not."""

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dtme.files import write_beside
 
 from ..arms import Batch, Combination
 from ..tasks import Tasks
+from .config import differences
 from .together import average_gradients
 
 POWER = 0.9
@@ -37,6 +38,8 @@ class Training:
     def __init__(self, model: nn.Module, combination: Combination, steps: int, seed: int) -> None:
         self.model, self.combination = model, combination
         self.steps, self.seed, self.step = steps, seed, 0
+        self.settings: dict[str, Any] = {}
+        """That decide it, as the last ``save`` was told."""
         self.lr = self.weight_decay = math.nan
         self.history = torch.full((steps, len(combination.names)), math.nan)
         self.seconds: dict[str, float] = {}
@@ -61,13 +64,17 @@ class Training:
         """A step per batch; ``each`` is called after every one and may raise to stop there.
 
         Raises:
-            Diverged: a loss or a gradient is not finite; the model keeps the parameters from before that step.
+            Diverged: a loss is not finite, or a gradient that the combination looks at, and the model keeps the
+                parameters from before that step; or, at the end, a weight is not finite.
         """
         self.model.train()
         for batch in batches:
             with self.timed("training"):
                 self._step(batch, tasks)
             each(self)
+        for name, weight in self.model.named_parameters():
+            if not weight.isfinite().all():
+                raise Diverged(f"the weights of {name} are not finite after {self.step} steps")
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -111,8 +118,13 @@ class Training:
         parts = [part.mean(0).tolist() for part in self.history[: self.step].tensor_split(min(PARTS, self.step))]
         return {name: [part[i] for part in parts] for i, name in enumerate(self.combination.names)}
 
-    def save(self, path: Path) -> None:
-        """Raises: OSError, the disk is full for example; the file that was there stays."""
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """With the settings that decide it: ``load`` asks for the same.
+
+        Raises:
+            OSError: the disk is full, for example; the file that was there stays.
+        """
+        self.settings = dict(settings)
 
         def write(beside: Path) -> None:
             with beside.open("wb") as file:
@@ -124,9 +136,24 @@ class Training:
         write_beside(path, write)
 
     @staticmethod
-    def load(path: Path, device: str) -> "Training":
-        """What ``save`` wrote. It is a pickle, and so only ever read from the folder that the runner itself fills."""
-        return torch.load(path, map_location=device, weights_only=False)
+    def load(path: Path, device: str, settings: Mapping[str, Any]) -> "Training":
+        """What ``save`` wrote. It is a pickle, and so only ever read from the folder that the runner itself fills.
+
+        Raises:
+            ValueError: the file is damaged, of another release, or of a training with other settings.
+        """
+        advice = "Remove it, and what it holds is trained anew"
+        try:
+            training = torch.load(path, map_location=device, weights_only=False)
+            was = training.settings
+        except OSError:
+            raise
+        except Exception as error:  # what unpickling raises has no end
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path} is damaged or of another release ({reason}). {advice}") from error
+        if other := differences(was, settings):
+            raise ValueError(f"{path} is of a training with another {other}. {advice}, or name another --out")
+        return training
 
     def digest(self) -> str:
         """Of every bit of the model's weights."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from dtme.files import write_beside
 
 from ..metrics import delta_m
@@ -44,8 +46,18 @@ class Tuner:
         return self.out / "tuning" / "tuned.json"
 
     def known(self) -> dict[str, Any]:
-        """``{arm, or arm.task: {"lr", "tried": {lr: score}, "is_at_edge", "seeds"}}`` of earlier calls."""
-        return read_json(self.path) if self.path.exists() else {}
+        """``{arm, or arm.task: {"lr", "tried": {lr: score}, "is_at_edge", "seeds"}}`` of earlier calls.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        known = read_json(self.path) if self.path.exists() else {}
+        for name, facts in known.items() if isinstance(known, dict) else [("", known)]:
+            lr = facts.get("lr") if isinstance(facts, dict) else None
+            if not isinstance(lr, float) or not 0 < lr < math.inf:
+                advice = "Remove the file to tune anew"
+                raise ValueError(f"{self.path}: {name!r} must have a positive lr, got {facts!r}. {advice}")
+        return known
 
     def tune(self, runs: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
         """Tune the arms, each with its task or None, that are not known yet."""
@@ -72,6 +84,7 @@ class Tuner:
             best = max(score, key=score.__getitem__)
             if not math.isfinite(score[best]):
                 best = middle  # it diverges at all of them, which its runs will show
+                tqdm.write(f"{label(*run)}: no rate of those tried has a score, {middle:g} stays")
             known[label(*run)] = {
                 "lr": best,
                 "tried": {f"{rate:g}": s if math.isfinite(s) else None for rate, s in sorted(score.items())},
@@ -106,6 +119,15 @@ class Tuner:
         )
         schedule.run()
 
+    def _reference(self, rates: Sequence[float]) -> dict[int, dict[str, float | None]]:
+        """{seed: metrics of the joint training} at the first of the rates that nothing speaks against at any seed.
+
+        While the joint training itself is tuned, the rate in the middle may be one that diverges, and nothing is
+        relative to that. Of rates that all have a fault, the first: no score is finite then.
+        """
+        found = [{c.seed: self._metrics(c) for c in self._configs((JOINT, None), [rate], {})} for rate in rates]
+        return next((runs for runs in found if all(all(of_seed.values()) for of_seed in runs.values())), found[0])
+
     def _metrics(self, config: Config) -> dict[str, float | None]:
         return read_json(run_path(self.out / "tuning", config.name))["metrics"]
 
@@ -113,8 +135,7 @@ class Tuner:
         self, run: tuple[str, str | None], rates: Sequence[float], known: Mapping[str, Any]
     ) -> dict[float, float]:
         """{learning rate: its mean score over the seeds}; minus infinity where a run of it did not end well."""
-        middle = known[JOINT]["lr"] if JOINT in known else rates[1]
-        reference = {c.seed: self._metrics(c) for c in self._configs((JOINT, None), [middle], {})}
+        reference = self._reference([known[JOINT]["lr"]] if JOINT in known else [rates[1], rates[0], *rates[2:]])
         scores = {rate: 0.0 for rate in rates}
         for config in self._configs(run, rates, known):
             found = self._metrics(config)
