@@ -137,6 +137,10 @@ class RunOfArm:
             self.place.tell("evaluating", training.step)
             with training.timed("evaluation"):
                 metrics = self.evaluate(training.model)
+            if writer is not None:
+                for name, value in metrics.items():
+                    if value is not None:
+                        writer.add_scalar(f"metric/{name}", value, training.step)
             conflicts = self._conflicts_at_end(training)
         except Diverged as error:
             status, reason = "diverged", str(error)
