@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 import dtme
-import dtme_kernels
 from dtme.files import write_beside
 
 from ..clients import import_torchvision
-from ..kernels.device import facts
 from ..paper.data import Options, open_data
 from ..paper.data.rooms import DEMO_TASKS, TASKS, renderer
 from ..paper.models import with_heads
+from ..paper.runner.measures import run_facts
 from ..paper.training import Batch, Batches, train
 
 LR, TRAIN_BATCH = 1e-3, 16
@@ -148,12 +147,6 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     left_out = ("seeds", "cache", "out", "fresh", "command", "run")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     return settings | {"tasks": DEMO_TASKS, "training lr": LR, "training batch": TRAIN_BATCH}
-
-
-def run_facts() -> dict[str, str]:
-    import transformers
-
-    return {**facts(), "transformers": transformers.__version__, "dtme": dtme_kernels.__version__}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -22,6 +22,10 @@ ARMS = ("single", "joint", "tm+te")
 STEPS = ["--steps", "4", "--batch", "4", "--read", "8", "--train", "16", "--val", "8", "--jobs", "2"]
 
 
+CHECKPOINTS = ("trunk.lr-0.001.seed-0.step-15.part.pt", "tm+te.seed-0.pt")
+"""In the joint part of a run, and in its own."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/paper/smoke"))
     parser.add_argument("--only", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="some data sets")
@@ -112,12 +116,12 @@ def write_wordnet(root: Path, count: int = 200) -> None:
 # --- a kill -----------------------------------------------------------------------------------------------------------
 
 
-def killed_and_resumed(out: Path, cache: Path) -> tuple[Run, Run]:
-    """TM + TE on rooms in one piece; and killed (SIGKILL) in the joint part and again in its own, then gone on with."""
+def killed_and_resumed(out: Path, cache: Path, checkpoints: Sequence[str] = CHECKPOINTS) -> tuple[Run, Run]:
+    """TM + TE on rooms in one piece; and killed as soon as each of ``checkpoints`` is there, then gone on with."""
     options = ["--size", "32", "--steps", "60", "--batch", "4", "--read", "8", "--train", "24", "--val", "8"]
     command = ["run", "pilot", "--arms", "tm+te", *options, "--save-every", "0", "--jobs", "1", "--cache", str(cache)]
     killed = out / "killed"
-    for checkpoint in ("trunk.lr-0.001.seed-0.step-15.part.pt", "tm+te.seed-0.pt"):
+    for checkpoint in checkpoints:
         process = _start([*command, "--out", str(killed)])
         path, until = killed / "work" / checkpoint, time.monotonic() + 300
         while not path.exists() and process.poll() is None and time.monotonic() < until:

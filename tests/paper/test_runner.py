@@ -20,7 +20,7 @@ from benchmarks.paper.runner.config import Config
 from benchmarks.paper.runner.one import RunOfArm, Stopped, Workplace
 from benchmarks.paper.runner.schedule import RunError, Schedule, claimed, in_turn, is_done
 from benchmarks.paper.runner.training import Training
-from benchmarks.paper.smoke import figures, killed_and_resumed
+from benchmarks.paper.smoke import CHECKPOINTS, figures, killed_and_resumed
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_every_experiment_names_arms():
 
 
 def test_killed_runs_go_on_to_the_same_figures(tmp_path, config):
-    whole, killed = killed_and_resumed(tmp_path, config.options.cache)
+    whole, killed = killed_and_resumed(tmp_path, config.options.cache, CHECKPOINTS[1:])
     assert figures(killed) == figures(whole)
 
 

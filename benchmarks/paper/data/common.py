@@ -57,3 +57,15 @@ def check_size(options: Options, default: tuple[int, int], least: int) -> tuple[
     if len(sides) != 2 or not all(isinstance(side, Integral) and side >= least for side in sides):
         raise ValueError(f"size must be (height, width), each at least {least} pixels, got {options.size}")
     return int(sides[0]), int(sides[1])
+
+
+def index_of(key: tuple[int, int | None], count: int) -> int:
+    """The index of an item that is asked for, of ``count`` items.
+
+    Raises:
+        IndexError: there is no such item.
+    """
+    index = key[0]
+    if not 0 <= index < count:
+        raise IndexError(f"index must be in [0, {count}), got {index}")
+    return index

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..tasks import Tasks, choose
+from .common import index_of
 from .dataset import Data, DataError, Item, Options
 from .files import (
     Listing,
@@ -72,9 +73,7 @@ class ImageItems:
         return len(self.ids)
 
     def __getitem__(self, key: tuple[int, int | None]) -> Item:
-        index, draw = key
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        index, draw = index_of(key, len(self)), key[1]
         id = self.ids[index]
         image = self.tree.image(id)
         if draw is None:

@@ -17,7 +17,7 @@ import torch
 
 from .. import losses, metrics
 from ..tasks import Task, choose
-from .common import check_counts, check_size, classification, refuse
+from .common import check_counts, check_size, classification, index_of, refuse
 from .dataset import Data, DataError, Item, Options
 from .images import normalise
 
@@ -86,9 +86,7 @@ class Pairs:
         return self.count
 
     def __getitem__(self, key: tuple[int, int | None]) -> Item:
-        index, _ = key
-        if not 0 <= index < self.count:
-            raise IndexError(f"index must be in [0, {self.count}), got {index}")
+        index = index_of(key, self.count)
         pair = self.order[index], self.order[(index + 1) % len(self.order)]
         canvas = np.zeros((2, CANVAS, CANVAS), np.uint8)
         canvas[0, :SIDE, :SIDE], canvas[1, -SIDE:, -SIDE:] = (self.images[at] for at in pair)

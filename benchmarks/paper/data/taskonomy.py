@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import losses, metrics
 from ..tasks import Task, choose
+from .common import index_of
 from .dataset import Data, DataError, Item, Options
 from .files import (
     Listing,
@@ -195,9 +196,7 @@ class TaskonomyItems:
         return len(self.views)
 
     def __getitem__(self, key: tuple[int, int | None]) -> Item:
-        index, draw = key
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        index, draw = index_of(key, len(self)), key[1]
         view = self.views[index]
         photograph = self.pictures.read(PHOTOGRAPH, "rgb", 3, view)
         self.check_shape(view, photograph.shape[1:])

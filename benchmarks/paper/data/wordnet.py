@@ -19,7 +19,7 @@ from torch import Tensor
 from ...clients import import_torchvision
 from .. import losses, metrics
 from ..tasks import Task, choose
-from .common import check_counts, classification, refuse
+from .common import check_counts, classification, index_of, refuse
 from .dataset import Data, DataError, Item, Options
 
 PARTS = {"n": "noun", "v": "verb", "a": "adjective", "r": "adverb"}
@@ -105,9 +105,7 @@ class Texts:
         return len(self.glosses)
 
     def __getitem__(self, key: tuple[int, int | None]) -> Item:
-        index, _ = key
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        index = index_of(key, len(self))
         gloss = self.glosses[index]
         labels = {
             "part_of_speech": torch.tensor(gloss.part_of_speech),
