@@ -1,5 +1,6 @@
 """One run on several processes, which torchrun starts."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.paper.arms import Combination
 from benchmarks.paper.results import read_runs
-from benchmarks.paper.runner.together import average_gradients, share_buffers
+from benchmarks.paper.runner.together import average_gradients, in_any_process, share_buffers
+from benchmarks.paper.runner.training import Diverged, Training
+from benchmarks.paper.tasks import Task
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -19,6 +23,20 @@ def launched(*arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
+
+
+class Scaled(nn.Module):
+    tasks = ("a",)
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, tasks=None):
+        return {"a": self.scale * x}
+
+    def parameter_groups(self, lr, weight_decay):
+        return [{"params": [self.scale], "lr": lr, "weight_decay": weight_decay}]
 
 
 def averaging() -> None:
@@ -36,6 +54,17 @@ def averaging() -> None:
     average_gradients(optimizer)
     torch.testing.assert_close(model[0].weight.grad, want, rtol=1e-12, atol=1e-14)
     assert torch.equal(late.grad, torch.full((2,), 0.5)) and torch.equal(unused.grad, torch.zeros_like(unused))
+    assert in_any_process(rank == 1) and not in_any_process(False)
+    training = Training(Scaled(), Combination({"a": None}), 3, 0)
+    training.train_with(0.1, 0.0)
+    task = Task(1, lambda y, target: (y * target).mean(), None, "", "", lower_is_better=True)
+    batches = [(torch.ones(2, 1), {"a": torch.full((2, 1), x)}) for x in (1.0, math.nan if rank else 1.0)]
+    try:
+        training.run(batches, {"a": task}, lambda _: None)
+    except Diverged as error:
+        assert ("the loss of 'a' is nan" if rank else "in another process") in str(error) and "at step 1" in str(error)
+    else:
+        raise AssertionError("one process has no number, and both have to stop")
     norm = nn.BatchNorm1d(2)
     norm.running_mean += rank + 1
     share_buffers(norm)

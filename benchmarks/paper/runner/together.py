@@ -29,6 +29,15 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def in_any_process(is_so: bool) -> bool:
+    """Whether it is so in one of the processes; every one of them has to ask."""
+    if rank_and_world()[1] == 1:
+        return is_so
+    answers = [False] * rank_and_world()[1]
+    dist.all_gather_object(answers, is_so)
+    return any(answers)
+
+
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Over the processes of a group, in buckets of one dtype; nothing to do for one process."""
     _, world = rank_and_world()

@@ -16,7 +16,7 @@ from dtme.files import write_beside
 from ..arms import Batch, Combination
 from ..tasks import Tasks
 from .config import differences
-from .together import average_gradients
+from .together import average_gradients, in_any_process
 
 POWER = 0.9
 """Of the polynomial by which the learning rate falls to zero."""
@@ -94,14 +94,18 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         optimizer.zero_grad(set_to_none=True)
+        reason = ""
         try:
             losses = self.combination.step(self.model, batch, tasks)
         except FloatingPointError as error:
-            raise Diverged(f"{error} at step {self.step}") from error
-        values = torch.stack([losses[name].float() for name in self.combination.names]).cpu()
-        if not values.isfinite().all():
-            name = self.combination.names[int((~values.isfinite()).nonzero()[0])]
-            raise Diverged(f"the loss of {name!r} is {losses[name].item()} at step {self.step}")
+            reason = str(error)
+        else:
+            values = torch.stack([losses[name].float() for name in self.combination.names]).cpu()
+            if not values.isfinite().all():
+                name = self.combination.names[int((~values.isfinite()).nonzero()[0])]
+                reason = f"the loss of {name!r} is {losses[name].item()}"
+        if in_any_process(bool(reason)):  # all of them stop, or the others would wait for this one
+            raise Diverged(f"{reason or 'a loss is not finite in another process'} at step {self.step}")
         average_gradients(optimizer)
         optimizer.step()
         self.combination.after(self.model, batch, tasks)
