@@ -12,12 +12,14 @@ from torch import Tensor
 
 import dtme
 from dtme.files import write_beside
+from dtme.tables import aligned, ruled
 
 from ..clients import import_torchvision
 from ..paper.data import Options, open_data
 from ..paper.data.rooms import DEMO_TASKS, TASKS, renderer
 from ..paper.models import with_heads
 from ..paper.runner.measures import run_facts
+from ..paper.tasks import choose, losses_of
 from ..paper.training import Batch, Batches, train
 
 LR, TRAIN_BATCH = 1e-3, 16
@@ -106,7 +108,7 @@ class Ordered:
 
 
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    return {task: TASKS[task].loss for task in DEMO_TASKS}
+    return losses_of(choose(TASKS, DEMO_TASKS))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -151,9 +153,4 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """The first row is the head; the first column is aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *lines = [
-        "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join([head, "─" * len(head), *lines])
+    return "\n".join(ruled(aligned(rows, "<" + ">" * (len(rows[0]) - 1))))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dtme
 from dtme.blocks import find_blocks
 
-from .tasks import Tasks
+from .tasks import Tasks, losses_of
 
 Batch = tuple[Any, dict[str, Tensor]]
 """Inputs, and every task's labels."""
@@ -62,8 +62,7 @@ class Setting:
         """Of the model as it is, at ``RATIOS`` (``report.at(r)``), read once whoever asks."""
         if self.file is not None and self.file.exists():
             return dtme.ConflictReport.load(self.file)
-        losses = {name: task.loss for name, task in self.tasks.items()}
-        report = dtme.analyze(self.model, self.loader, losses, ratio=RATIOS, progress=False)
+        report = dtme.analyze(self.model, self.loader, losses_of(self.tasks), ratio=RATIOS, progress=False)
         if self.file is not None:
             report.save(self.file)
         return report

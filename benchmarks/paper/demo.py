@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dtme
+from dtme.tables import aligned, ruled
 
 from ..clients import import_torchvision
 from ..rooms.pictures import colorize, decode, sheet
@@ -23,7 +24,7 @@ from .data.images import colours
 from .data.rooms import DEMO_TASKS, SIZE
 from .metrics import delta_m
 from .models import VIT, load_backbone, tokens_of, with_heads
-from .tasks import lower_is_better
+from .tasks import losses_of, lower_is_better
 from .training import Batches, evaluate, train
 
 
@@ -140,8 +141,7 @@ def score(args: argparse.Namespace, data: Data, model: dtme.MultiTaskModel) -> N
     losses = {"joint": train(model, training, args.steps, lr, args.seed, "joint training")}
     scores = {"joint": evaluate(model, held_out)}
 
-    chosen = {name: task.loss for name, task in data.tasks.items()}
-    report = dtme.analyze(model, training, chosen, max_batches=max(1, 512 // args.batch))
+    report = dtme.analyze(model, training, losses_of(data.tasks), max_batches=max(1, 512 // args.batch))
     plan = report.plan(modulation=0.5, expansion=0.5, num_tokens=6)
     print(f"\n{report}\n")
     draw_conflicts(model, held_out, report, args.out / "conflict_map.png")
@@ -170,15 +170,10 @@ def comparison(data: Data, scores: dict[str, dict[str, float]], steps: int) -> s
         values = [f"{score[task]:.3f}" for score in (joint, plain, expanded)]
         rows.append([task, metric, *values, f"{expanded[task] - plain[task]:+.3f}", term])
     rows.append(["mean", "", "", "", "", "", f"{total:+.2f} %" if len(known) == len(joint) else "–"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [
-        [f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows
-    ]
-    head, *lines = ["  ".join(row) for row in cells]
     title = (
         f"Held-out scenes after {steps} joint steps, and {steps} more without and with expansion on the same batches"
     )
-    return "\n".join([title, "", head, "─" * len(head), *lines])
+    return "\n".join([title, "", *ruled(aligned(rows, "<<>>>>>"))])
 
 
 def write_results(
@@ -248,7 +243,7 @@ def draw_conflicts(model: dtme.MultiTaskModel, held_out: Batches, report: dtme.C
     """Where in one held-out scene the tasks pull apart, in the block whose range rate is the highest."""
     images, labels = next(iter(held_out))
     block = report.blocks[int(report.range_rates.nan_to_num(-1).argmax())]
-    losses = {name: task.loss for name, task in held_out.tasks.items()}
+    losses = losses_of(held_out.tasks)
     maps = dtme.conflict_map(model, (images, labels), losses, report, block)
     dtme.plot_conflict_map(maps, path, images=torch.from_numpy(colours(images.cpu().numpy())))
 

@@ -18,6 +18,7 @@ and ``OUT/runs/ARM.seed-0.json``, or ``OUT/runs/ARM.TASK.seed-0.json`` where eac
      "cpu_seconds": s,                           of all of them together
      "peak_memory": bytes,                       of the process, while it trained the part that is the arm's own
      "parameters": {"backbone": n, "heads": n, "added": n, "combination": n},
+     "weights": first digits of the SHA-256 of the trained weights,
      "structure": {...}, "combination": {...},   facts of the arm, the plan among them
      "conflicts": {"start" | "end": {"blocks": [...], "range": [rate per block], "null": [...], "ranks": [...],
                                       "range_counts": n, "null_counts": n, "valid_counts": n}} or {}}

@@ -1,9 +1,11 @@
-"""A task of a data set: what its head puts out, what it is trained on, how it is scored."""
+"""A task of a data set: what its head puts out, what it is trained on, how it is scored; and tables of tasks."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .metrics import Meter
 
@@ -33,6 +35,22 @@ class Task:
 
 
 Tasks = Mapping[str, Task]
+
+
+def losses_of(tasks: Tasks) -> dict[str, Loss]:
+    """As ``dtme`` takes them: ``{task: loss(prediction, target)}``."""
+    return {name: task.loss for name, task in tasks.items()}
+
+
+def scored(model: nn.Module, tasks: Tasks, batches: Iterable[tuple[Any, dict[str, Tensor]]]) -> dict[str, Meter]:
+    """Every task's meter after the batches ``(x, {task: target})``, with the model as it is evaluated."""
+    model.eval()
+    meters = {name: task.meter() for name, task in tasks.items()}
+    with torch.no_grad():
+        for x, targets in batches:
+            for name, prediction in model(x).items():
+                meters[name].update(prediction, targets[name])
+    return meters
 
 
 def lower_is_better(tasks: Tasks) -> frozenset[str]:

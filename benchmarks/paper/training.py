@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 import dtme
 
 from .data.dataset import Data
-from .tasks import Tasks
+from .tasks import Tasks, scored
 
 Batch = tuple[Tensor, dict[str, Tensor]]
 
@@ -107,12 +107,6 @@ def train(
     return dict(zip(model.tasks, columns, strict=True))
 
 
-@torch.no_grad()
 def evaluate(model: dtme.MultiTaskModel, data: Batches) -> dict[str, float]:
     """{task: its metric over the whole split}."""
-    model.eval()
-    meters = {task: data.tasks[task].meter() for task in model.tasks}
-    for images, labels in data:
-        for task, prediction in model(images).items():
-            meters[task].update(prediction, labels[task])
-    return {task: meter.compute() for task, meter in meters.items()}
+    return {task: meter.compute() for task, meter in scored(model, data.tasks, data).items()}

@@ -19,6 +19,7 @@ from ..arms import Arm, Combination, Facts, Setting
 from ..data import open_data
 from ..models import build
 from ..results import FORMAT, Run, read_run, run_path
+from ..tasks import losses_of, scored
 from .batches import InOrder, items_to_read, splits, training_batches
 from .config import Config
 from .measures import (
@@ -187,7 +188,7 @@ class RunOfArm:
         self.place.tell("building", training.step)
         if self.config.task is None:  # a task alone has no conflicts, and nothing to share
             setting = self._setting(training)
-            with self._alone(setting.file), self._or_diverged(training):
+            with self._alone(self._report), self._or_diverged(training):
                 if self.config.conflicts and not self._trains_otherwise:
                     with training.timed("analysis"):
                         training.facts["start"] = conflicts_of(setting.report)
@@ -212,6 +213,11 @@ class RunOfArm:
     def _combination(self) -> Any:
         return self.arm.combination(self._tasks).to(self.config.device)
 
+    @property
+    def _report(self) -> Path:
+        """Of the analysis where the arms of the seed leave the joint part."""
+        return self.place.trunk(self.config, self.branch, "report.json")
+
     def _setting(self, training: Training) -> Setting:
         return Setting(
             training.model,  # type: ignore[arg-type]
@@ -221,16 +227,16 @@ class RunOfArm:
             num_tokens=self.config.num_tokens,
             modulation=self.config.modulation,
             expansion=self.config.expansion,
-            file=self.place.trunk(self.config, self.branch, "report.json"),
+            file=self._report,
         )
 
     def _to_read(self) -> InOrder:
         indices = items_to_read(self.config, len(self.data.train))[self.rank :: self.world]
         return InOrder(self.data.train, indices, self.config.batch, self.config.device, self.place.loader_workers)
 
-    def _alone(self, path: Path | None) -> AbstractContextManager[None]:
+    def _alone(self, path: Path) -> AbstractContextManager[None]:
         """The only one of the runs at once that makes a file which they share."""
-        return nullcontext() if path is None or self.world > 1 else one_at_a_time(path)
+        return nullcontext() if self.world > 1 else one_at_a_time(path)
 
     def _trunk(self) -> Training:
         """Jointly trained, all losses weighing 1, up to the branch: by the first arm of the seed that needs it."""
@@ -280,21 +286,14 @@ class RunOfArm:
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float | None]:
         """{task: its metric over the validation split}; None where it is not defined."""
-        tasks = self._tasks
-        meters = {name: task.meter() for name, task in tasks.items()}
         indices = range(len(self.data.val))[self.rank :: self.world]
         share_buffers(model)
-        model.eval()
-        for x, labels in InOrder(
-            self.data.val, indices, self.config.batch, self.config.device, self.place.loader_workers
-        ):
-            for name, prediction in model(x).items():
-                meters[name].update(prediction, labels[name])
+        workers = self.place.loader_workers
+        batches = InOrder(self.data.val, indices, self.config.batch, self.config.device, workers)
         values = {}
-        for name, meter in meters.items():
+        for name, meter in scored(model, self._tasks, batches).items():
             if self.world > 1:
                 meter.all_reduce_()
             value = meter.compute()
@@ -306,9 +305,8 @@ class RunOfArm:
         if not self.config.conflicts or self.config.task or not isinstance(training.model, dtme.MultiTaskModel):
             return {"start": start} if start else {}
         self.place.tell("analysing", training.step)
-        losses = {name: task.loss for name, task in self._tasks.items()}
         with training.timed("analysis"), self._or_diverged(training):
-            report = dtme.analyze(training.model, self._to_read(), losses, progress=False)
+            report = dtme.analyze(training.model, self._to_read(), losses_of(self._tasks), progress=False)
         return ({"start": start} if start else {}) | {"end": conflicts_of(report)}
 
     def _json(self, training: Training | None, status: str, reason: str | None, metrics: Any, conflicts: Any) -> Run:

@@ -110,7 +110,6 @@ class Schedule:
         self.waiting = [config for config in configs if not is_done(config, out)]
         self.total, self.jobs = len(configs), max(1, min(jobs, len(self.waiting)))
         self.failed: dict[str, str] = {}
-        self.diverged: dict[str, str] = {}
         self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
 
     def run(self) -> None:
@@ -199,7 +198,6 @@ class Schedule:
         if event["event"] == "done":
             self._finish(worker)
             if event["status"] == "diverged":
-                self.diverged[config.name] = event["reason"]
                 tqdm.write(f"{config.name} diverged: {event['reason']}")
         else:
             self._finish(worker, failed=event.get("error", "it was stopped"))

@@ -40,7 +40,6 @@ class Training:
         self.steps, self.seed, self.step = steps, seed, 0
         self.settings: dict[str, Any] = {}
         """That decide it, as the last ``save`` was told."""
-        self.lr = self.weight_decay = math.nan
         self.history = torch.full((steps, len(combination.names)), math.nan)
         self.seconds: dict[str, float] = {}
         self.cpu_seconds = 0.0
@@ -49,7 +48,6 @@ class Training:
 
     def train_with(self, lr: float, weight_decay: float) -> None:
         """From here on at this learning rate. What was trained before keeps the moments that its gradients have."""
-        self.lr, self.weight_decay = lr, weight_decay
         self.combination.prepare(self.model)
         groups = [g for g in self.model.parameter_groups(lr, weight_decay) if g["params"]]  # type: ignore[operator]
         if own := list(self.combination.parameters()):
@@ -99,17 +97,12 @@ class Training:
             losses = self.combination.step(self.model, batch, tasks)
         except FloatingPointError as error:
             reason = str(error)
-        else:
-            values = torch.stack([losses[name].float() for name in self.combination.names]).cpu()
-            if not values.isfinite().all():
-                name = self.combination.names[int((~values.isfinite()).nonzero()[0])]
-                reason = f"the loss of {name!r} is {losses[name].item()}"
         if in_any_process(bool(reason)):  # all of them stop, or the others would wait for this one
             raise Diverged(f"{reason or 'a loss is not finite in another process'} at step {self.step}")
         average_gradients(optimizer)
         optimizer.step()
         self.combination.after(self.model, batch, tasks)
-        self.history[self.step] = values
+        self.history[self.step] = torch.stack([losses[name].float() for name in self.combination.names])
         self.step += 1
 
     def last_losses(self) -> dict[str, float]:
