@@ -15,8 +15,9 @@ class Deferred:
     """Inside of it, signals that Python code handles wait: Ctrl-C and, where somebody handles it, SIGTERM.
 
     They are handled when it is left, or inside ``allowed()``, where they come through as ever. From the first one that
-    raised there, later ones wait again, so that what cleans up is not interrupted. Signals reach the main thread only:
-    in other threads, nothing happens here.
+    raised there, later ones wait again, so that what cleans up is not interrupted. Python drops what is raised in a
+    destructor or in the callback of a weak reference; a signal whose error did not get out of ``allowed()`` is handled
+    again at its end. Signals reach the main thread only: in other threads, nothing happens here.
 
     >>> with Deferred() as signals:
     ...     change_the_model()
@@ -30,6 +31,7 @@ class Deferred:
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._waiting: list[tuple[int, Any]] = []
+        self._raised: tuple[int, Any] | None = None
         self._open = False
         self._is_over = False
         self._outer: Deferred | None = None
@@ -72,6 +74,12 @@ class Deferred:
         try:
             self._deliver()
             yield
+            if self._raised is not None:
+                self._waiting.insert(0, self._raised)
+                self._deliver()
+        except BaseException:
+            self._raised = None
+            raise
         finally:
             self._open = was_open
 
@@ -87,8 +95,9 @@ class Deferred:
         was_open = self._open
         while self._waiting:
             number, frame = self._waiting.pop(0)
-            self._open = False  # until it is known that it did not raise
+            self._open, self._raised = False, (number, frame)  # until it is known that it did not raise
             self._handlers[number](number, frame)
+            self._raised = None
         self._open = was_open
 
     def _restore(self) -> None:

@@ -3,8 +3,10 @@
 import importlib
 import random
 import signal
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -17,7 +19,15 @@ from tests.dtme.snapshots import same, snapshot
 
 
 @pytest.fixture
-def interrupt():
+def dropped(monkeypatch):
+    """What Python drops because it was raised in a destructor, or in the callback of a weak reference."""
+    errors = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: errors.append(unraisable.exc_value))
+    return errors
+
+
+@pytest.fixture
+def interrupt(dropped):
     """interrupt(seconds, function): run it, and press Ctrl-C after so long, in it or in the wait behind it."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGALRM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,7 +37,10 @@ def interrupt():
         with pytest.raises(KeyboardInterrupt):
             signal.setitimer(signal.ITIMER_REAL, seconds)
             function()
+            if dropped:  # as this function was left: nobody could have helped
+                raise dropped.pop()
             time.sleep(5)
+        dropped.clear()
 
     yield run
     signal.setitimer(signal.ITIMER_REAL, 0)  # of a function that was interrupted earlier by itself
@@ -65,16 +78,60 @@ def test_an_inner_one_waits_with_the_outer_one(interrupt):
 
     interrupt(0.01, work)
     assert steps == ["inner"]
-    with Deferred() as outer, outer.allowed():  # inside of what lets them through
-        steps.clear()
 
-        def half():
+    def inside_of_what_lets_them_through():
+        with Deferred() as outer, outer.allowed():
             with Deferred():
                 time.sleep(0.05)
                 steps.append("whole")
+            steps.append("never")
 
-        interrupt(0.01, half)
+    steps.clear()
+    interrupt(0.01, inside_of_what_lets_them_through)
     assert steps == ["whole"]
+
+
+class Weak:
+    """Something to point at weakly."""
+
+
+def interrupt_where_it_is_dropped():
+    thing = Weak()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    assert reference() is None
+
+
+def test_a_signal_that_python_drops_is_handled_again(dropped):
+    steps = []
+    with Deferred() as signals:
+        with pytest.raises(KeyboardInterrupt), signals.allowed():
+            interrupt_where_it_is_dropped()
+            assert [type(error) for error in dropped] == [KeyboardInterrupt]
+            signal.raise_signal(signal.SIGINT)  # waits behind the first
+            steps.append("to the end")
+        with pytest.raises(KeyboardInterrupt), signals.allowed():
+            steps.append("never")
+        with signals.allowed():
+            steps.append("cleaned up")
+    assert steps == ["to the end", "cleaned up"]
+
+
+def test_an_analysis_ends_by_a_signal_that_python_dropped(problem, dropped):
+    model, loader = problem()
+    seen = []
+
+    def loss(prediction, target):
+        seen.append(len(prediction))
+        if len(seen) == 2 * len(model.tasks):
+            interrupt_where_it_is_dropped()
+        return F.mse_loss(prediction, target)
+
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        dtme.analyze(model, loader, dict.fromkeys(model.tasks, loss), progress=False)
+    assert dropped and len(seen) == 2 * len(model.tasks)
+    same(before, snapshot(model))
 
 
 def test_other_handlers_and_threads_are_left_alone():
