@@ -254,7 +254,7 @@ class KillsWhileSaved(nn.Parameter):
 
 
 def killed(rank, folder, what):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=2))
     torch.set_num_threads(1)
     model = model_of()
     before = {name: value.clone() for name, value in model.state_dict().items()}

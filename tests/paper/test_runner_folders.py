@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,18 +215,22 @@ def test_options_out_of_their_range_are_one_line(tmp_path, arguments, says):
 # ---- the time that is left
 
 
-def test_steps_that_were_there_say_nothing_of_the_time_that_is_left(config, tmp_path):
+def test_steps_that_were_there_say_nothing_of_the_time_that_is_left(config, tmp_path, monkeypatch):
+    now = [1e9]
+    monkeypatch.setattr("time.time", lambda: now[0])
     schedule = Schedule([replace(config, steps=400)], tmp_path)
-    schedule._bar = tqdm(total=400, smoothing=0.05, file=(tmp_path / "bar").open("w"), mininterval=0)
+    schedule._bar = tqdm(total=400, smoothing=0.05, file=(tmp_path / "bar").open("w"), mininterval=0, maxinterval=0)
+    schedule._bar._time = lambda: now[0]
+    schedule._bar.start_t = schedule._bar.last_print_t = now[0]
     schedule.done = 0
     worker = _Worker(0, None, None, schedule.waiting[0])
-    time.sleep(1)  # in which a worker starts
+    now[0] += 10  # in which a worker starts
     schedule._handle(worker, {"event": "step", "what": "going on", "step": 300}, [worker])
     for step in range(301, 311):
-        time.sleep(0.02)
+        now[0] += 0.02
         schedule._handle(worker, {"event": "step", "what": "training", "step": step}, [worker])
     assert schedule._bar.n == 310 and schedule._bar.initial == 300
-    assert 10 < schedule._bar.format_dict["rate"] <= 50  # not 300 at once, nor one in a second
+    assert schedule._bar.format_dict["rate"] == pytest.approx(50, rel=1e-3)  # not 300 at once, nor 10 in ten seconds
 
 
 class Greedy(Plain):
