@@ -18,6 +18,7 @@ from ..clients import import_torchvision
 from ..paper.data import Options, open_data
 from ..paper.data.rooms import DEMO_TASKS, TASKS, renderer
 from ..paper.models import with_heads
+from ..paper.results import write_json
 from ..paper.runner.measures import run_facts
 from ..paper.tasks import choose, losses_of
 from ..paper.training import Batch, Batches, train
@@ -141,7 +142,7 @@ class Results:
     def add(self, row: Row, summary: Callable[[list[Row]], Any]) -> None:
         self.rows = sorted([*self.rows, row | {"run": run_facts()}], key=lambda row: row["seed"])
         content = {"settings": self.settings, "summary": summary(self.rows), "rows": self.rows}
-        write_beside(self.path, lambda beside: beside.write_text(json.dumps(content, indent=1) + "\n"))
+        write_json(self.path, content)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

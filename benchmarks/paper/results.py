@@ -29,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dtme.files import write_beside
+
 FORMAT = 1
 Run = dict[str, Any]
 
@@ -51,6 +53,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}. Remove it to make it again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_beside(path, lambda beside: beside.write_text(text))
 
 
 def read_experiment(out: Path) -> dict[str, Any]:

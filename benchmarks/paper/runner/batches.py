@@ -15,9 +15,14 @@ from .config import Config
 Key = tuple[int, int | None]
 
 
+def seed_at(seed: int, number: int) -> int:
+    """Of the random draws of a step or an epoch of a run."""
+    return seed * 1_000_003 + number
+
+
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(seed_at(seed, epoch))
     return torch.randperm(count, generator=generator).tolist()
 
 
@@ -29,7 +34,7 @@ def keys_of_step(seed: int, step: int, count: int, batch: int) -> list[Key]:
     per_epoch = count // batch
     epoch, first = divmod(step, per_epoch)
     order = _order(seed, epoch, count)[first * batch : (first + 1) * batch]
-    return [(index, (seed * 1_000_003 + step) * batch + i) for i, index in enumerate(order)]
+    return [(index, seed_at(seed, step) * batch + i) for i, index in enumerate(order)]
 
 
 class _Steps:

@@ -1,7 +1,6 @@
 """``run``: an experiment, or some arms of it, over seeds; the same command goes on after a kill."""
 
 import argparse
-import json
 import os
 import signal
 from collections.abc import Sequence
@@ -13,13 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtme.files import write_beside
-
 from ..data import DATA_SETS, Data, Options, open_data
 from ..decoders import DECODERS
 from ..experiments import ARMS, EXPERIMENTS
 from ..models import build
-from ..results import FORMAT, read_json, read_runs
+from ..results import FORMAT, read_json, read_runs, write_json
 from .batches import InOrder, splits
 from .config import Config, differences
 from .one import RunOfArm, Workplace
@@ -316,5 +313,4 @@ def write_experiment(
             for name, task in data.tasks.items()
         },
     }
-    text = json.dumps(content, indent=1) + "\n"
-    write_beside(path, lambda beside: beside.write_text(text))
+    write_json(path, content)

@@ -1,6 +1,5 @@
 """One run from its first step, or from where it was, to its JSON."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +12,11 @@ import torch
 import torch.distributed as dist
 
 import dtme
-from dtme.files import write_beside
 
 from ..arms import Arm, Combination, Facts, Setting
 from ..data import open_data
 from ..models import build
-from ..results import FORMAT, Run, read_run, run_path
+from ..results import FORMAT, Run, read_run, run_path, write_json
 from ..tasks import losses_of, scored
 from .batches import InOrder, items_to_read, splits, training_batches
 from .config import Config
@@ -148,9 +146,7 @@ class RunOfArm:
             metrics = dict.fromkeys(self._tasks)
         content = self._json(training, status, reason, metrics, conflicts)
         if self.rank == 0:
-            path = run_path(self.place.out, self.config.name)
-            text = json.dumps(content, indent=1) + "\n"
-            write_beside(path, lambda beside: beside.write_text(text))
+            write_json(run_path(self.place.out, self.config.name), content)
             self.place.checkpoint(self.config).unlink(missing_ok=True)
         if writer is not None:
             writer.close()

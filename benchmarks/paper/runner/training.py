@@ -15,6 +15,7 @@ from dtme.files import write_beside
 
 from ..arms import Batch, Combination
 from ..tasks import Tasks
+from .batches import seed_at
 from .config import differences
 from .together import average_gradients, in_any_process
 
@@ -87,7 +88,7 @@ class Training:
     def _step(self, batch: Batch, tasks: Tasks) -> None:
         optimizer = self.optimizer
         assert optimizer is not None
-        torch.manual_seed(self.seed * 1_000_003 + self.step)
+        torch.manual_seed(seed_at(self.seed, self.step))
         factor = (1 - self.step / self.steps) ** POWER
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor

@@ -1,6 +1,5 @@
 """Learning rates, of every arm by the same rule: on other seeds, and on training items that are held out for it."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +8,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dtme.files import write_beside
-
 from ..metrics import delta_m
-from ..results import read_json, run_path
+from ..results import read_json, run_path, write_json
 from ..tasks import Tasks, lower_is_better
 from .config import Config
 from .schedule import Schedule, in_turn
@@ -91,8 +88,7 @@ class Tuner:
                 "is_at_edge": best in (min(score), max(score)),
                 "seeds": list(self._seeds),
             }
-        text = json.dumps(known, indent=1) + "\n"
-        write_beside(self.path, lambda beside: beside.write_text(text))
+        write_json(self.path, known)
 
     @property
     def _seeds(self) -> range:
