@@ -23,7 +23,7 @@ from .data import Data, Options, open_data
 from .data.images import colours
 from .data.rooms import DEMO_TASKS, SIZE
 from .metrics import delta_m
-from .models import VIT, load_backbone, tokens_of, with_heads
+from .models import PRETRAINED_LR, UNTRAINED_LR, VIT, default_lr, is_pretrained, load_backbone, tokens_of, with_heads
 from .tasks import losses_of, lower_is_better
 from .training import Batches, evaluate, train
 
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, help=f"pixels along an image's side (default: {SIZE[0]}, or a pretrained backbone's own)"
     )
-    parser.add_argument("--lr", type=float, help="default: 1e-3, or 5e-5 for a pretrained backbone")
+    parser.add_argument(
+        "--lr", type=float, help=f"default: {UNTRAINED_LR:g}, or {PRETRAINED_LR:g} for a pretrained backbone"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes; an eighth as many are held out")
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -104,10 +106,6 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[Data, dtme.
     return data, model
 
 
-def is_pretrained(backbone: str) -> bool:
-    return backbone != "small" and backbone not in VIT
-
-
 def own_size(backbone: str) -> tuple[int, int]:
     """(height, width) of the images that a backbone was trained with, as far as its patches tile them.
 
@@ -133,7 +131,7 @@ def own_size(backbone: str) -> tuple[int, int]:
 
 def score(args: argparse.Namespace, data: Data, model: dtme.MultiTaskModel) -> None:
     """Everything that comes after data and model are there."""
-    device, lr = torch.device(args.device), args.lr or (5e-5 if is_pretrained(args.backbone) else 1e-3)
+    device, lr = torch.device(args.device), args.lr or default_lr(args.backbone)
     height, width = data.size
     print(f"{type(model.backbone).__name__} on {device}, {height} × {width} pixels, tasks {', '.join(data.tasks)}")
     training, held_out = (Batches(data, split, args.batch, device) for split in ("train", "val"))

@@ -27,6 +27,18 @@ VIT = {
 name of a hub brings weights."""
 
 
+PRETRAINED_LR, UNTRAINED_LR = 5e-5, 1e-3
+
+
+def is_pretrained(backbone: str) -> bool:
+    return backbone != "small" and backbone not in VIT
+
+
+def default_lr(backbone: str) -> float:
+    """The learning rate where none is named."""
+    return PRETRAINED_LR if is_pretrained(backbone) else UNTRAINED_LR
+
+
 def build(data: Data, backbone: str, seed: int, decoder: str = "pixels") -> dtme.MultiTaskModel:
     """A backbone, untrained heads for all tasks of ``data``; ``seed`` draws what is not pretrained.
 
@@ -97,6 +109,8 @@ def _for_images(name: str, size: tuple[int, int]) -> nn.Module:
     import_torchvision()
     from transformers import ViTConfig, ViTModel
 
+    if is_pretrained(name):
+        return _pretrained(name)
     options: dict[str, Any] = dict(SMALL_IMAGE)
     if name in VIT:
         width, depth, heads = VIT[name]
@@ -106,8 +120,6 @@ def _for_images(name: str, size: tuple[int, int]) -> nn.Module:
             "num_attention_heads": heads,
             "intermediate_size": 4 * width,
         }
-    elif name != "small":
-        return _pretrained(name)
     patch = 16 if name in VIT else SMALL_PATCH
     return ViTModel(ViTConfig(image_size=size, patch_size=patch, **options), add_pooling_layer=False)
 

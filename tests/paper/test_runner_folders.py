@@ -212,6 +212,19 @@ def test_options_out_of_their_range_are_one_line(tmp_path, arguments, says):
     assert not list(tmp_path.glob("*.json")) and not (tmp_path / "runs").exists()
 
 
+def test_only_a_pretrained_backbone_starts_at_a_low_rate(tmp_path):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    for options, lr in (
+        ([], 1e-3),
+        (["--backbone", "vit-tiny"], 1e-3),
+        (["--backbone", "some/folder"], 5e-5),
+        (["--backbone", "some/folder", "--lr", "0.02"], 0.02),
+    ):
+        config = command.config_of(parser.parse_args(["pilot", "--out", str(tmp_path), *options]))
+        assert config.lr == config.trunk_lr == lr
+
+
 # ---- the time that is left
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ..data import DATA_SETS, Data, Options, open_data
 from ..decoders import DECODERS
 from ..experiments import ARMS, EXPERIMENTS
-from ..models import build
+from ..models import PRETRAINED_LR, UNTRAINED_LR, build, default_lr
 from ..results import FORMAT, read_json, read_runs, write_json
 from .batches import InOrder, splits
 from .config import Config, differences
@@ -24,9 +24,6 @@ from .schedule import RunError, Schedule, claimed, in_turn, is_done
 from .together import joined
 from .tune import FIRST_SEED, HELD_OUT, JOINT, Tuner, label
 from .worker import what_happened
-
-PRETRAINED_LR = 5e-5
-SMALL_LR = 1e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--steps", type=int, default=defaults.steps)
     training.add_argument("--batch", type=int, default=defaults.batch)
     training.add_argument(
-        "--lr", type=float, help=f"default: {SMALL_LR:g}, or {PRETRAINED_LR:g} for a pretrained backbone"
+        "--lr", type=float, help=f"default: {UNTRAINED_LR:g}, or {PRETRAINED_LR:g} for a pretrained backbone"
     )
     training.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
     training.add_argument("--tune", action="store_true", help="tune every arm's learning rate first, around --lr")
@@ -174,7 +171,7 @@ def check_options(args: argparse.Namespace) -> None:
 def config_of(args: argparse.Namespace) -> Config:
     """What all runs have in common."""
     check_options(args)
-    lr = args.lr if args.lr is not None else (SMALL_LR if args.backbone == "small" else PRETRAINED_LR)
+    lr = args.lr if args.lr is not None else default_lr(args.backbone)
     is_text = args.data == "wordnet"
     own = args.backbone if is_text and args.backbone != "small" else None
     options = Options(
