@@ -4,6 +4,7 @@ import argparse
 import gzip
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ CHECKPOINTS = ("trunk.lr-0.001.seed-0.step-15.part.pt", "tm+te.seed-0.pt")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("out/paper/smoke"))
+    what = "OUT/latest is made anew every time, as runs that are there would not be run again"
+    parser.add_argument("--out", type=Path, default=Path("out/paper/smoke"), help=what)
     parser.add_argument("--only", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="some data sets")
 
 
@@ -35,10 +37,13 @@ def run(args: argparse.Namespace) -> int:
     from .__main__ import main
 
     started, seconds = time.perf_counter(), {}
+    latest = args.out / "latest"
+    if latest.exists():
+        shutil.rmtree(latest)
     for name in args.only:
         since = time.perf_counter()
-        root = small_files(name, args.out / "data")
-        out = args.out / name
+        root = small_files(name, latest / "data")
+        out = latest / name
         arms = ["everything"] if name == "rooms" else ["methods", "--arms", *ARMS]
         options = [] if root is None else ["--root", str(root)]
         options += ["--size", *map(str, SIZE[name])] if name in SIZE else []
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
         seconds[name] = time.perf_counter() - since
     since = time.perf_counter()
-    whole, killed = killed_and_resumed(args.out / "killed", args.out / "cache")
+    whole, killed = killed_and_resumed(latest / "killed", args.out / "cache")
     if figures(whole) != figures(killed):
         raise SystemExit("a run that was killed and went on differs from one in one piece")
     seconds["kill"] = time.perf_counter() - since
