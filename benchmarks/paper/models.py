@@ -30,8 +30,12 @@ name of a hub brings weights."""
 PRETRAINED_LR, UNTRAINED_LR = 5e-5, 1e-3
 
 
+UNTRAINED = "untrained:"
+"""Before the name of a pretrained backbone: its architecture, with weights that are drawn."""
+
+
 def is_pretrained(backbone: str) -> bool:
-    return backbone != "small" and backbone not in VIT
+    return backbone != "small" and backbone not in VIT and not backbone.startswith(UNTRAINED)
 
 
 def default_lr(backbone: str) -> float:
@@ -43,7 +47,8 @@ def build(data: Data, backbone: str, seed: int, decoder: str = "pixels") -> dtme
     """A backbone, untrained heads for all tasks of ``data``; ``seed`` draws what is not pretrained.
 
     Args:
-        backbone: ``"small"``, a key of ``VIT``, or any name or folder that transformers loads.
+        backbone: ``"small"``, a key of ``VIT``, or any name or folder that transformers loads; ``"untrained:"`` before
+            it draws the weights.
         decoder: a key of ``decoders.DECODERS``: the heads of dense tasks.
 
     Raises:
@@ -94,7 +99,7 @@ def _for_texts(name: str, vocabulary: int | None) -> nn.Module:
         return BertModel(BertConfig(vocab_size=vocabulary, **SMALL_TEXT), add_pooling_layer=False)
     if name in VIT:
         raise ValueError(f"--backbone {name} looks at images, and the data set holds texts: name a text transformer")
-    network = _pretrained(name)
+    network = _loaded(name)
     known = getattr(network.config, "vocab_size", None)
     if known is None:
         raise ValueError(
@@ -109,8 +114,8 @@ def _for_images(name: str, size: tuple[int, int]) -> nn.Module:
     import_torchvision()
     from transformers import ViTConfig, ViTModel
 
-    if is_pretrained(name):
-        return _pretrained(name)
+    if name != "small" and name not in VIT:
+        return _loaded(name)
     options: dict[str, Any] = dict(SMALL_IMAGE)
     if name in VIT:
         width, depth, heads = VIT[name]
@@ -124,10 +129,12 @@ def _for_images(name: str, size: tuple[int, int]) -> nn.Module:
     return ViTModel(ViTConfig(image_size=size, patch_size=patch, **options), add_pooling_layer=False)
 
 
-def _pretrained(name: str) -> nn.Module:
-    from transformers import AutoModel
+def _loaded(name: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
 
     try:
+        if name.startswith(UNTRAINED):
+            return AutoModel.from_config(AutoConfig.from_pretrained(name.removeprefix(UNTRAINED)))
         return AutoModel.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"--backbone {name} cannot be loaded: {error}") from error

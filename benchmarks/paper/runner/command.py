@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ..data import DATA_SETS, Data, Options, open_data
 from ..decoders import DECODERS
 from ..experiments import ARMS, EXPERIMENTS
-from ..models import PRETRAINED_LR, UNTRAINED_LR, build, default_lr
+from ..models import PRETRAINED_LR, UNTRAINED, UNTRAINED_LR, build, default_lr
 from ..results import FORMAT, read_json, read_runs, write_json
 from .batches import InOrder, splits
 from .config import Config, differences
@@ -35,6 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="some arms instead of the experiment's own")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; what is there is gone on with")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ... that every arm is run with")
+    add_data(parser)
+    training = add_training(parser)
+    training.add_argument("--tune", action="store_true", help="tune every arm's learning rate first, around --lr")
+    training.add_argument("--tune-seeds", type=int, default=1, help="seeds that every rate is tried with")
+    training.add_argument("--expand-at", type=float, default=defaults.expand_at, help="share of the steps before it")
+    training.add_argument("--read", type=int, default=defaults.read, help="items that an analysis reads")
+    training.add_argument("--num-tokens", type=int, default=defaults.num_tokens, help="task tokens per task and block")
+    training.add_argument("--modulation", type=float, default=defaults.modulation, help="share of the blocks")
+    training.add_argument("--expansion", type=float, default=defaults.expansion, help="share of the blocks")
+    training.add_argument("--no-conflicts", action="store_true", help="leave out the analyses that nothing depends on")
+    machine = add_machine(parser)
+    machine.add_argument("--loader-workers", type=int, default=0, help="processes that read data, for every run")
+    machine.add_argument("--save-every", type=float, default=60.0, help="seconds between two savings of a run")
+    machine.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Options of what is trained on what."""
+    defaults = Config("", 0)
     data = parser.add_argument_group("data and model")
     data.add_argument("--data", choices=DATA_SETS, default=defaults.data)
     data.add_argument("--root", type=Path, help="where the data set's files are")
@@ -47,11 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--backbone",
         default=defaults.backbone,
-        help="small, vit-tiny, -small, -base, -large, or any transformers name or folder",
+        help="small, vit-tiny, -small, -base, -large, or any transformers name or folder; untrained:NAME for its "
+        "architecture with weights that are drawn",
     )
     data.add_argument(
         "--decoder", choices=DECODERS, help="heads of dense tasks: pixels for rooms, else conv, which is the paper's"
     )
+
+
+def add_training(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Options of the joint training."""
+    defaults = Config("", 0)
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=defaults.steps)
     training.add_argument("--batch", type=int, default=defaults.batch)
@@ -59,24 +84,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr", type=float, help=f"default: {UNTRAINED_LR:g}, or {PRETRAINED_LR:g} for a pretrained backbone"
     )
     training.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
-    training.add_argument("--tune", action="store_true", help="tune every arm's learning rate first, around --lr")
-    training.add_argument("--tune-seeds", type=int, default=1, help="seeds that every rate is tried with")
-    training.add_argument("--expand-at", type=float, default=defaults.expand_at, help="share of the steps before it")
-    training.add_argument("--read", type=int, default=defaults.read, help="items that an analysis reads")
-    training.add_argument("--num-tokens", type=int, default=defaults.num_tokens, help="task tokens per task and block")
-    training.add_argument("--modulation", type=float, default=defaults.modulation, help="share of the blocks")
-    training.add_argument("--expansion", type=float, default=defaults.expansion, help="share of the blocks")
-    training.add_argument("--no-conflicts", action="store_true", help="leave out the analyses that nothing depends on")
+    return training
+
+
+def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Options of what it runs on."""
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     machine.add_argument("--jobs", type=int, default=2, help="runs at once; under torchrun every run has all processes")
     machine.add_argument(
         "--threads", type=int, default=1, help="of every run on a CPU; another number, other last digits"
     )
-    machine.add_argument("--loader-workers", type=int, default=0, help="processes that read data, for every run")
-    machine.add_argument("--save-every", type=float, default=60.0, help="seconds between two savings of a run")
     machine.add_argument("--cache", type=Path, default=Options().cache, help="for what can be made again")
-    machine.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard")
+    return machine
 
 
 def run(args: argparse.Namespace) -> int:
@@ -173,7 +193,7 @@ def config_of(args: argparse.Namespace) -> Config:
     check_options(args)
     lr = args.lr if args.lr is not None else default_lr(args.backbone)
     is_text = args.data == "wordnet"
-    own = args.backbone if is_text and args.backbone != "small" else None
+    own = args.backbone.removeprefix(UNTRAINED) if is_text and args.backbone != "small" else None
     options = Options(
         root=args.root,
         tasks=None if args.tasks is None else tuple(args.tasks),

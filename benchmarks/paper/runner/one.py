@@ -169,13 +169,14 @@ class RunOfArm:
     @property
     def _decisive_of_trunk(self) -> dict[str, Any]:
         """Settings of what is saved of the joint part, which the arms share."""
-        return self.config.settings | {"seed": self.config.seed, "processes": self.world}
+        settings = {name: value for name, value in self.config.settings.items() if name != "expand_at"}
+        return settings | {"seed": self.config.seed, "processes": self.world}
 
     def _shared(self) -> Training:
         """The joint training of the seed up to where the arm leaves it, or a training before its first step."""
         if self.branch == 0:
             return self._begun(self._combination())
-        training = self._trunk()
+        training = self.joint_part()
         training.combination = self._combination()
         return training
 
@@ -201,7 +202,7 @@ class RunOfArm:
         try:
             yield
         except ValueError as error:
-            what = what_is_not_finite(training.model, self._to_read(), self._tasks)
+            what = what_is_not_finite(training.model, self.to_read(), self._tasks)
             if what is None:
                 raise
             raise Diverged(f"{what} after {training.step} steps") from error
@@ -217,7 +218,7 @@ class RunOfArm:
     def _setting(self, training: Training) -> Setting:
         return Setting(
             training.model,  # type: ignore[arg-type]
-            self._to_read(),
+            self.to_read(),
             self._tasks,
             self.config.seed,
             num_tokens=self.config.num_tokens,
@@ -226,7 +227,7 @@ class RunOfArm:
             file=self._report,
         )
 
-    def _to_read(self) -> InOrder:
+    def to_read(self) -> InOrder:
         indices = items_to_read(self.config, len(self.data.train))[self.rank :: self.world]
         return InOrder(self.data.train, indices, self.config.batch, self.config.device, self.place.loader_workers)
 
@@ -234,14 +235,17 @@ class RunOfArm:
         """The only one of the runs at once that makes a file which they share."""
         return nullcontext() if self.world > 1 else one_at_a_time(path)
 
-    def _trunk(self) -> Training:
-        """Jointly trained, all losses weighing 1, up to the branch: by the first arm of the seed that needs it."""
+    def joint_part(self) -> Training:
+        """Jointly trained, all losses weighing 1, up to the branch: by the first arm of the seed that needs it.
+
+        What was trained so far before, for an earlier branch or until a kill, is gone on with.
+        """
         path = self.place.trunk(self.config, self.branch, "pt")
         with self._alone(path):
             if not path.exists():
                 unfinished = path.with_suffix(".part.pt")
-                if unfinished.exists():
-                    training = Training.load(unfinished, self.config.device, self._decisive_of_trunk)
+                if begun := [file for file in (unfinished, *self._earlier_trunks()) if file.exists()]:
+                    training = Training.load(begun[0], self.config.device, self._decisive_of_trunk)
                     self.place.tell("going on", training.step)
                 else:
                     training = self._begun(Combination(self._tasks))
@@ -253,6 +257,10 @@ class RunOfArm:
         if self.world > 1:
             dist.barrier()
         return Training.load(path, self.config.device, self._decisive_of_trunk)
+
+    def _earlier_trunks(self) -> list[Path]:
+        """Those of the seed that were trained to a step before the branch, the last first."""
+        return [self.place.trunk(self.config, step, "pt") for step in reversed(range(self.branch))]
 
     def _train(self, training: Training, last: int, checkpoint: Path, decisive: dict[str, Any], writer: Any) -> None:
         """Up to step ``last``, saved every so many seconds and when it has to stop."""
@@ -302,7 +310,7 @@ class RunOfArm:
             return {"start": start} if start else {}
         self.place.tell("analysing", training.step)
         with training.timed("analysis"), self._or_diverged(training):
-            report = dtme.analyze(training.model, self._to_read(), losses_of(self._tasks), progress=False)
+            report = dtme.analyze(training.model, self.to_read(), losses_of(self._tasks), progress=False)
         return ({"start": start} if start else {}) | {"end": conflicts_of(report)}
 
     def _json(self, training: Training | None, status: str, reason: str | None, metrics: Any, conflicts: Any) -> Run:
