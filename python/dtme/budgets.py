@@ -112,8 +112,8 @@ def _best_of_splits(items: list[Item], budget: Budget) -> list[Item]:
         visited += 1
         if visited > MOST_SPLITS:
             raise ValueError(
-                "pair_threshold (or tasks that do not reach all blocks) with max_compute leaves too many plans to "
-                "compare: give groups, or leave one of them out"
+                "pair_threshold (or strategy='pairs', or tasks that do not reach all blocks) with max_compute leaves "
+                "too many plans to compare: give groups, or leave one of them out"
             )
         unions = {apart}
         for item in at[d]:

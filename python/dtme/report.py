@@ -217,7 +217,9 @@ class ConflictReport(Stamped):
             expansion: share of the blocks that get task tokens, those with the highest null rate; 0 for none.
             strategy: ``"conflict"``, or its controls ``"reverse"`` (lowest rates), ``"random"`` and ``"swap"``
                 (modulation by null, expansion by range), or ``"gain"`` (modulation by ``gains``; a block whose gain is
-                negative gets none, even if that leaves fewer than the share).
+                negative gets none, even if that leaves fewer than the share), or ``"pairs"``: as many modules as
+                ``"conflict"`` gives, but task by task, to those that are in the pairs with the highest rates, whatever
+                the block. This is ``pair_threshold`` at the threshold that gives so many.
             num_tokens: task tokens per task and block, or ``"text"`` (6) or ``"params"`` (1), the paper's two figures.
             pair_threshold: give a module only to tasks in some pair whose rate in that block and space reaches this;
                 None gives one to every task that reaches the block.

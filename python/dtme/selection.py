@@ -24,6 +24,7 @@ STRATEGIES = {
     "swap": ("null", "range", True),
     "random": ("range", "null", True),
     "gain": ("gain", "null", True),
+    "pairs": ("range", "null", True),
 }
 BUDGETS = ("max_parameters", "max_compute")
 
@@ -104,6 +105,10 @@ class Candidates:
         self.owners = self.nothing.owners(report.tasks)
         column = [self.owners.index(self.nothing.owner(task)) for task in report.tasks]
         self.belongs = torch.nn.functional.one_hot(torch.tensor(column), len(self.owners)).float()
+        self.apart = rules.strategy == "pairs"
+        """Whether the owners of a block are chosen one by one."""
+        self.slots = len(self.owners) if self.apart else 1
+        """Of a block; what is chosen is slots."""
         if "gain" in rules.sources and report.gains[self.shared].isnan().any():
             unknown = next(report.blocks[d] for d in self.shared if report.gains[d].isnan())
             raise ValueError(
@@ -115,7 +120,9 @@ class Candidates:
 
         ``scale`` multiplies the deviations of the resamples: 0.5 stands for four times as many units.
         """
-        num_blocks, quotas = len(self.shared), self.rules.quotas(len(self.shared))
+        num_blocks = len(self.shared)
+        first, second = self.rules.quotas(num_blocks)
+        quotas = self.slots * first, self.slots * second
         generator = random.Random(self.rules.seed)
         orders, values, members = [], [], []
         for source in self.rules.sources:
@@ -135,7 +142,8 @@ class Candidates:
                 torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :quota], True) & (worth >= 0)
                 for order, worth, quota in zip(orders, values, quotas, strict=True)
             ]
-        return Choice(*(p[:, :, None] & m for p, m in zip(picked, members, strict=True)))
+        slots = [p.unflatten(1, (num_blocks, self.slots)) for p in picked]
+        return Choice(*(p & m for p, m in zip(slots, members, strict=True)))
 
     def plan(self) -> ExpansionPlan:
         """The plan of the report itself."""
@@ -152,8 +160,10 @@ class Candidates:
     # --- what ranks blocks --------------------------------------------------------------------------------------------
 
     def _scores(self, source: str, weights: Tensor | None, scale: float) -> Tensor:
-        """(R, S) rates or gains."""
+        """(R, S) rates or gains; (R, S G) where owners are chosen one by one."""
         report, shared = self.report, self.shared
+        if self.apart:
+            return self._highest_of_pairs(source, weights, scale)
         if source == "gain":
             estimate = report.gains[shared][None]
             return estimate if weights is None else estimate + scale * gain_deviations(report)[: len(weights), shared]
@@ -162,6 +172,27 @@ class Candidates:
             return estimate
         counts, valid = report.units_of(source)
         return estimate + scale * deviations(counts.sum(2)[:, shared], valid.sum(2)[:, shared], weights)
+
+    def _highest_of_pairs(self, space: str, weights: Tensor | None, scale: float) -> Tensor:
+        """(R, S G): of the pairs of an owner and any other, the highest rate; -1 where it meets none."""
+        first, second = torch.triu_indices(len(self.report.tasks), len(self.report.tasks), 1)
+        parted = self.belongs[first] != self.belongs[second]  # tasks of one owner keep sharing
+        columns = []
+        for d in self.shared:
+            rates = self._rates_of_pairs(space, d, weights, scale).nan_to_num(-1)
+            columns += [
+                rates[:, pairs].amax(1) if pairs.any() else rates.new_full((len(rates),), -1) for pairs in parted.T
+            ]
+        return torch.stack(columns, 1)
+
+    def _rates_of_pairs(self, space: str, d: int, weights: Tensor | None, scale: float) -> Tensor:
+        """(R, P) of one block; NaN for pairs that never met there."""
+        first, second = torch.triu_indices(len(self.report.tasks), len(self.report.tasks), 1)
+        rates = self.report.pair_rates(space)[d, first, second][None]
+        if weights is None:
+            return rates
+        counts, valid = self.report.units_of(space)
+        return rates + scale * deviations(counts[:, d], valid[:, d], weights)
 
     def _order(self, scores: Tensor) -> Tensor:
         """(R, S): the blocks of each resample, best first; equals go to the earlier, under ``max_compute`` the later.
@@ -179,6 +210,8 @@ class Candidates:
             return torch.linspace(1, 0.5, order.shape[1], dtype=torch.float64)[order.argsort(1)]
         if source == "gain":
             return scores / scores.clamp(min=0).mean(1, keepdim=True).clamp(min=1e-300)
+        if self.apart:
+            return scores  # below 0 for an owner that conflicts with nobody
         rates = scores.clamp(0, 1)  # that of a resample is stretched, and can lie outside
         if "gain" in self.rules.sources:  # beside gains, which are another measure
             return rates / rates.mean(1, keepdim=True).clamp(min=1e-300)
@@ -198,14 +231,10 @@ class Candidates:
         rows = torch.arange(len(first))
         touches = torch.zeros(len(first), len(report.tasks))
         touches[rows, first] = touches[rows, second] = 1
-        estimate = report.pair_rates(space)[:, first, second]
         members = []
         for s, d in enumerate(self.shared):  # block by block: the pairs of many tasks are many
-            rates = estimate[d][None]
-            if weights is not None:
-                counts, valid = report.units_of(space)
-                rates = rates + scale * deviations(counts[:, d], valid[:, d], weights)
             # the rate of a pair that never met is NaN, and NaN reaches no threshold
+            rates = self._rates_of_pairs(space, d, weights, scale)
             hit = ((rates >= threshold).float() @ touches).bool() & reached[s]
             members.append((hit.float() @ self.belongs).bool())
         return torch.stack(members, 1) if members else torch.zeros(1, 0, len(self.owners), dtype=torch.bool)
@@ -231,14 +260,17 @@ class Candidates:
             for kind, quota in enumerate(quotas):
                 who = masks[kind][r if len(masks[kind]) > 1 else 0]
                 worth = values[kind][r].tolist()
-                for s in orders[kind][r].tolist() if quota else ():
-                    if who[s]:
-                        parameters = who[s].bit_count() * per_owner[kind][s]
-                        items.append(Item(kind, s, worth[s], parameters, who[s]))
+                for slot in orders[kind][r].tolist() if quota else ():
+                    s, g = divmod(slot, self.slots)
+                    owners = who[s] & 1 << g if self.apart else who[s]
+                    if owners:
+                        parameters = owners.bit_count() * per_owner[kind][s]
+                        items.append(Item(kind, s, worth[slot], parameters, owners))
             if not resampled:
                 check_budget(items, budget)
             for item in best_within(items, budget):
-                picked[item.kind][r, item.block] = True
+                g = item.owners.bit_length() - 1 if self.apart else 0
+                picked[item.kind][r, item.block * self.slots + g] = True
         return picked
 
 
