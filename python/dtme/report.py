@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .files import write_beside
 from .grouping import groups_of
+from .heads import label_gains
 from .pickles import Stamped
 from .plan import ExpansionPlan
 from .report_files import check_units, load_report, save_report
@@ -52,6 +53,8 @@ class ConflictReport(Stamped):
             own in the block instead of all tasks sharing one; NaN where that is not known.
         gain_resamples: (R, D) float64: the gains of resamples of bundles of batches. Bundles can be fewer and larger
             than ``units``; where there are as many, these are the first R of the resamples of the units.
+        head_losses: (n, K, 2) float64: every task's loss in each of the first batches, with the images' own labels and
+            with those of other images; NaN where a task had none. None: not known, as of ``step`` functions.
         bases: for each block its (p, p) eigenvectors as columns; None after loading a file that was saved without.
         alternatives: ``{ratio: Split}``, the same analysis at other ratios; ``at`` gives their reports.
         plan_options: of the plan that was to settle: the table and the picture are about that plan.
@@ -73,6 +76,7 @@ class ConflictReport(Stamped):
     reached: Tensor | None = None
     gains: Tensor = None  # type: ignore[assignment]  # NaNs are filled in below
     gain_resamples: Tensor | None = field(default=None, repr=False)
+    head_losses: Tensor | None = field(default=None, repr=False)
     bases: tuple[Tensor, ...] | None = field(default=None, repr=False)
     alternatives: Mapping[float, Split] = field(default_factory=dict, repr=False)
     plan_options: Mapping[str, Any] = field(default_factory=dict)
@@ -164,6 +168,16 @@ class ConflictReport(Stamped):
             return torch.full((len(self.blocks), 2), math.nan, dtype=torch.float64)
         counts, valid = self.units_of(space)
         return rate_intervals(counts.sum(2), valid.sum(2), float(level))
+
+    def label_gains(self) -> dict[str, tuple[float, float]]:
+        """How well each head knows which labels belong to which image: what it must have learnt before rates mean much.
+
+        Returns:
+            ``{task: (gain, half)}``. The gain is by what share the loss of an image's own labels is below the loss of
+            another image's labels, 0 for a head that has learnt nothing, in at most 32 batches of each process; its
+            95 % interval is gain ± half, from Student's t of the batches. NaN where that is not known.
+        """
+        return label_gains(self)
 
     def stability(self, **plan_options: Any) -> dict[str, Tensor]:
         """In which share of the resamples ``plan(**plan_options)`` chooses each block.

@@ -66,6 +66,7 @@ FIELDS = Record(
         "reached": tensor_of(boolean, 2, torch.bool),
         "units": Record(dict.fromkeys(Units._fields, PACKED_COUNTS)),
         "gain_resamples": PACKED_FLOATS,
+        "head_losses": PACKED_FLOATS,
         "alternatives": list_of(SPLIT),
         "bases": list_of(PACKED_FLOATS),
     },
@@ -99,6 +100,8 @@ def save_report(report: "ConflictReport", path: str | os.PathLike[str], bases: b
         content["units"] = {name: pack(counts) for name, counts in report.units._asdict().items()}
     if report.gain_resamples is not None:
         content["gain_resamples"] = pack(report.gain_resamples)
+    if report.head_losses is not None:
+        content["head_losses"] = pack(report.head_losses)
     if report.alternatives:
         content["alternatives"] = [_split_content(*item) for item in report.alternatives.items()]
     if bases and report.bases is not None:
@@ -234,6 +237,9 @@ def _check_per_block(report: "ConflictReport") -> None:
     resamples = report.gain_resamples
     if resamples is not None and (resamples.ndim != 2 or not len(resamples) or resamples.shape[1] != num_blocks):
         raise ValueError(f"gain_resamples must be (R, {num_blocks}), got {tuple(resamples.shape)}")
+    heads, num_tasks = report.head_losses, len(report.tasks)
+    if heads is not None and (heads.ndim != 3 or not len(heads) or tuple(heads.shape[1:]) != (num_tasks, 2)):
+        raise ValueError(f"head_losses must be (n, {num_tasks}, 2), got {tuple(heads.shape)}")
     if report.bases is not None:
         shapes = [(p, p) for p in report.num_features.values()]
         if [tuple(basis.shape) for basis in report.bases] != shapes:

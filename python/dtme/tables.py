@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .heads import label_gains, untrained
 from .plan import ExpansionPlan
 from .resampling import CHANCE, LEVEL, MIN_UNITS, informative_units
 from .stability import MOST_TIMES, agreement, batches_to_settle, stability
@@ -164,7 +165,8 @@ def _parameters_of(plan: ExpansionPlan, task: str) -> int:
 
 
 def _warnings(report: "ConflictReport") -> list[str]:
-    lines: list[str] = []
+    heads = _heads(report)
+    lines = [*heads]
     if report.units is None or not has_units(report):
         return lines
     # one of many intervals misses the rate by chance: all of them together are to hold theirs at LEVEL
@@ -174,7 +176,7 @@ def _warnings(report: "ConflictReport") -> list[str]:
     if len(edges) and ((edges[:, 0] <= CHANCE) & (edges[:, 1] >= CHANCE)).all():
         lines.append(
             "warning: no rate is surely other than 50%, if the intervals are to hold all at once: that of gradients "
-            "that have nothing to do with each other: train the heads first"
+            "that have nothing to do with each other" + ("" if heads else ": train the heads first")
         )
     elif len(edges) and (edges[:, 1] < CHANCE).all():
         lines.append(
@@ -199,6 +201,18 @@ def _warnings(report: "ConflictReport") -> list[str]:
             advice += ", or take it as it is: blocks that need so many are about equal"
         lines.append(f"warning: only {share:.0%} of the resamples make this plan: {advice}")
     return lines
+
+
+def _heads(report: "ConflictReport") -> list[str]:
+    """About heads that have learnt nothing yet."""
+    tasks, gains = untrained(report), label_gains(report)
+    if not tasks:
+        return []
+    named = _listed([f"{task!r} ({gains[task][0]:.1%} ± {100 * gains[task][1]:.1f})" for task in tasks], "heads")
+    return [
+        f"warning: the losses do not show that these heads have learnt which labels belong to which image: {named}. "
+        "Rates of untrained heads are those of the heads as they happen to be, not of the tasks: train them first"
+    ]
 
 
 def _mark(word: str, tasks: Sequence[str], plan: ExpansionPlan) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import isfinite, isnan
+from math import isfinite, isnan, nan
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ class Started(NamedTuple):
     """Per task its gradients at ``outputs``."""
     losses: Tensor
     """(K',) float64."""
+    swapped: Tensor
+    """(K',) float64: the same with the labels of other images; NaN where that was not looked at."""
 
 
 class ByTask:
@@ -56,10 +58,13 @@ class ByTask:
         """Of the functions, to tell an analysis from another one."""
         return {task: function_name(loss) for task, loss in self.losses.items()}
 
-    def start(self, batch: Any, tasks: Sequence[str]) -> Started:
+    def start(self, batch: Any, tasks: Sequence[str], swap: bool = False) -> Started:
         """Every head's own graph is walked once and freed; K gradients at the features then go through the encoder.
 
         The graph of a decoder is every task's, and kept for the last of them.
+
+        Args:
+            swap: also take the losses with the labels of other images.
         """
         model, (x, targets) = self.model, _unpack(batch)
         labelled = tuple(task for task in tasks if targets.get(task) is not None)
@@ -73,7 +78,7 @@ class ByTask:
             # all tasks' features also where one has no target: which streams share must not depend on it
             features = model.extract(x, model.tasks_for(self.tasks)[1])
             if not labelled:
-                return Started((), [], [], torch.zeros(0, dtype=torch.float64))
+                return Started((), [], [], *torch.zeros(2, 0, dtype=torch.float64))
             leaves = list({id(leaf): leaf for leaf in tensors(features) if leaf.requires_grad}.values())
             if not leaves:
                 kinds = ", ".join(dict.fromkeys(type(value).__name__ for value in features.values()))
@@ -102,7 +107,20 @@ class ByTask:
                 )
                 for task in present
             ]
-        return Started(tuple(present), leaves, seeds, _stack(numbers, present))
+            swapped = {task: self._swapped(task, predictions[task], targets[task]) if swap else nan for task in present}
+        return Started(tuple(present), leaves, seeds, _stack(numbers, present), _stack(swapped, present))
+
+    def _swapped(self, task: str, prediction: Any, target: Any) -> float:
+        """The loss with the labels of the image before; NaN where labels are not told apart by image."""
+        sizes = {leaf.shape[:1] for leaf in tensors(target)}
+        if len(sizes) != 1 or max(sizes) < (2,):
+            return nan
+        try:
+            with torch.no_grad():
+                others = map_tensors(lambda leaf: leaf.roll(1, 0), target)
+                return float(self.losses[task](prediction, others))
+        except Exception:  # a loss that knows more of its labels than they say: nothing depends on it
+            return nan
 
     def _check_labels(self, task: str, prediction: Any, target: Any, value: float) -> None:
         """A loss of 0 / 0 is a mean over no labels, if it stays so whatever is predicted.
@@ -138,7 +156,8 @@ class ByStep:
     def names(self) -> dict[str, str | None]:
         return {"step": function_name(self.step)}
 
-    def start(self, batch: Any, tasks: Sequence[str]) -> Started:
+    def start(self, batch: Any, tasks: Sequence[str], swap: bool = False) -> Started:
+        """What the labels of ``step`` are is not known: ``swap`` does nothing."""
         with self.signals.allowed():
             values: Any = self.step(self.model, batch)
         self._check_tasks(values)
@@ -157,7 +176,8 @@ class ByStep:
                     raise ValueError(self.last_problem[task])
         present = [task for task in given if isfinite(numbers[task])]
         seeds = [[torch.ones_like(values[t]) if t == task else None for t in present] for task in present]
-        return Started(tuple(present), [values[task] for task in present], seeds, _stack(numbers, present))
+        unknown = torch.full((len(present),), nan, dtype=torch.float64)
+        return Started(tuple(present), [values[task] for task in present], seeds, _stack(numbers, present), unknown)
 
     def _check_tasks(self, values: Any) -> None:
         if not isinstance(values, Mapping):

@@ -10,6 +10,7 @@ from ..report import ConflictReport, stack_if_equal
 from ..units import Split
 from .gains import Gains, estimate
 from .gradients import nothing_shared
+from .heads import HeadLosses
 from .spaces import Space
 from .tally import Tally, matrices, units
 
@@ -21,6 +22,7 @@ class Sums:
         self.tasks = tuple(tasks)
         self.tally = Tally(len(widths), len(tasks), num_ratios)
         self.gains = Gains(widths, len(tasks))
+        self.heads = HeadLosses(len(tasks))
         self.reached = torch.zeros(len(widths), len(tasks), dtype=torch.bool)
         self.alive = torch.zeros(len(tasks), dtype=torch.bool)
         """Tasks that had a gradient that is not zero."""
@@ -32,6 +34,7 @@ class Sums:
         return {
             "tally": self.tally.bundles.state(),
             "gains": self.gains.bundles.state(),
+            "heads": self.heads.rows,
             "reached": self.reached,
             "alive": self.alive,
             "drawn": self.drawn,
@@ -42,6 +45,7 @@ class Sums:
     def load(self, state: dict[str, Any]) -> None:
         self.tally.bundles.load(state["tally"])
         self.gains.bundles.load(state["gains"])
+        self.heads.rows = list(state.get("heads", []))
         self.reached, self.alive = state["reached"], state["alive"]
         self.drawn, self.skipped = dict(state["drawn"]), dict(state["skipped"])
         self.num_batches = state["num_batches"]
@@ -58,6 +62,7 @@ class Sums:
             matrices(counts, len(tasks))[..., index, :][..., index][..., i, j] for counts in self.tally.bundles.sums
         ]
         other.gains.bundles.sums = [rows[index] for rows in self.gains.bundles.sums]
+        other.heads.rows = [rows[index] for rows in self.heads.rows]
         other.reached, other.alive = self.reached[:, index], self.alive[index]
         return other
 
@@ -100,6 +105,7 @@ def report_of(
         range_, null, valid = (matrices(x.sum(0), len(first.tasks)) for x in of_ratio[:3])
         splits.append((torch.tensor([space.ranks[r] for space in spaces.values()]), range_, null, valid, of_ratio))
     gains, resamples = estimate([row for part in sums for row in part.gains.bundles.sums], first.gains.widths)
+    heads = [row for part in sums for row in part.heads.rows]
     ranks, range_, null, valid, of_first = splits[0]
     return ConflictReport(
         tasks=first.tasks,
@@ -117,6 +123,7 @@ def report_of(
         reached=reached,
         gains=gains,
         gain_resamples=resamples,
+        head_losses=torch.stack(heads) if heads else None,
         bases=tuple(space.basis.cpu() for space in spaces.values()),
         alternatives={
             float(ratio): Split(ranks, range_, null, of_ratio.range, of_ratio.null)

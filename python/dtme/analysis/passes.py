@@ -17,6 +17,7 @@ from ..trees import to_device
 from .capture import BlockInputs, Entered, Unchanged
 from .gains import map_gradients
 from .gradients import any_gradient, token_gradients, tokens_of_tasks
+from .heads import HEAD_BATCHES
 from .losses import ByStep, ByTask, Started
 from .masks import Mask, TokenMask, TokenMasks
 from .outcome import Sums, report_of
@@ -125,12 +126,12 @@ class Analysis:
 
     # --- second pass ------------------------------------------------------------------------------------------------
 
-    def gradients(self, batch: Any) -> Gradients:
-        """Of one batch, already on the device."""
+    def gradients(self, batch: Any, swap: bool = False) -> Gradients:
+        """Of one batch, already on the device; ``swap`` as for ``ByTask.start``."""
         again = recomputed(self.inputs.blocks) if self.options.streamed else nullcontext()
         with torch.enable_grad(), again, self.inputs.record(gradients=True) as inputs:
             with self.held.watch(), self._precision():
-                started = self.losses.start(batch, self._drawn())
+                started = self.losses.start(batch, self._drawn(), swap)
             self.inputs.check(inputs)
             names = self.spaces.names or list(inputs)
             entered = [inputs[name] for name in names]
@@ -142,7 +143,8 @@ class Analysis:
     def add_gradients(self, batch: Any) -> None:
         batch = to_device(batch, self.device)
         mask = self.masks.of(batch)
-        _, started, entered, gradients, reached = self.gradients(batch)
+        swap = self._sums().num_batches < HEAD_BATCHES if self.tasks else False
+        _, started, entered, gradients, reached = self.gradients(batch, swap)
         with self.signals.allowed():
             masks = [self._mask_at(name, runs[0], mask) for name, runs in zip(self.spaces.names, entered, strict=True)]
             range_, null, valid = self._count(gradients, reached, started, masks)
@@ -163,6 +165,7 @@ class Analysis:
         index = [self.tasks.index(task) for task in started.tasks]
         sums.tally.add(range_, null, valid)
         sums.gains.add(maps, index, started.losses)
+        sums.heads.add(index, started.losses, started.swapped)
         sums.reached[:, index] |= reached
         sums.alive[index] |= alive
         for task in self._drawn():
