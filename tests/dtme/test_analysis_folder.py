@@ -50,6 +50,8 @@ class Loss:
         self.calls, self.kill_at = 0, kill_at
 
     def __call__(self, prediction, target):
+        if not torch.is_grad_enabled():  # with the labels of other images
+            return F.mse_loss(prediction, target)
         self.calls += 1
         if self.calls == self.kill_at:
             raise Killed
@@ -76,6 +78,7 @@ def test_the_same_call_goes_on_and_ends_in_the_same_numbers(tmp_path, monkeypatc
         assert torch.equal(getattr(report, name), getattr(want, name)), name
     for a, b in zip(report.units, want.units, strict=True):
         assert torch.equal(a, b)
+    assert torch.equal(report.head_losses, want.head_losses) and report.head_losses.shape == (12, 2, 2)
     other, same = report.at(3.0), want.at(3.0)
     assert torch.equal(other.range_counts, same.range_counts)
     again = Loss()
