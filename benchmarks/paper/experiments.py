@@ -24,7 +24,7 @@ EXPERIMENTS = {
     "methods": Experiment("table 1: modulation, expansion, both", ("single", "joint", "tm", "te", "tm+te")),
     "placement": Experiment(
         "tables 2 and 13: which blocks",
-        ("joint", "tm+te", "gains", "random", "reverse", "swap", "first-half", "last-half", "all"),
+        ("joint", "tm+te", "gains", "pairs", "random", "reverse", "swap", "first-half", "last-half", "all"),
     ),
     "optimisers": Experiment("tables 3, 8, 9, 10: other ways to train", ("single", "joint", *_OPTIMISERS, "tm+te")),
     "neighbours": Experiment(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 NOT_REACHED = "fewer than two tasks reach it"
 NEVER_MET = "no two tasks have gradients at the same token"
 MOST_NAMES = 4  # in a cell
+PAIRS_RULE = 2
+"""If pairs lie so many times as far apart as blocks, the choice of tasks says more than that of blocks."""
 FAR = 16
 """So many times what was read is more than most will read for a plan."""
 
@@ -127,7 +129,13 @@ def _pairs(report: "ConflictReport") -> list[str]:
     if len(known) < 2:
         return []
     (low, least), (high, most) = min(known), max(known)
-    return [f"range rates of pairs of tasks, over all blocks: {low:.1%} ({least}) to {high:.1%} ({most})"]
+    line = f"range rates of pairs of tasks, over all blocks: {low:.1%} ({least}) to {high:.1%} ({most})"
+    blocks = report.range_rates[~report.range_rates.isnan()]
+    if high - low > PAIRS_RULE * (blocks.max() - blocks.min()).item():
+        line += (
+            f"; blocks lie {100 * (blocks.max() - blocks.min()).item():.1f} points apart: see plan(strategy='pairs')"
+        )
+    return [line]
 
 
 def _costs(report: "ConflictReport", plan: ExpansionPlan) -> list[str]:

@@ -88,6 +88,7 @@ def test_arms_by_rates_are_those_of_the_report(report):
         "te": report.plan(modulation=0),
         "tm+te": report.plan(),
         "gains": report.plan(strategy="gain"),
+        "pairs": report.plan(strategy="pairs"),
         "reverse": report.plan(strategy="reverse"),
         "swap": report.plan(strategy="swap"),
         "t-1": report.plan(num_tokens=1),

@@ -16,6 +16,7 @@ METHOD = {
 }
 PLACES = {
     "gains": Arm("TM + TE, by gains", partial(Placement, strategy="gain")),
+    "pairs": Arm("TM + TE, by pairs", partial(Placement, strategy="pairs")),
     "random": Arm("TM + TE, random blocks", partial(Placement, strategy="random")),
     "reverse": Arm("TM + TE, reverse", partial(Placement, strategy="reverse")),
     "swap": Arm("TM + TE, swapped", partial(Placement, strategy="swap")),

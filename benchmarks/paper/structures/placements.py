@@ -11,7 +11,7 @@ import dtme
 
 from ..arms import Facts, Setting
 
-BY_REPORT = ("conflict", "gain", "reverse", "swap")
+BY_REPORT = ("conflict", "gain", "pairs", "reverse", "swap")
 """Strategies that look at gradients: those of ``dtme.ConflictReport.plan``."""
 WITHOUT_REPORT = ("random", "first", "last")
 
@@ -25,7 +25,8 @@ class Placement:
         expansion: likewise for task tokens.
         strategy: which blocks. By the rates of all tasks (``"conflict"``, ``"gain"``, ``"reverse"``, ``"swap"``), at
             random (``"random"``, modulations and tokens independently, by the setting's seed), or the first or last
-            ones (``"first"``, ``"last"``).
+            ones (``"first"``, ``"last"``). By the rates of pairs (``"pairs"``) as many modules are given, but not to
+            all tasks of a block.
         num_tokens: task tokens per task and block; None for those of the reference plan.
         ratio: r, which splits range from null space, where rates are looked at.
         modulator: ``"affine"`` or ``"batch_norm"``.
