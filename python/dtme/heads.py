@@ -3,29 +3,37 @@
 import math
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from .resampling import LEVEL, student_quantile
 
 if TYPE_CHECKING:
     from .report import ConflictReport
 
+UNKNOWN = (math.nan, math.nan)
+
 
 def label_gains(report: "ConflictReport") -> dict[str, tuple[float, float]]:
     """{task: (gain, half of its interval)}; see ``ConflictReport.label_gains``."""
     if report.head_losses is None:
-        return dict.fromkeys(report.tasks, (math.nan, math.nan))
-    found = {}
-    for task, losses in zip(report.tasks, report.head_losses.unbind(1), strict=True):
-        own, others = losses[losses.isfinite().all(1)].unbind(1)
-        count, mean = len(own), others.mean().item()
-        if count < 2 or not mean:
-            found[task] = (math.nan, math.nan)
-            continue
-        gain = (others - own).mean().item() / abs(mean)
-        # the deviation of a ratio of sums, from what each batch adds to it
-        rest = (others - own) - gain * others * math.copysign(1, mean)
-        half = student_quantile(count - 1, LEVEL) * rest.std().item() / math.sqrt(count) / abs(mean)
-        found[task] = (gain, half)
-    return found
+        return dict.fromkeys(report.tasks, UNKNOWN)
+    return dict(zip(report.tasks, map(label_gain, report.head_losses.unbind(1)), strict=True))
+
+
+def label_gain(losses: Tensor) -> tuple[float, float]:
+    """The gain of one task and half of its interval.
+
+    Args:
+        losses: (n, 2) of n batches, with the images' own labels and with those of others; NaN where there are none.
+    """
+    own, others = losses[losses.isfinite().all(1)].unbind(1)
+    count, mean = len(own), others.mean().item()
+    if count < 2 or not mean:
+        return UNKNOWN
+    gain = (others - own).mean().item() / abs(mean)
+    # the deviation of a ratio of sums, from what each batch adds to it
+    rest = (others - own) - gain * others * math.copysign(1, mean)
+    return gain, student_quantile(count - 1, LEVEL) * rest.std().item() / math.sqrt(count) / abs(mean)
 
 
 def untrained(report: "ConflictReport") -> list[str]:

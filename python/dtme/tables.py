@@ -184,7 +184,8 @@ def _warnings(report: "ConflictReport") -> list[str]:
     if len(edges) and ((edges[:, 0] <= CHANCE) & (edges[:, 1] >= CHANCE)).all():
         lines.append(
             "warning: no rate is surely other than 50%, if the intervals are to hold all at once: that of gradients "
-            "that have nothing to do with each other" + ("" if heads else ": train the heads first")
+            "that have nothing to do with each other"
+            + (": train the heads first" if report.head_losses is None else "")
         )
     elif len(edges) and (edges[:, 1] < CHANCE).all():
         lines.append(

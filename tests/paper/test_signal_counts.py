@@ -19,6 +19,7 @@ from benchmarks.paper.runner.config import Config
 from benchmarks.paper.runner.one import RunOfArm, Workplace
 from benchmarks.paper.signal import measurement as m
 from benchmarks.paper.signal.counts import Reading, count, measure, permuted
+from benchmarks.paper.signal.heads import HeadLosses
 from benchmarks.paper.signal.probe import Probe
 from benchmarks.paper.tasks import Task, losses_of
 from dtme.analysis.spaces import Space
@@ -227,3 +228,4 @@ def test_a_seed_is_measured_along_the_joint_training_of_the_evaluation(tmp_path)
     report = dtme.analyze(run.joint_part().model, run.to_read(), losses_of(run.data.tasks), progress=False)
     assert report.num_samples == 16 == len(set(items_to_read(config, 24)))
     assert found[2].ranks[2].tolist() == report.ranks.tolist()
+    torch.testing.assert_close(HeadLosses.load(probe.heads(0.5)).losses, report.head_losses, rtol=1e-5, atol=0)

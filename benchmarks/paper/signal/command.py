@@ -117,7 +117,7 @@ def run_probes(probes: Sequence[Probe], jobs: int) -> None:
     """
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    total = sum(not probe.path(share).exists() for probe in probes for share in probe.shares)
+    total = sum(not probe.is_measured(share) for probe in probes for share in probe.shares)
     if not total:
         return
     with (

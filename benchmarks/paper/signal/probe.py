@@ -17,6 +17,7 @@ from ..runner.measures import what_is_not_finite
 from ..runner.one import RunOfArm, Workplace
 from ..runner.tune import JOINT
 from .counts import Reading, measure
+from .heads import head_losses
 from .measurement import Measurement
 
 RATIOS = (1.0, 10.0, 100.0, 500.0, 1000.0)
@@ -38,6 +39,12 @@ class Probe:
     def path(self, share: float) -> Path:
         return self.out / "measured" / f"seed-{self.config.seed}.share-{round(100 * share)}.npz"
 
+    def heads(self, share: float) -> Path:
+        return self.path(share).with_suffix(".heads.json")
+
+    def is_measured(self, share: float) -> bool:
+        return self.path(share).exists() and self.heads(share).exists()
+
     @property
     def times(self) -> Path:
         """Where the seconds of a seed are kept."""
@@ -54,7 +61,7 @@ class Probe:
         """
         torch.set_num_threads(self.config.threads)
         for share in self.shares:
-            if self.path(share).exists():
+            if self.is_measured(share):
                 continue
             config = replace(self.config, arm=JOINT, expand_at=share)
             said = partial(tell, f"seed {config.seed} at {share:.0%}")
@@ -62,8 +69,9 @@ class Probe:
             with _timed(self.times, "training"):
                 training = run.joint_part()
             with _timed(self.times, "measuring"):
-                found = self._measure(run, training.model, share, partial(said, "images read"))
-            found.save(self.path(share))
+                if not self.path(share).exists():
+                    self._measure(run, training.model, share, partial(said, "images read")).save(self.path(share))
+                head_losses(training.model, run.data.tasks, run.to_read()).save(self.heads(share))
             said("measured", self.config.read)
 
     def _measure(self, run: RunOfArm, model: Any, share: float, tell: Callable[[int], None]) -> Measurement:
