@@ -216,9 +216,12 @@ class Study:
             not_there = [arm for arm in result.condition.arms if arm not in folder.arms]
             if not_there:
                 notes.append(f"{where} has no runs of {listed(not_there)}.")
-            for what, count in (("are missing", len(folder.missing())), ("diverged", len(folder.diverged()))):
+            for count, one, more in (
+                (len(folder.missing()), "is missing", "are missing"),
+                (len(folder.diverged()), "diverged", "diverged"),
+            ):
                 if count:
-                    notes.append(f"In {where}, {count} runs {what}: they are listed below.")
+                    notes.append(f"In {where}, {count} run{f's {more}' if count > 1 else f' {one}'}: see below.")
             notes += [f"{where}: {note}" for note in result.comparison.notes]
         return notes + differing_facts(self.runs)
 
