@@ -8,7 +8,10 @@ import pytest
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.fair.answer import answer
 from benchmarks.paper.fair.comparison import effects
-from benchmarks.paper.fair.folders import read_study
+from benchmarks.paper.fair.figures import draw
+from benchmarks.paper.fair.folders import read_studies, read_study
+from benchmarks.paper.fair.numbers import as_text, numbers
+from benchmarks.paper.fair.page import page
 from tests.paper.fair_folders import condition, rates, whole
 from tests.paper.result_folders import TASKS, rows, section
 
@@ -17,9 +20,16 @@ T_POWER = 1.060660  # 80 %
 HALF = T * 0.3 / math.sqrt(3)
 
 
-def report(to, *outs):
+def written(to, *outs):
+    """The files of the command: {name: bytes}."""
     main(["fair-report", *map(str, outs), "--to", str(to)])
-    return (to / "report.md").read_text(), json.loads((to / "fair.json").read_text())
+    return {path.name: path.read_bytes() for path in to.iterdir()}
+
+
+def report(out):
+    """The page, and the numbers of its only study; without the figures, which take most of the time."""
+    studies = read_studies([out])
+    return page(studies, []), json.loads(as_text(numbers(studies)))["studies"]["rooms, small"]
 
 
 def refused(to, *outs):
@@ -117,8 +127,8 @@ def test_cost_of_both_sides(tmp_path):
     folder = condition(tmp_path, "steps-300", {"joint": -1.0})
     for seed in range(3):
         folder.run("joint", seed, -1.0, seconds={"training": 80.0}, cpu_seconds=100.0)
-    _, content = report(tmp_path / "to", tmp_path)
-    ratio = content["studies"]["rooms, small"]["conditions"]["tuned"]["single_over_joint"]
+    _, study = report(tmp_path)
+    ratio = study["conditions"]["tuned"]["single_over_joint"]
     assert ratio["training"]["mean"] == 2.5 and ratio["cpu"]["mean"] == 4.0  # two tasks of 100 and 200 seconds
     assert "take 2.50 ± 0.00 times the training time of one joint run, 4.00 ± 0.00" in " ".join(
         answer(read_study(tmp_path))
@@ -129,11 +139,11 @@ def test_cost_of_both_sides(tmp_path):
 
 
 def test_page_and_numbers(tmp_path):
-    page, content = report(tmp_path / "to", whole(tmp_path / "out"))
-    table = rows(section(page, "rooms, small: from one condition to another"))
+    text, study = report(whole(tmp_path / "out"))
+    table = rows(section(text, "rooms, small: from one condition to another"))
     assert table["tuned minus default rate"]["Δm"] == "**+4.50 ± 0.00 higher**"
     assert table["uw minus equal weights"]["Δm"] == "0.00 ± 0.00 the same"
-    tuning = rows(section(page, "rooms, small: tuning, tuned, 300 steps"))
+    tuning = rows(section(text, "rooms, small: tuning, tuned, 300 steps"))
     assert tuning["joint"] == {
         "arm": "joint",
         "0.001": "-1.25",
@@ -142,7 +152,6 @@ def test_page_and_numbers(tmp_path):
         "": "at the edge",
     }
     assert tuning["single.depth"][""] == ""
-    study = content["studies"]["rooms, small"]
     effect = study["conditions"]["untuned"]["transfer"]["joint"]["tasks"]["semseg"]
     assert effect["mean"] == -8.0 and effect["half_width"] == pytest.approx(HALF, rel=1e-5) and effect["sign"] == -1
     assert study["notes"] == []
@@ -150,9 +159,7 @@ def test_page_and_numbers(tmp_path):
 
 def test_the_same_runs_make_the_same_bytes(tmp_path):
     outs = [whole(tmp_path / "a"), condition(tmp_path / "b", "steps-300", {"joint": -1.0}).path.parent]
-    for to in ("one", "two"):
-        report(tmp_path / to, *outs)
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / to).iterdir()} for to in ("one", "two"))
+    one, two = (written(tmp_path / to, *outs) for to in ("one", "two"))
     assert one == two and one.keys() == {"report.md", "fair.json", "transfer.png", "tasks.png"}
     assert all(len(one[name]) < 200_000 for name in one)
     assert "## rooms, small (a)" in one["report.md"].decode() and "## rooms, small (b)" in one["report.md"].decode()
@@ -160,9 +167,9 @@ def test_the_same_runs_make_the_same_bytes(tmp_path):
 
 def test_where_files_lie_is_not_in_it(tmp_path):
     condition(tmp_path / "out", "steps-300", {"joint": 0.0}, backbone="/some/where/dinov2", options={"root": "/home/x"})
-    report(tmp_path / "to", tmp_path / "out")
+    files = written(tmp_path / "to", tmp_path / "out")
     for name in ("report.md", "fair.json"):
-        text = (tmp_path / "to" / name).read_text()
+        text = files[name].decode()
         assert "dinov2" in text and "/some" not in text and "/home" not in text and str(tmp_path) not in text
 
 
@@ -173,10 +180,9 @@ def test_missing_conditions_are_said_and_the_rest_is_reported(tmp_path):
     condition(tmp_path / "out", "untuned", {"joint": -4.0})
     (tmp_path / "out" / "steps-300").mkdir()  # started, and nothing ended
     (tmp_path / "out" / "steps-300" / "experiment.json").write_text('{"format": 1}')
-    page, content = report(tmp_path / "to", tmp_path / "out")
-    assert "> - Nothing was run under steps-300, steps-600, decay: what needs it is left out." in page
-    assert "Whether there is negative transfer with both tuned is not known" in page
-    study = content["studies"]["rooms, small"]
+    text, study = report(tmp_path / "out")
+    assert "> - Nothing was run under steps-300, steps-600, decay: what needs it is left out." in text
+    assert "Whether there is negative transfer with both tuned is not known" in text
     assert list(study["conditions"]) == ["untuned"] and study["changes"] == {} == study["mixed"]
     assert study["conditions"]["untuned"]["transfer"]["joint"]["delta_m"]["mean"] == -4.0
 
@@ -186,10 +192,9 @@ def test_missing_and_diverged_runs_are_said_and_their_seeds_left_out(tmp_path):
     (out / "untuned" / "runs" / "single.depth.seed-2.json").unlink()
     path = out / "steps-300" / "runs" / "uw.seed-0.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "diverged", "reason": "the loss is nan"}))
-    page, content = report(tmp_path / "to", out)
-    assert "> - In untuned, 1 run is missing" in page and "> - In steps-300, 1 run diverged" in page
-    assert "the loss is nan" in section(page, "rooms, small: runs that are not in the numbers")
-    study = content["studies"]["rooms, small"]
+    text, study = report(out)
+    assert "> - In untuned, 1 run is missing" in text and "> - In steps-300, 1 run diverged" in text
+    assert "the loss is nan" in section(text, "rooms, small: runs that are not in the numbers")
     assert study["changes"]["tuning"]["delta_m"]["n"] == 2 == study["changes"]["uw"]["delta_m"]["n"]
     assert study["changes"]["steps"]["delta_m"]["n"] == 3
 
@@ -198,10 +203,10 @@ def test_no_single_task_runs_at_all(tmp_path):
     folder = condition(tmp_path / "out", "steps-300", {"joint": -1.0})
     for path in (folder.path / "runs").glob("single*"):
         path.unlink()
-    page, content = report(tmp_path / "to", tmp_path / "out")
-    assert "is not known: no seed has both sides' runs" in page
-    assert content["studies"]["rooms, small"]["conditions"]["tuned"]["transfer"]["joint"]["delta_m"]["mean"] is None
-    assert not list((tmp_path / "to").glob("*.png"))
+    text, study = report(tmp_path / "out")
+    assert "is not known: no seed has both sides' runs" in text
+    assert study["conditions"]["tuned"]["transfer"]["joint"]["delta_m"]["mean"] is None
+    assert draw(read_studies([tmp_path / "out"]), tmp_path / "to") == []
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,16 @@ from functools import partial
 from typing import Any
 
 from ..results import write_json
-from ..runner.command import add_options, check_folder, is_together, prepared, run_apart, runs_of, to_its_end
+from ..runner.command import (
+    Prepared,
+    add_options,
+    check_folder,
+    is_together,
+    prepared,
+    run_apart,
+    runs_of,
+    to_its_end,
+)
 from ..runner.tune import Tuner, label
 from .conditions import DECAY, Condition, conditions
 
@@ -32,13 +41,17 @@ def run_conditions(args: argparse.Namespace) -> int:
     if args.weight_decay == DECAY:
         raise ValueError(f"--weight-decay {DECAY:g} is that of one of the conditions: take another for the rest")
     plan = conditions(args.steps)
-    tuners: dict[str, Tuner] = {}
+    ready: dict[str, Prepared] = {}
     for condition in plan.values():  # all of them before any is run, which takes hours
-        tuners[condition.key], _ = checked(options_of(args, condition), tuners.get(condition.rates_of or ""))
+        options = options_of(args, condition)
+        ready[condition.key] = prepared(options)
+        if condition.rates_of is not None:
+            rates_of(options, ready[condition.key], ready[condition.rates_of].tuner)
     for condition in plan.values():
         options = options_of(args, condition)
         if condition.rates_of is not None:
-            tuner, rates = checked(options, tuners[condition.rates_of])
+            tuner = ready[condition.key].tuner
+            rates = rates_of(options, ready[condition.key], ready[condition.rates_of].tuner)
             if rates != tuner.known():
                 write_json(tuner.path, rates)
         print(f"{condition.folder}: {condition.title}", flush=True)
@@ -61,31 +74,21 @@ def options_of(args: argparse.Namespace, condition: Condition) -> argparse.Names
     return argparse.Namespace(**vars(args) | own)
 
 
-def checked(options: argparse.Namespace, source: Tuner | None) -> tuple[Tuner, dict[str, Any]]:
-    """All that can be checked before a condition is run.
-
-    Args:
-        source: of the condition whose rates this one uses, as far as they are known by now; None where it uses none.
-
-    Returns:
-        the condition's own tuner, and the rates that it has and those of ``source``.
+def rates_of(options: argparse.Namespace, ready: Prepared, source: Tuner) -> dict[str, Any]:
+    """The rates that a condition has, and those of ``source``, whose rates it uses, as far as they are known by now.
 
     Raises:
-        ValueError: as ``prepared``; or the condition has another rate than ``source``, or runs at another.
+        ValueError: the condition has another rate than ``source``, or runs at another.
     """
-    base, arms, data, tuner = prepared(options)
-    there, runs = tuner.known(), runs_of(arms, data)
-    if source is None:
-        return tuner, there
-    tuned = source.known()
+    there, tuned, runs = ready.tuner.known(), source.known(), runs_of(ready.arms, ready.data)
     wanted = {name: tuned[name] for name in (label(*run) for run in runs) if name in tuned}
     for name, facts in wanted.items():
         if name in there and there[name]["lr"] != facts["lr"]:
             raise ValueError(
-                f"{tuner.path} has the rate {there[name]['lr']:g} for {name}, where {source.path} has "
+                f"{ready.tuner.path} has the rate {there[name]['lr']:g} for {name}, where {source.path} has "
                 f"{facts['lr']:g}: remove {options.out}, or name another --out"
             )
     rates = there | wanted
     if len(wanted) == len(runs):
-        check_folder(options, base, runs, rates)
-    return tuner, rates
+        check_folder(options, ready.base, runs, rates)
+    return rates

@@ -90,9 +90,9 @@ _COMPUTE = (
 def _tuning(study: Study) -> list[tuple[str, str, str]]:
     words = (
         "Score by learning rate on training items that were held out, with seeds of tuning, in %: Δm over joint "
-        "training at its best rate; of a task alone, its term of that; of joint training itself, over the first rate "
-        "that was tried. Bold is the chosen rate; *at the edge* is one beyond which none was tried; – is a run that "
-        "diverged."
+        "training at its best rate; of a task alone, its term of that; of joint training itself, over that at the "
+        "rate whose score is 0. Bold is the chosen rate; *at the edge* is one beyond which none was tried; – is a run "
+        "that diverged."
     )
     return [
         (f"tuning, {result.condition.title}", words, tables.tuning_table(result))

@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -123,11 +123,12 @@ def to_its_end(work: Callable[[], int]) -> int:
 def run_apart(args: argparse.Namespace) -> int:
     """Some runs at once, each in a process."""
     with claimed(args.out):
-        base, arms, data, tuner = prepared(args)
-        tuned = tuner.known()
+        ready = prepared(args)
+        base, arms, data = ready.base, ready.arms, ready.data
+        tuned = ready.tuner.known()
         write_experiment(args, base, arms, data, tuned)  # before anything is trained whose settings it tells
         if args.tune:
-            tuned = tuner.tune(runs_of(arms, data))
+            tuned = ready.tuner.tune(runs_of(arms, data))
             write_experiment(args, base, arms, data, tuned)
         configs = configs_of(args, base, arms, data, tuned)
         ordered = in_turn(configs, args.jobs)
@@ -136,7 +137,18 @@ def run_apart(args: argparse.Namespace) -> int:
     return 0
 
 
-def prepared(args: argparse.Namespace) -> tuple[Config, list[str], Data, Tuner]:
+@dataclass(frozen=True)
+class Prepared:
+    """What a command means, before anything of it is run."""
+
+    base: Config
+    """What all runs have in common."""
+    arms: list[str]
+    data: Data
+    tuner: Tuner
+
+
+def prepared(args: argparse.Namespace) -> Prepared:
     """What ``run_apart`` starts from, with all that can be checked before anything is written or trained.
 
     Raises:
@@ -149,7 +161,7 @@ def prepared(args: argparse.Namespace) -> tuple[Config, list[str], Data, Tuner]:
     check_fit(base, data)
     if args.tune:
         check_fit(replace(base, held_out=HELD_OUT), data)
-    return base, arms, data, tuner
+    return Prepared(base, arms, data, tuner)
 
 
 def run_together(args: argparse.Namespace, device: str) -> int:
