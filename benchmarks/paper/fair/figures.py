@@ -15,6 +15,7 @@ from .comparison import Effect, Study
 from .tables import rows_of
 
 MARKS = ("o", "s", "D", "^")
+READING = "mean, 95 % interval (filled: without 0), seeds"
 ACROSS = 2
 """Panels side by side."""
 
@@ -98,7 +99,7 @@ def transfer(studies: list[Study]) -> Any:
     shown = [study for study in studies if lines[study.title]]
     if not shown:
         return None
-    figure, panels = _panels(shown, 0.9 + 0.36 * max(map(len, lines.values())))
+    figure, panels = _panels(shown, 1.1 + 0.36 * max(map(len, lines.values())))
     for axes, study in zip(panels, shown, strict=True):
         order = list(study.conditions)
         drawn = []
@@ -107,7 +108,7 @@ def transfer(studies: list[Study]) -> Any:
             _interval(axes, row, found.total, COLOURS[place], MARKS[place], 0.2)
             drawn.append((float(row), found.total, COLOURS[place]))
         ticks = [label(f"{r.arms[arm].title}, {r.condition.title}") for r, arm, _ in lines[study.title]]
-        unit = "Δm over single-task runs in %: mean, 95 % interval (filled: without 0), seeds"
+        unit = f"Δm over single-task runs in %\n{READING}"
         _style(axes, ticks, study.title, unit)
         _limit(axes, drawn)
     return figure
@@ -120,7 +121,7 @@ def tasks(studies: list[Study]) -> Any:
         return None
     from matplotlib.lines import Line2D
 
-    figure, panels = _panels(shown, 1.0 + 0.62 * max(len(study.tasks) for study in shown))
+    figure, panels = _panels(shown, 1.2 + 0.62 * max(len(study.tasks) for study in shown))
     handles: dict[str, Any] = {}
     for axes, study in zip(panels, shown, strict=True):
         known, drawn, order = _joint(study), [], list(study.conditions)
@@ -134,7 +135,7 @@ def tasks(studies: list[Study]) -> Any:
                     drawn.append((at, terms[task], colour))
                 title = study.conditions[key].title
                 handles.setdefault(title, Line2D([], [], color=colour, marker=mark, markersize=5, label=title))
-        unit = "joint over single-task runs in %: mean, 95 % interval (filled: without 0), seeds"
+        unit = f"joint over single-task runs in %\n{READING}"
         _style(axes, list(study.tasks), study.title, unit)
         _limit(axes, drawn)
     figure.legend(handles=list(handles.values()), loc="outside upper left", ncols=4, frameon=False, fontsize=8)
