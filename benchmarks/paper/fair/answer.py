@@ -106,7 +106,7 @@ def _left(study: Study) -> list[str]:
     if tried < 2:
         return said
     if always:
-        said.append(f"Under all of the {tried} conditions and weightings, {names(always)} loses.")
+        said.append(f"Under all of the {tried} conditions and weightings, joint training loses on {names(always)}.")
     some = [f"{task} ({'; '.join(where)})" for task, where in losing.items() if 0 < len(where) < tried]
     if some:
         said.append(f"Under some of the {tried} only: {names(some)}.")
