@@ -9,6 +9,8 @@ COMMANDS = {
     "run": (".runner.command", "run an experiment of the evaluation, or go on with it"),
     "report": (".report.command", "turn a folder of runs into tables and figures"),
     "signal": (".signal.command", "measure the conflicts of a joint training image by image"),
+    "fair": (".fair.command", "whether joint training was only tuned too little: run it, or go on with it"),
+    "fair-report": (".fair.report", "turn what `fair` ran into tables and figures"),
     "parameters": (".parameters", "what the paper's method and its rivals add to a network"),
     "smoke": (".smoke", "try every data set and arm for a few steps"),
     "scenes": ("..rooms.show", "draw the rendered rooms"),

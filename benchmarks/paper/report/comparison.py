@@ -1,7 +1,7 @@
 """Every arm of a folder against the baseline, by seed: the numbers that tables, figures and ``report.json`` show."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,7 +139,7 @@ def compare(folder: Folder, baseline: str = BASELINE) -> Comparison:
         notes.append(f"No seed has the single-task runs of all tasks yet, so that Δm is relative to {reference}.")
     lower = {name for name, task in folder.tasks.items() if task.lower_is_better}
     for arm in arms.values():
-        _relate(arm, arms[reference], lower)
+        arm.delta_m, arm.terms = gains(arm, arms[reference], lower)
     notes += _undefined(arms.values(), arms[reference])
     base = arms[baseline]
     differences = _tests(arms.values(), base, lambda arm: arm.delta_m, False)
@@ -217,20 +217,28 @@ def _cost(runs: list[Run]) -> Cost:
     )
 
 
-def _relate(arm: ArmResult, reference: ArmResult, lower: set[str]) -> None:
-    """Fill in Δm and its terms, at the seeds and for the tasks where they are defined."""
-    arm.terms = {task: {} for task in arm.metrics}
+def gains(arm: ArmResult, reference: ArmResult, lower: Collection[str]) -> tuple[BySeed, dict[str, BySeed]]:
+    """Δm of an arm over another, or over itself in another folder, by seed, and its terms by task, in %.
+
+    Both are there at the seeds, and terms for the tasks, where they are defined; Δm where every task has its term.
+
+    Args:
+        lower: tasks whose metric is better if lower.
+    """
+    totals: BySeed = {}
+    terms: dict[str, BySeed] = {task: {} for task in arm.metrics}
     for seed in arm.seeds:
         bases = {task: by_seed.get(seed, 0) for task, by_seed in reference.metrics.items()}
         known = [task for task, by_seed in arm.metrics.items() if seed in by_seed and bases[task] != 0]
         if not known:
             continue
         results = {task: arm.metrics[task][seed] for task in known}
-        total, terms = delta_m(results, {task: bases[task] for task in known}, lower & set(known))
-        for task, term in terms.items():
-            arm.terms[task][seed] = term
+        total, of_tasks = delta_m(results, {task: bases[task] for task in known}, set(lower) & set(known))
+        for task, term in of_tasks.items():
+            terms[task][seed] = term
         if len(known) == len(arm.metrics):
-            arm.delta_m[seed] = total
+            totals[seed] = total
+    return totals, terms
 
 
 def _undefined(arms: Iterable[ArmResult], reference: ArmResult) -> list[str]:

@@ -33,8 +33,8 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
             "arms": {name: _arm(comparison, arm) for name, arm in comparison.arms.items()},
             "diverged": [dict(zip(("arm", "task", "seed", "reason"), row, strict=True)) for row in folder.diverged()],
             "missing": [dict(zip(("arm", "task", "seed"), row, strict=True)) for row in folder.missing()],
-            "notes": [*differing_facts(folder), *comparison.notes],
-            "time": times(folder),
+            "notes": [*differing_facts(folder.runs()), *comparison.notes],
+            "time": times(folder.runs()),
             "paper": [
                 {key: getattr(e, key) for key in ("backbone", "arm", "tables", "metrics", "delta_m", "recomputed")}
                 for e in entries(folder.data)
@@ -91,14 +91,14 @@ def _requirement(r: Requirement) -> dict[str, Any]:
     return {**asdict(r), "more": r.more, "is_settled": r.is_settled}
 
 
-def clean(value: Any) -> Any:
+def clean(value: Any, digits: int = DIGITS) -> Any:
     """The same with null for numbers that JSON does not have, and text for keys."""
     if isinstance(value, dict):
-        return {str(key): clean(item) for key, item in value.items()}
+        return {str(key): clean(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
+        return [clean(item, digits) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 

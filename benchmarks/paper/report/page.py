@@ -50,7 +50,7 @@ def _picture(pictures: list[str], name: str, title: str) -> str:
 
 def _top(comparison: Comparison) -> str:
     folder = comparison.folder
-    warnings = [*differing_facts(folder), *comparison.notes]
+    warnings = [*differing_facts(folder.runs()), *comparison.notes]
     counts = {"are missing": len(folder.missing()), "diverged": len(folder.diverged())}
     lost = [f"{count} {what}" for what, count in counts.items() if count]
     if lost:
@@ -126,6 +126,6 @@ def _provenance(comparison: Comparison) -> str:
         "Settings and versions",
         settings_table(folder),
         own and f"Settings in which runs differ:\n\n{own}",
-        facts_table(folder),
-        times_sentence(folder),
+        facts_table(folder.runs()),
+        times_sentence(folder.runs()),
     )

@@ -23,9 +23,8 @@ def _keys(runs: list[Run], group: str) -> list[str]:
     return list(dict.fromkeys(key for run in runs for key in run[group]))
 
 
-def differing_facts(folder: Folder) -> list[str]:
+def differing_facts(runs: list[Run]) -> list[str]:
     """One sentence for every fact, as the commit or a version, that is not the same for all runs."""
-    runs = folder.runs()
     sentences = []
     for key in _keys(runs, "facts"):
         count: dict[str, int] = {}
@@ -42,8 +41,7 @@ def differing_facts(folder: Folder) -> list[str]:
     return sentences
 
 
-def facts_table(folder: Folder) -> str:
-    runs = folder.runs()
+def facts_table(runs: list[Run]) -> str:
     rows = [[key, listed([setting(v) for v in _values(runs, "facts", key)])] for key in _keys(runs, "facts")]
     return table(["", "of the runs"], rows, left=2)
 
@@ -84,9 +82,8 @@ def _own(folder: Folder) -> list[str]:
     return found
 
 
-def times(folder: Folder) -> dict[str, float]:
+def times(runs: list[Run]) -> dict[str, float]:
     """Seconds of all runs together: ``wall`` (training, structure, evaluation and whatever else was timed), ``cpu``."""
-    runs = folder.runs()
     wall = [number(value) for run in runs for value in run["seconds"].values()]
     return {
         "runs": len(runs),
@@ -95,8 +92,8 @@ def times(folder: Folder) -> dict[str, float]:
     }
 
 
-def times_sentence(folder: Folder) -> str:
-    total = times(folder)
+def times_sentence(runs: list[Run]) -> str:
+    total = times(runs)
     return (
         f"{total['runs']} runs took {duration(total['wall'])} of wall time, each counted by itself though some may "
         f"have run at once or share their joint part, and {duration(total['cpu'])} of CPU time."

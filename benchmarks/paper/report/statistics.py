@@ -91,11 +91,22 @@ def deviation_interval(sd: float, n: int) -> tuple[float, float]:
     return sd * math.sqrt((n - 1) / most), sd * math.sqrt((n - 1) / least)
 
 
+def detectable(sd: float, n: int) -> float:
+    """The least mean difference that a paired t-test over ``n`` pairs finds with a power of 80 %.
+
+    (t(1 - α/2) + t(power)) · sd / √n, both quantiles of Student's t with n - 1 degrees of freedom; two-sided α = 5 %.
+    NaN below two pairs, and where ``sd`` is.
+    """
+    if n < 2:
+        return math.nan
+    return float(stats.t.ppf((0.5 + LEVEL / 2, POWER), n - 1).sum()) * sd / math.sqrt(n)
+
+
 def seeds_needed(sd: float, effect: float) -> float:
     """The least number of pairs with which a paired t-test finds a mean difference of ``effect``.
 
-    The least n ≥ 2 with n ≥ ((t(1 - α/2) + t(power)) · sd / effect)², both quantiles of Student's t with n - 1 degrees
-    of freedom; two-sided α = 5 %, power 80 %. NaN where ``sd`` is.
+    The least n ≥ 2 at which ``detectable(sd, n)`` is no more than it; two-sided α = 5 %, power 80 %. NaN where ``sd``
+    is.
 
     Raises:
         ValueError: ``effect`` is not positive and finite, or ``sd`` is negative.
@@ -106,13 +117,12 @@ def seeds_needed(sd: float, effect: float) -> float:
         return math.nan
     if sd < 0:
         raise ValueError(f"sd must not be negative, got {sd!r}")
-    quantiles = (0.5 + LEVEL / 2, POWER)
     # Student's quantiles are wider than the normal ones, so that no smaller n can do
-    start = ((stats.norm.ppf(quantiles[0]) + stats.norm.ppf(quantiles[1])) * sd / effect) ** 2
+    start = ((stats.norm.ppf(0.5 + LEVEL / 2) + stats.norm.ppf(POWER)) * sd / effect) ** 2
     if start > MOST_SEEDS:
         return math.inf
     n = max(2, math.ceil(start))
-    while n < (float(stats.t.ppf(quantiles, n - 1).sum()) * sd / effect) ** 2:
+    while detectable(sd, n) > effect:
         n += 1
     return n
 

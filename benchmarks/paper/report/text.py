@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from .statistics import Estimate
@@ -60,8 +61,15 @@ def listed(values: Sequence[Any]) -> str:
 
 
 def setting(value: Any) -> str:
-    """A setting's value in one line."""
+    """A setting's value in one line; of a file or folder its name, as where it lies is nobody else's matter."""
+    value = _without_place(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _without_place(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_place(item) for key, item in value.items()}
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def bold(text: str, is_bold: bool) -> str:

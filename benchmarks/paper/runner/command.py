@@ -3,8 +3,9 @@
 import argparse
 import os
 import signal
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,22 @@ from .worker import what_happened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = Config("", 0)
     names = "\n".join(f"  {name:12} {experiment.title}" for name, experiment in EXPERIMENTS.items())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"experiments:\n{names}\n\narms: {', '.join(ARMS)}"
     parser.add_argument("experiment", choices=EXPERIMENTS, metavar="EXPERIMENT", help="one of those below")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="some arms instead of the experiment's own")
+    parser.add_argument("--tune", action="store_true", help="tune every arm's learning rate first, around --lr")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained, where and how: the options that do not say which arms, nor whether their rates are tuned."""
+    defaults = Config("", 0)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; what is there is gone on with")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ... that every arm is run with")
     add_data(parser)
     training = add_training(parser)
-    training.add_argument("--tune", action="store_true", help="tune every arm's learning rate first, around --lr")
     training.add_argument("--tune-seeds", type=int, default=1, help="seeds that every rate is tried with")
     training.add_argument("--expand-at", type=float, default=defaults.expand_at, help="share of the steps before it")
     training.add_argument("--read", type=int, default=defaults.read, help="items that an analysis reads")
@@ -100,14 +106,30 @@ def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def run(args: argparse.Namespace) -> int:
+    return to_its_end(partial(_run, args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if is_together():
+        with joined(args.device) as device:
+            return run_together(args, device)
+    return run_apart(args)
+
+
+def is_together() -> bool:
+    """Whether torchrun started several processes for every run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def to_its_end(work: Callable[[], int]) -> int:
+    """The status of the process that does ``work``: what goes wrong with it is one line, and a kill is no error.
+
+    Raises:
+        SystemExit: with that line.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        if together:
-            with joined(args.device) as device:
-                return run_together(args, device)
-        with claimed(args.out):
-            return run_apart(args)
+        return work()
     except RunError as error:
         raise SystemExit(str(error)) from error
     except ValueError as error:  # of a library, it may be of many lines
@@ -120,24 +142,46 @@ def run(args: argparse.Namespace) -> int:
 
 def run_apart(args: argparse.Namespace) -> int:
     """Some runs at once, each in a process."""
+    with claimed(args.out):
+        ready = prepared(args)
+        base, arms, data = ready.base, ready.arms, ready.data
+        tuned = ready.tuner.known()
+        write_experiment(args, base, arms, data, tuned)  # before anything is trained whose settings it tells
+        if args.tune:
+            tuned = ready.tuner.tune(runs_of(arms, data))
+            write_experiment(args, base, arms, data, tuned)
+        configs = configs_of(args, base, arms, data, tuned)
+        ordered = in_turn(configs, args.jobs)
+        Schedule(ordered, args.out, jobs=args.jobs, place=place_of(args), title=args.experiment).run()
+    print(f"{len(configs)} runs are in {args.out}: python -m benchmarks.paper report {args.out}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a command means, before anything of it is run."""
+
+    base: Config
+    """What all runs have in common."""
+    arms: list[str]
+    data: Data
+    tuner: Tuner
+
+
+def prepared(args: argparse.Namespace) -> Prepared:
+    """What ``run_apart`` starts from, with all that can be checked before anything is written or trained.
+
+    Raises:
+        ValueError: an option, the data, the backbone or what is in ``args.out`` does not go with the rest.
+    """
     base, arms = config_of(args), arms_of(args)
     data = open_data(base.data, base.options)
-    place = place_of(args)
-    tuner = Tuner(base, data.tasks, args.out, args.tune_seeds, args.jobs, place)
-    tuned = tuner.known()
-    check_folder(args, base, runs_of(arms, data), tuned)
+    tuner = Tuner(base, data.tasks, args.out, args.tune_seeds, args.jobs, place_of(args))
+    check_folder(args, base, runs_of(arms, data), tuner.known())
     check_fit(base, data)
     if args.tune:
         check_fit(replace(base, held_out=HELD_OUT), data)
-    write_experiment(args, base, arms, data, tuned)  # before anything is trained whose settings it tells
-    if args.tune:
-        tuned = tuner.tune(runs_of(arms, data))
-        write_experiment(args, base, arms, data, tuned)
-    configs = configs_of(args, base, arms, data, tuned)
-    schedule = Schedule(in_turn(configs, args.jobs), args.out, jobs=args.jobs, place=place, title=args.experiment)
-    schedule.run()
-    print(f"{len(configs)} runs are in {args.out}: python -m benchmarks.paper report {args.out}")
-    return 0
+    return Prepared(base, arms, data, tuner)
 
 
 def run_together(args: argparse.Namespace, device: str) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..data import open_data
 from ..results import FORMAT, read_json, write_json
 from ..runner.batches import splits
 from ..runner.command import add_arguments as add_run_arguments
-from ..runner.command import add_data, add_machine, add_training, check_fit, config_of
+from ..runner.command import add_data, add_machine, add_training, check_fit, config_of, to_its_end
 from ..runner.config import differences
 from ..runner.measures import run_facts
 from ..runner.schedule import claimed
@@ -41,12 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    try:
-        with claimed(args.out):
-            measure_all(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise SystemExit(" ".join(str(error).split())) from error
+def run(args: argparse.Namespace) -> int:
+    return to_its_end(partial(_run, args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    with claimed(args.out):
+        measure_all(args)
+    return 0
 
 
 def measure_all(args: argparse.Namespace) -> None:

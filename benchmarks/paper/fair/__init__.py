@@ -1,0 +1,1 @@
+"""Whether joint training was only tuned too little: what is run to find out, and the report on it."""
