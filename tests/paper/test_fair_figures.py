@@ -18,7 +18,7 @@ def test_delta_m_has_its_seeds_its_interval_and_a_filled_mark_where_it_is_decide
         "joint, tuned, 300 steps",
         "invpt-weights, tuned, 300 steps",
         "uw, tuned, 300 steps",
-        "joint, tuned, 600 steps",
+        "joint, the same rates, 600 steps",
         "joint, default rate",
         "joint, tuned, weight decay 0.001",
     ]

@@ -116,7 +116,7 @@ def test_the_main_sentence_turns_with_the_numbers(tmp_path):
 def test_what_is_left_over_all_conditions(tmp_path):
     text = " ".join(answer(read_study(whole(tmp_path / "a"))))
     assert "Under all of the 6" not in text
-    assert "semseg (joint, tuned, 300 steps; uw, tuned, 300 steps; joint, tuned, 600 steps;" in text
+    assert "semseg (joint, tuned, 300 steps; uw, tuned, 300 steps; joint, the same rates, 600 steps;" in text
     assert "depth (joint, default rate)" in text
     condition(tmp_path / "b", "steps-300", {"joint": -3.0, "uw": {"semseg": -3.0, "depth": 0.0}})
     text = " ".join(answer(read_study(tmp_path / "b")))
