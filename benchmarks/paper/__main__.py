@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "run": (".runner.command", "run an experiment of the evaluation, or go on with it"),
     "report": (".report.command", "turn a folder of runs into tables and figures"),
+    "signal-report": (".signal.report", "turn folders of conflict measurements into one page, its numbers and figures"),
     "parameters": (".parameters", "what the paper's method and its rivals add to a network"),
     "smoke": (".smoke", "try every data set and arm for a few steps"),
     "scenes": ("..rooms.show", "draw the rendered rooms"),

@@ -1,0 +1,219 @@
+"""``report.md`` of the signal: a summary of all settings, then every setting. Its sentences follow the numbers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..report.text import duration, listed, plain
+from . import tables
+from .measurement import OWN_SPACE, SPACES, TOKENS
+from .reproducibility import AT_IMAGES, WANTED_OVERLAP, WANTED_RELIABILITY
+from .tables import CLEAR, NOISE, PLANS, UNKNOWN, WEAK, bracket, near, percent, share_name
+from .tallies import BLOCKS, PAIRS, RULES
+
+Found = dict[str, Any]
+COMMAND = "python -m benchmarks.paper signal-report"
+READING = (
+    f"Brackets are 95 % intervals. A conflict is a token and a pair of tasks whose gradients' dot product is at most 0; "
+    "the rate is their share, by space. Intervals of rates are over images, the models given: images are drawn again, "
+    "with all of their tokens. A plan is the half of the blocks with the highest rates: in the range space for "
+    "modulation (TM), in the null space for task tokens (TE); the overlap of two plans is the share of blocks that "
+    f"they have in common. The *order* of blocks or pairs is judged by its reliability at {AT_IMAGES} images: what part "
+    "of the variance between their rates is not the sample's noise (one model), or is common to all models (all models; "
+    f"an interval needs three). It is called {NOISE} where its interval reaches 0, {WEAK} below "
+    f"{WANTED_RELIABILITY:g}, {CLEAR} from there on."
+)
+
+
+def page(settings: Sequence[Found], pictures: Sequence[str]) -> str:
+    names = {
+        "rates.png": "Conflict rates by share of the training",
+        "samples.png": "Agreement of two samples against their size",
+        "variance.png": "Where the variance of the rates comes from",
+        "cells.png": "Rates by block and pair",
+    }
+    parts = [
+        "# What the conflict signal is worth",
+        f"Made by `{COMMAND}` from {len(settings)} settings. {READING}",
+        "## All settings",
+        tables.summary_table(settings),
+        *(f"![{names[picture]}]({picture})" for picture in pictures),
+        *(section(setting) for setting in settings),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(setting: Found) -> str:
+    """A setting's part of the page."""
+    at = f"at {share_name(setting['near'])} of the training"
+    parts = [
+        f"## {setting['title']}",
+        _facts(setting),
+        _conclusions(setting),
+        "### Is the order signal or noise?",
+        tables.verdict_table(setting),
+        "### Rates",
+        tables.rates_table(setting),
+        f"By block and by pair, {at}:",
+        tables.items_table(setting, BLOCKS),
+        tables.items_table(setting, PAIRS),
+        "What other rules of counting change, mean over models with Student's interval: "
+        + "; ".join(f"*{rule}*: {text}" for rule, text in list(RULES.items())[1:])
+        + ".",
+        tables.rules_table(setting),
+        *_averaging(setting, at),
+        "### Another sample",
+        f"Disjoint samples of one model, {at}; those of all images are bootstrap resamples, which agree a little too "
+        f"well. Two random plans overlap by {_random(setting)}.",
+        tables.samples_table(setting),
+        _own_space(setting),
+        "### Another model",
+        "The same data and training from another seed, by all images: mean over the pairs of models, with a jackknife "
+        "over models from three on, and lowest to highest.",
+        tables.seeds_table(setting),
+        "### The ratio r",
+        f"{at[0].upper()}{at[1:]}: ranks over the blocks, their standard deviation between samples of "
+        f"{setting['sample']} images in % of the mean, largest over smallest of any block, and what the plan and the "
+        "order of blocks are worth at each r.",
+        tables.ratios_table(setting),
+        "### Where the variance comes from",
+        f"Of the rate of a pair in a block from {AT_IMAGES} images, in %; intervals leave out one model at a time and "
+        f"need three. * marks a negative estimate, shown as 0. The last columns are the sample's share at other numbers.",
+        tables.variance_table(setting),
+        "### How many images",
+        f"The least measured number from which on two plans overlap by {WANTED_OVERLAP:g} in the mean, and the number "
+        f"at which the order within a model has a reliability of {WANTED_RELIABILITY:g}, extrapolated where it is "
+        f"beyond the {setting['images']:,} that were read.",
+        tables.images_table(setting),
+        *_warning(setting),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _facts(setting: Found) -> str:
+    seconds = ", ".join(f"{name} {duration(value)}" for name, value in setting["seconds"].items())
+    cpu = setting["cpu_seconds"]
+    text = (
+        f"{len(setting['blocks'])} blocks, tasks {listed(setting['tasks'])}, {setting['images']:,} images in batches of "
+        f"{setting['batch']}, seeds {listed(setting['seeds'])}."
+    )
+    if seconds:
+        text += f" Per seed: {seconds}."
+    if not math.isnan(cpu):
+        text += f" CPU time in all: {cpu / 3600:.2f} h."
+    if setting["missing"]:
+        text += f"\n\n> Not measured yet: {'; '.join(setting['missing'])}."
+    return text
+
+
+# --- sentences that follow the numbers --------------------------------------------------------------------------------
+
+
+def _conclusions(setting: Found) -> str:
+    lines = [_order(setting, kind, part) for kind in (BLOCKS, PAIRS) for part in ("within", "across")]
+    lines += [_against_random(setting), _against_permuted(setting)]
+    return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _order(setting: Found, kind: str, part: str) -> str:
+    """At which shares of the training the order of blocks or pairs is noise, weak or clear."""
+    texts = []
+    for space in SPACES:
+        words: dict[str, list[str]] = {}
+        for share, found in setting["by_share"].items():
+            value = found["profiles"][kind][space][part][f"{AT_IMAGES}"]
+            if not math.isnan(value[0]):
+                words.setdefault(tables.verdict(value), []).append(share_name(share))
+        known = [f"{word} at {listed(words[word])}" for word in (NOISE, WEAK, CLEAR, UNKNOWN) if word in words]
+        if known:
+            texts.append(f"in the {space} space {'; '.join(known)}")
+    what = "Order of " + {BLOCKS: "blocks", PAIRS: "pairs of tasks"}[kind]
+    where = {"within": f"within one model, {AT_IMAGES} images", "across": "common to all models"}[part]
+    return f"{what}, {where}: {', '.join(texts)} of the training." if texts else ""
+
+
+def _against_random(setting: Found) -> str:
+    """Where plans of two samples overlap by more than random ones."""
+    expected, texts = setting["random"][BLOCKS]["expected"], []
+    for space in SPACES:
+        words: dict[str, list[str]] = {}
+        for share, found in setting["by_share"].items():
+            one = found["samples"][BLOCKS][space].get(f"{AT_IMAGES}")
+            if one is not None:
+                words.setdefault(_beside(one["overlap"], expected), []).append(share_name(share))
+        texts += [f"{PLANS[space]} {word} at {listed(shares)}" for word, shares in words.items()]
+    return f"Plans of two samples of {AT_IMAGES} images, against random ones: {', '.join(texts)}." if texts else ""
+
+
+def _beside(overlap: Sequence[float], expected: float) -> str:
+    value, low, high = overlap
+    if math.isnan(low):
+        return "without an interval"
+    return "better" if low > expected else "worse" if high < expected else "no better than random"
+
+
+def _against_permuted(setting: Found) -> str:
+    texts = []
+    for space in SPACES:
+        apart = near(setting)["rates"]["all"][space].get("difference")
+        if apart is not None:
+            sure = "surely " if apart[1] > 0 or apart[2] < 0 else "not surely "
+            texts.append(f"{percent(apart, sign=True)} points in the {space} space, {sure}other than 0")
+    if not texts:
+        return ""
+    return f"Against labels of other images, {share_name(setting['near'])} of the training: {'; '.join(texts)}."
+
+
+def _random(setting: Found) -> str:
+    one = setting["random"][BLOCKS]
+    return (
+        f"{plain(one['expected'], 2)} in the mean, 95 % of them by {plain(one['low'], 2)} to {plain(one['high'], 2)}, and "
+        f"are equal with a probability of {one['equal']:.2g}"
+    )
+
+
+def _averaging(setting: Found, at: str) -> list[str]:
+    if not tables.averaging_is_there(setting):
+        return []
+    return [
+        f"Averaging before the sign, {at}. *Sharpness* is the spread of the rates between blocks or pairs over what the "
+        "images' noise alone would give, 1 being noise; the correlation is that of the ranks with those without "
+        "averaging. Mean over models with Student's interval.",
+        tables.averaging_table(setting),
+    ]
+
+
+def _own_space(setting: Found) -> str:
+    found = near(setting)["own_space"]
+    if not found:
+        return ""
+    texts = []
+    for space in SPACES:
+        one = found[space]
+        text = (
+            f"in the {space} space block rates move by {percent(one['difference'], 2)} points in the mean and plans "
+            f"overlap by {bracket(one['same_plan'])}"
+        )
+        if "overlap" in one:
+            own, common = (bracket(one["overlap"][view]) for view in (OWN_SPACE, TOKENS))
+            text += f" (between samples {own}, in the common token space {common})"
+        texts.append(text)
+    return (
+        f"Samples of {found['images']} images have token spaces of their own here, as the product's would; against the "
+        f"token space of all images, {'; '.join(texts)}."
+    )
+
+
+def _warning(setting: Found) -> list[str]:
+    if not setting["warning"]:
+        return []
+    return [
+        "### The warning",
+        "How often samples of so many images would be warned of, in % with Wilson's intervals, by share of the training "
+        "(real labels) and with permuted labels; the separation is the share warned of at 0 % of the training less the "
+        "mean of the others: 1 is perfect, 0 is useless.",
+        tables.criteria_list(),
+        tables.warning_table(setting),
+        tables.best_warning(setting),
+        tables.by_rate_sentences(setting),
+    ]

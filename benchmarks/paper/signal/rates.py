@@ -1,0 +1,171 @@
+"""How high the rates are, what the rule of counting and averaging before the sign change, and what the ratio does."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ranks import spearman
+
+from .measurement import OVER_IMAGES, OVER_TOKENS, PERMUTED, SPACES, TOKENS
+from .reproducibility import AT_IMAGES
+from .statistics import (
+    Interval,
+    agreement,
+    chosen,
+    over_pairs,
+    over_seeds,
+    profile,
+    quota,
+    reliability,
+    with_noise,
+)
+from .tallies import BELOW, BLOCKS, CELLS, LETTER, PAIRS, Moment, Tally, intervals
+
+Found = dict[str, Any]
+
+
+def mean_of(tallies: Sequence[Tally], minus: Sequence[Tally] = ()) -> np.ndarray:
+    """(X, R, 2, 3): the mean over models with its interval over images, the models given."""
+    share = 1 / len(tallies)
+    return intervals([*((share, tally) for tally in tallies), *((-share, tally) for tally in minus)])
+
+
+def rates(moments: Sequence[Moment]) -> Found:
+    """Rates of all, by block and by pair, at one share of the training, against labels of other images."""
+    found: Found = {"seeds": [moment.seed for moment in moments], "all": {}, "blocks": {}, "pairs": {}}
+    permuted = all((PERMUTED, "≤ 0") in moment.tallies for moment in moments)
+    for kind in (BLOCKS, PAIRS):
+        real = [moment.default_tally(kind) for moment in moments]
+        other = [moment.default_tally(kind, PERMUTED) for moment in moments] if permuted else []
+        own, apart = mean_of(real), mean_of(real, other) if other else None
+        by_ratio = np.mean([moment.tally(kind).rates for moment in moments], axis=0)
+        for space, name in enumerate(SPACES):
+            found[kind][name] = {"rate": own[:, 0, space].tolist(), "by_ratio": by_ratio[:, :, space].tolist()}
+            if apart is not None:
+                found[kind][name]["difference"] = apart[:, 0, space].tolist()
+    real = [moment.tally(BLOCKS).total() for moment in moments]
+    other = [moment.tally(BLOCKS, PERMUTED).total() for moment in moments] if permuted else []
+    own, r = mean_of(real)[0], moments[0].default
+    for space, name in enumerate(SPACES):
+        by_seed = [float(tally.rates[0, r, space]) for tally in real]
+        found["all"][name] = {
+            "rate": own[r, space].tolist(),
+            "by_ratio": own[:, space].tolist(),
+            "by_seed": by_seed,
+            "over_seeds": over_seeds(by_seed),
+        }
+        if other:
+            found["all"][name]["permuted"] = mean_of(other)[0, r, space].tolist()
+            found["all"][name]["difference"] = mean_of(real, other)[0, r, space].tolist()
+    return found
+
+
+def cells(moments: Sequence[Moment]) -> Found:
+    """(D, P) rates of pairs in blocks, the mean over models."""
+    shape = [moments[0].tally(kind).valid.shape[1] for kind in (BLOCKS, PAIRS)]
+    mean = np.mean([moment.default_tally(CELLS).rates[:, 0] for moment in moments], axis=0)
+    return {name: mean[:, space].reshape(shape).tolist() for space, name in enumerate(SPACES)}
+
+
+def rules(moments: Sequence[Moment]) -> Found:
+    """How far other rules of counting move the rate of all, and the plan of the same images."""
+    found: Found = {}
+    for rule in (BELOW, LETTER):
+        found[rule] = {}
+        for space, name in enumerate(SPACES):
+            moved, overlap = [], []
+            for moment in moments:
+                own, other = (moment.default_tally(BLOCKS, TOKENS, which) for which in ("≤ 0", rule))
+                moved.append(float((other.total().rates - own.total().rates)[0, 0, space]))
+                overlap.append(_overlap(own.rates[:, 0, space], other.rates[:, 0, space]))
+            found[rule][name] = {"difference": over_seeds(moved), "overlap": over_seeds(overlap)}
+    return found
+
+
+def averaging(moments: Sequence[Moment]) -> Found:
+    """Does averaging before the sign sharpen what distinguishes blocks and pairs?
+
+    The sharpness is the spread of the rates between items over the spread that the noise of the images alone gives.
+    """
+    found: Found = {}
+    for view in (TOKENS, OVER_TOKENS, OVER_IMAGES):
+        if any((view, "≤ 0") not in moment.tallies for moment in moments):
+            continue
+        found[view] = {"units": moments[0].tally(BLOCKS, view).units}
+        for kind in (BLOCKS, PAIRS):
+            found[view][kind] = {}
+            for space, name in enumerate(SPACES):
+                tallies = [moment.default_tally(kind, view) for moment in moments]
+                sharp = [profile(with_noise([tally], space)).sharpness for tally in tallies]
+                like = [
+                    spearman(tally.rates[:, 0, space], moment.default_tally(kind).rates[:, 0, space])
+                    for tally, moment in zip(tallies, moments, strict=True)
+                ]
+                of_all = [float(tally.total().rates[0, 0, space]) for tally in tallies]
+                found[view][kind][name] = {
+                    "rate": over_seeds(of_all),
+                    "sharpness": over_seeds(sharp),
+                    "correlation": over_seeds(like),
+                }
+    return found
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> float:
+    return float((chosen(first) & chosen(second)).sum()) / quota(len(first))
+
+
+def by_ratio(moments: Sequence[Moment], ratios: Sequence[float]) -> Found:
+    """Ranks and how far they move between samples, and what plans and profiles of blocks at other ratios are worth."""
+    found: Found = {}
+    for r, ratio in enumerate(ratios):
+        row: Found = {"rank": np.mean([moment.ranks[r] for moment in moments], axis=0).tolist()}
+        row |= _moves(moments, r)
+        for space, name in enumerate(SPACES):
+            blocks = [moment.tally(BLOCKS) for moment in moments]
+            row[name] = {
+                "overlap": over_seeds(
+                    [
+                        _overlap(tally.rates[:, r, space], tally.rates[:, moment.default, space])
+                        for tally, moment in zip(blocks, moments, strict=True)
+                    ]
+                ),
+                "halves": _halves(blocks, r, space),
+                "reliability": reliability(blocks, space, r).at(AT_IMAGES),
+                "seeds": _between(lambda tally, r=r, s=space: tally.rates[:, r, s], blocks),
+            }
+        found[f"{ratio:g}"] = row
+    return found
+
+
+def _moves(moments: Sequence[Moment], r: int) -> Found:
+    """Of the ranks of samples, by block: their standard deviation over their mean, and largest over smallest."""
+    spreads, factors = [], []
+    for moment in moments:
+        ranks = moment.sample_ranks[:, r].astype(np.float64)
+        if len(ranks) > 1:
+            spreads.append(ranks.std(0, ddof=1) / ranks.mean(0))
+            factors.append(ranks.max(0) / np.maximum(ranks.min(0), 1))
+    if not spreads:
+        return {"samples": 0}
+    return {
+        "samples": len(moments[0].sample_ranks),
+        "spread": over_seeds([float(spread.mean()) for spread in spreads]),
+        "largest_factor": float(np.max(factors)),
+    }
+
+
+def _halves(tallies: Sequence[Tally], r: int, space: int) -> Interval:
+    """Rank correlation between the two halves of the images."""
+    values = []
+    for tally in tallies:
+        samples = tally.sample_rates(tally.units // 2)[:, :, r, space]
+        values.append(spearman(samples[0], samples[1]))
+    return over_seeds(values)
+
+
+def _between(rates_of: Callable[[Tally], np.ndarray], tallies: Sequence[Tally]) -> Interval | None:
+    """Rank correlation between models."""
+    if len(tallies) < 2:
+        return None
+    return over_pairs([agreement(np.stack([rates_of(tally) for tally in tallies])).correlation])
