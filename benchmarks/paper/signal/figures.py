@@ -11,7 +11,7 @@ from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
 from ..report.figures import label, save
 from .measurement import SPACES
-from .reproducibility import AT_IMAGES
+from .reproducibility import AT_IMAGES, OWN
 from .tables import near, share_name
 from .tallies import BLOCKS, PAIRS
 
@@ -28,7 +28,7 @@ EFFECTS = {
     "seed × block × pair": "#b7a0d0",
     "sample": "#dddddd",
 }
-TITLE = 44
+TITLE = 56
 """Characters of a setting's title in a line."""
 
 
@@ -55,7 +55,7 @@ def _panels(settings: Sequence[Found], height: float, width: float = 4.2) -> tup
     """A figure with a panel per setting, two abreast."""
     columns = min(2, len(settings))
     rows = -(-len(settings) // columns)
-    figure = _figure(width * columns, height * rows + 0.5)
+    figure = _figure(2 * width, height * rows + 0.5)
     grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axes in grid[len(settings) :]:
         axes.set_visible(False)
@@ -76,7 +76,7 @@ def _tidy(axes: Any) -> None:
 def _with_bars(axes: Any, at: Sequence[float], rows: Sequence[Sequence[float]], times: float, **style: Any) -> None:
     """A line with 95 % intervals where there are any."""
     value, low, high = times * np.array(rows, dtype=float).T
-    axes.plot(at, value, markersize=4, **style)
+    axes.plot(at, value, markersize=6 if style["marker"] == "X" else 4, **style)
     axes.vlines(at, low, high, color=style["color"], linewidth=1, alpha=0.7)
 
 
@@ -107,7 +107,7 @@ def samples(settings: Sequence[Found]) -> Any:
     grid = figure.subplots(len(settings), 2, squeeze=False)
     for (left, right), setting in zip(grid, settings, strict=True):
         found, random = near(setting)["samples"], setting["random"][BLOCKS]
-        at = [int(n) for n in found[BLOCKS]["range"]]
+        at = [int(n) for n in found[BLOCKS]["range"] if n != OWN]
         left.axhspan(random["low"], random["high"], color=EMPTY, zorder=0, label="random plans, 95 %")
         left.axhline(
             random["expected"], color=CHANCE, linewidth=0.9, linestyle="--", zorder=1, label="random plans, mean"
@@ -115,14 +115,19 @@ def samples(settings: Sequence[Found]) -> Any:
         right.axhline(0, color=CHANCE, linewidth=0.9, linestyle="--", zorder=1)
         for space in SPACES:
             style = {"color": COLOURS[space], "marker": MARKERS[space]}
-            overlap = [one["overlap"] for one in found[BLOCKS][space].values()]
+            overlap = [found[BLOCKS][space][f"{n}"]["overlap"] for n in at]
             _with_bars(left, at, overlap, 1, **style, linewidth=1.6, label=f"blocks, {space} space")
             for kind, line in ((BLOCKS, "-"), (PAIRS, ":")):
-                values = [one["correlation"] for one in found[kind][space].values()]
+                values = [found[kind][space][f"{n}"]["correlation"] for n in at]
                 text = f"pairs of tasks, {space} space" if kind == PAIRS else None
                 face = "white" if kind == PAIRS else COLOURS[space]
                 more = {"linestyle": line, "linewidth": 1.6, "markerfacecolor": face, "label": text}
                 _with_bars(right, at, values, 1, **style, **more)
+            if OWN in found[BLOCKS][space]:
+                alone = found[BLOCKS][space][OWN]
+                style = {"color": COLOURS[space], "marker": "X", "linestyle": "none"}
+                _with_bars(left, [setting["sample"]], [alone["overlap"]], 1, **style, label=f"own spaces, {space}")
+                _with_bars(right, [setting["sample"]], [alone["correlation"]], 1, **style)
         left.set_ylim(-0.03, 1.03)
         right.set_ylim(min(-0.25, right.get_ylim()[0]), 1.05)
         _title(left, f"{setting['title']}, {share_name(setting['near'])} of training")
@@ -164,7 +169,7 @@ def variance(settings: Sequence[Found]) -> Any:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     figure.supxlabel(
-        f"share of training; r: range, n: null space. Variance of the rate of a pair in a block, from {AT_IMAGES} images",
+        f"share of training; r: range, n: null space. Variance of a pair's rate in a block, from {AT_IMAGES} images",
         fontsize=8,
     )
     return figure
@@ -172,11 +177,11 @@ def variance(settings: Sequence[Found]) -> Any:
 
 def cells(settings: Sequence[Found]) -> Any:
     """Heat maps of the rates, blocks by pairs: a row per setting, both spaces on one scale."""
-    heights = [0.75 + 0.2 * len(setting["cells"]["range"][0]) for setting in settings]
+    heights = [0.75 + 0.2 * len(setting["details"]["cells"]["range"][0]) for setting in settings]
     figure = _figure(9.0, sum(heights) + 0.3)
     grid = figure.subplots(len(settings), 2, squeeze=False, height_ratios=heights)
     for row, setting in zip(grid, settings, strict=True):
-        tables = {space: 100 * np.array(setting["cells"][space], dtype=float).T for space in SPACES}
+        tables = {space: 100 * np.array(setting["details"]["cells"][space], dtype=float).T for space in SPACES}
         far = max(float(np.nanmax(np.abs(values - 50))) for values in tables.values()) or 1.0
         tasks = setting["tasks"]
         pairs = [f"{first}, {second}" for i, first in enumerate(tasks) for second in tasks[i + 1 :]]

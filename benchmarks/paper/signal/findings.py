@@ -1,11 +1,13 @@
 """All numbers of a setting's report."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..report.folder import number
 from . import rates, reproducibility
 from .folder import Setting
+from .measurement import Measurement
 from .tallies import BLOCKS, Moment, default_ratio, moment_of
 from .warning import warning
 
@@ -15,56 +17,77 @@ NEAR = 0.25
 Found = dict[str, Any]
 
 
-def findings(setting: Setting) -> Found:
-    """Read every measurement that is there and answer what can be answered by them."""
+def findings(setting: Setting, at: float = NEAR) -> Found:
+    """Read every measurement that is there and answer what can be answered by them.
+
+    Args:
+        at: the share of the training whose details are reported, or the measured one that is nearest.
+    """
     by_share, like = _moments(setting)
-    blocks, pairs, sample = len(like.blocks), len(like.pairs), like.sample
-    content, shares = setting.content, list(by_share)
-    found: Found = {
-        **{key: content[key] for key in ("title", "data", "settings", "facts", "seeds", "shares")},
-        "tasks": list(like.tasks),
-        "blocks": list(like.blocks),
-        "ratios": list(like.ratios),
-        "default_ratio": like.ratios[default_ratio(like.ratios)],
-        "images": next(iter(by_share.values()))[0].tally(BLOCKS).units,
-        "batch": like.batch,
-        "sample": sample,
-        "missing": [f"seed {seed}, {100 * share:g} %" for seed, share in setting.missing],
-        "measured": {f"{share:g}": [moment.seed for moment in by_share[share]] for share in shares},
-        "digests": {f"{m.seed}.{m.share:g}": m.digest for moments in by_share.values() for m in moments},
-        "cpu_seconds": setting.cpu_seconds,
-        "seconds": _seconds(content.get("seconds")),
-        "near": f"{min(shares, key=lambda share: abs(share - NEAR)):g}",
-        "random": reproducibility.random_plans(blocks, pairs),
-        "by_share": {},
+    near = min(by_share, key=lambda share: abs(share - at))
+    found = {
+        **_facts(setting, by_share, like),
+        "near": f"{near:g}",
+        "random": reproducibility.random_plans(len(like.blocks), len(like.pairs)),
+        "by_share": {f"{share:g}": _of_share(moments, like) for share, moments in by_share.items()},
+        "details": _details(by_share[near], like),
+        "warning": warning(by_share),
     }
-    for share, moments in by_share.items():
-        found["by_share"][f"{share:g}"] = {
-            "rates": rates.rates(moments),
-            "rules": rates.rules(moments),
-            "averaging": rates.averaging(moments),
-            "samples": reproducibility.between_samples(moments, sample),
-            "own_space": reproducibility.own_space(moments, sample),
-            "seeds": reproducibility.between_seeds(moments),
-            "by_ratio": rates.by_ratio(moments, like.ratios),
-            "variance": reproducibility.variance(moments, blocks),
-            "profiles": reproducibility.profiles(moments),
-        }
-        of_blocks = found["by_share"][f"{share:g}"]["samples"][BLOCKS]
-        found["by_share"][f"{share:g}"]["images_for_overlap"] = {
-            space: reproducibility.images_for_overlap(by_size) for space, by_size in of_blocks.items()
-        }
-    near = by_share[float(found["near"])]
-    return rounded({**found, "cells": rates.cells(near), "warning": warning(by_share)})
+    return rounded(found)
 
 
-def _moments(setting: Setting) -> tuple[dict[float, list[Moment]], Any]:
+def _facts(setting: Setting, by_share: Mapping[float, Sequence[Moment]], like: Measurement) -> Found:
+    moments = [moment for group in by_share.values() for moment in group]
+    return {
+        **{key: setting.content[key] for key in ("title", "data", "settings", "facts", "seeds", "shares")},
+        "tasks": like.tasks,
+        "blocks": like.blocks,
+        "ratios": like.ratios,
+        "default_ratio": like.ratios[default_ratio(like.ratios)],
+        "images": moments[0].tally(BLOCKS).units,
+        "batch": like.batch,
+        "sample": like.sample,
+        "missing": [f"seed {seed} at {100 * share:g} %" for seed, share in setting.missing],
+        "digests": {f"{moment.seed}.{moment.share:g}": moment.digest for moment in moments},
+        "cpu_seconds": setting.cpu_seconds,
+        "seconds": _seconds(setting.content.get("seconds")),
+    }
+
+
+def _of_share(moments: Sequence[Moment], like: Measurement) -> Found:
+    """What is reported of every share of the training."""
+    samples = reproducibility.between_samples(moments, like.sample)
+    return {
+        "rates": rates.rates(moments),
+        "rules": rates.rules(moments),
+        "samples": samples,
+        "images_for_overlap": {
+            space: reproducibility.images_for_overlap(by_size, like.sample)
+            for space, by_size in samples[BLOCKS].items()
+        },
+        "seeds": reproducibility.between_seeds(moments),
+        "variance": reproducibility.variance(moments, len(like.blocks)),
+        "profiles": reproducibility.profiles(moments),
+    }
+
+
+def _details(moments: Sequence[Moment], like: Measurement) -> Found:
+    """What is reported of one share only."""
+    return {
+        "items": rates.items(moments),
+        "cells": rates.cells(moments),
+        "averaging": rates.averaging(moments),
+        "own_space": reproducibility.own_space(moments, like.sample),
+        "by_ratio": rates.by_ratio(moments, like.ratios),
+    }
+
+
+def _moments(setting: Setting) -> tuple[dict[float, list[Moment]], Measurement]:
+    """Share -> its moments, by seed, and the measurement that was read first."""
     by_share: dict[float, list[Moment]] = {}
-    first = None
+    first = setting.load(*next(iter(setting.files)))
     for seed, share in setting.files:
-        found = setting.load(seed, share, first)
-        first = first or found
-        by_share.setdefault(share, []).append(moment_of(found))
+        by_share.setdefault(share, []).append(moment_of(setting.load(seed, share, first)))
     return {share: by_share[share] for share in sorted(by_share)}, first
 
 

@@ -6,21 +6,21 @@ from typing import Any
 
 from ..report.text import duration, listed, plain
 from . import tables
-from .measurement import OWN_SPACE, SPACES, TOKENS
+from .measurement import SPACES
 from .reproducibility import AT_IMAGES, WANTED_OVERLAP, WANTED_RELIABILITY
 from .tables import CLEAR, NOISE, PLANS, UNKNOWN, WEAK, bracket, near, percent, share_name
-from .tallies import BLOCKS, PAIRS, RULES
+from .tallies import BLOCKS, KINDS, PAIRS, RULES
 
 Found = dict[str, Any]
 COMMAND = "python -m benchmarks.paper signal-report"
 READING = (
-    f"Brackets are 95 % intervals. A conflict is a token and a pair of tasks whose gradients' dot product is at most 0; "
+    "Brackets are 95 % intervals. A conflict is a token and a pair of tasks whose gradients' dot product is at most 0; "
     "the rate is their share, by space. Intervals of rates are over images, the models given: images are drawn again, "
     "with all of their tokens. A plan is the half of the blocks with the highest rates: in the range space for "
     "modulation (TM), in the null space for task tokens (TE); the overlap of two plans is the share of blocks that "
-    f"they have in common. The *order* of blocks or pairs is judged by its reliability at {AT_IMAGES} images: what part "
-    "of the variance between their rates is not the sample's noise (one model), or is common to all models (all models; "
-    f"an interval needs three). It is called {NOISE} where its interval reaches 0, {WEAK} below "
+    "they have in common. The *order* of blocks or pairs is judged by its reliability "
+    f"at {AT_IMAGES} images: what part of the variance between their rates is not the sample's noise (one model), or is "
+    "common to all models (all models; an interval needs three). It is called {NOISE} where its interval reaches 0, {WEAK} below "
     f"{WANTED_RELIABILITY:g}, {CLEAR} from there on."
 )
 
@@ -57,7 +57,7 @@ def section(setting: Found) -> str:
         f"By block and by pair, {at}:",
         tables.items_table(setting, BLOCKS),
         tables.items_table(setting, PAIRS),
-        "What other rules of counting change, mean over models with Student's interval: "
+        "What other rules of counting change, mean over models with Student's interval from three on: "
         + "; ".join(f"*{rule}*: {text}" for rule, text in list(RULES.items())[1:])
         + ".",
         tables.rules_table(setting),
@@ -78,12 +78,12 @@ def section(setting: Found) -> str:
         tables.ratios_table(setting),
         "### Where the variance comes from",
         f"Of the rate of a pair in a block from {AT_IMAGES} images, in %; intervals leave out one model at a time and "
-        f"need three. * marks a negative estimate, shown as 0. The last columns are the sample's share at other numbers.",
+        "need three. * marks a negative estimate, shown as 0. The last columns are the sample's share at other numbers.",
         tables.variance_table(setting),
         "### How many images",
         f"The least measured number from which on two plans overlap by {WANTED_OVERLAP:g} in the mean, and the number "
-        f"at which the order within a model has a reliability of {WANTED_RELIABILITY:g}, extrapolated where it is "
-        f"beyond the {setting['images']:,} that were read.",
+        f"at which the order within a model has a reliability of {WANTED_RELIABILITY:g}; † is extrapolated beyond the "
+        f"{setting['images']:,} that were read.",
         tables.images_table(setting),
         *_warning(setting),
     ]
@@ -94,8 +94,8 @@ def _facts(setting: Found) -> str:
     seconds = ", ".join(f"{name} {duration(value)}" for name, value in setting["seconds"].items())
     cpu = setting["cpu_seconds"]
     text = (
-        f"{len(setting['blocks'])} blocks, tasks {listed(setting['tasks'])}, {setting['images']:,} images in batches of "
-        f"{setting['batch']}, seeds {listed(setting['seeds'])}."
+        f"{len(setting['blocks'])} blocks, tasks {listed(setting['tasks'])}, {setting['images']:,} images in batches "
+        f"of {setting['batch']}, seeds {listed(setting['seeds'])}."
     )
     if seconds:
         text += f" Per seed: {seconds}."
@@ -117,19 +117,23 @@ def _conclusions(setting: Found) -> str:
 
 def _order(setting: Found, kind: str, part: str) -> str:
     """At which shares of the training the order of blocks or pairs is noise, weak or clear."""
-    texts = []
+    texts, few = [], []
     for space in SPACES:
         words: dict[str, list[str]] = {}
         for share, found in setting["by_share"].items():
             value = found["profiles"][kind][space][part][f"{AT_IMAGES}"]
             if not math.isnan(value[0]):
                 words.setdefault(tables.verdict(value), []).append(share_name(share))
-        known = [f"{word} at {listed(words[word])}" for word in (NOISE, WEAK, CLEAR, UNKNOWN) if word in words]
+                if tables.verdict(value) == UNKNOWN and share == setting["near"]:
+                    few.append(f"{plain(value[0], 2)} in the {space} space")
+        known = [f"{word} at {listed(words[word])}" for word in (NOISE, WEAK, CLEAR) if word in words]
         if known:
-            texts.append(f"in the {space} space {'; '.join(known)}")
-    what = "Order of " + {BLOCKS: "blocks", PAIRS: "pairs of tasks"}[kind]
-    where = {"within": f"within one model, {AT_IMAGES} images", "across": "common to all models"}[part]
-    return f"{what}, {where}: {', '.join(texts)} of the training." if texts else ""
+            texts.append(f"{space} space, {'; '.join(known)}")
+    if few:
+        texts.append(f"{' and '.join(few)} at {share_name(setting['near'])}, of too few models for an interval")
+    what = f"Order of {KINDS[kind]}, "
+    what += {"within": f"within one model, {AT_IMAGES} images", "across": "common to all models"}[part]
+    return f"{what}: {'. '.join(text[0].upper() + text[1:] for text in texts)}." if texts else ""
 
 
 def _against_random(setting: Found) -> str:
@@ -138,17 +142,18 @@ def _against_random(setting: Found) -> str:
     for space in SPACES:
         words: dict[str, list[str]] = {}
         for share, found in setting["by_share"].items():
-            one = found["samples"][BLOCKS][space].get(f"{AT_IMAGES}")
-            if one is not None:
+            one = tables.of_samples(setting, found, BLOCKS, space)
+            if one and not math.isnan(one["overlap"][0]):
                 words.setdefault(_beside(one["overlap"], expected), []).append(share_name(share))
-        texts += [f"{PLANS[space]} {word} at {listed(shares)}" for word, shares in words.items()]
-    return f"Plans of two samples of {AT_IMAGES} images, against random ones: {', '.join(texts)}." if texts else ""
+        if words:
+            texts.append(f"{PLANS[space]}, " + "; ".join(f"{word} at {listed(at)}" for word, at in words.items()))
+    return f"Plans of two samples of {AT_IMAGES} images, against random ones: {'. '.join(texts)}." if texts else ""
 
 
 def _beside(overlap: Sequence[float], expected: float) -> str:
-    value, low, high = overlap
+    _, low, high = overlap
     if math.isnan(low):
-        return "without an interval"
+        return "too few samples for an interval"
     return "better" if low > expected else "worse" if high < expected else "no better than random"
 
 
@@ -167,8 +172,8 @@ def _against_permuted(setting: Found) -> str:
 def _random(setting: Found) -> str:
     one = setting["random"][BLOCKS]
     return (
-        f"{plain(one['expected'], 2)} in the mean, 95 % of them by {plain(one['low'], 2)} to {plain(one['high'], 2)}, and "
-        f"are equal with a probability of {one['equal']:.2g}"
+        f"{plain(one['expected'], 2)} in the mean, 95 % of them by {plain(one['low'], 2)} to {plain(one['high'], 2)}, "
+        f"and are equal with a probability of {one['equal']:.2g}"
     )
 
 
@@ -176,31 +181,26 @@ def _averaging(setting: Found, at: str) -> list[str]:
     if not tables.averaging_is_there(setting):
         return []
     return [
-        f"Averaging before the sign, {at}. *Sharpness* is the spread of the rates between blocks or pairs over what the "
-        "images' noise alone would give, 1 being noise; the correlation is that of the ranks with those without "
-        "averaging. Mean over models with Student's interval.",
+        f"Averaging before the sign, {at}. *Sharpness* is the spread of the rates between blocks or pairs over what "
+        "the images' noise alone would give, 1 being noise; the correlation is that of the ranks with those without "
+        "averaging. The interval of the sharpness is "
+        "over images; the rest are means over models, with Student's interval from three on.",
         tables.averaging_table(setting),
     ]
 
 
 def _own_space(setting: Found) -> str:
-    found = near(setting)["own_space"]
+    found = setting["details"]["own_space"]
     if not found:
         return ""
-    texts = []
-    for space in SPACES:
-        one = found[space]
-        text = (
-            f"in the {space} space block rates move by {percent(one['difference'], 2)} points in the mean and plans "
-            f"overlap by {bracket(one['same_plan'])}"
-        )
-        if "overlap" in one:
-            own, common = (bracket(one["overlap"][view]) for view in (OWN_SPACE, TOKENS))
-            text += f" (between samples {own}, in the common token space {common})"
-        texts.append(text)
+    texts = [
+        f"block rates in the {space} space by {percent(found[space]['difference'], 2)} points in the mean, so that the "
+        f"plans of a sample by both overlap by {bracket(found[space]['same_plan'])}"
+        for space in SPACES
+    ]
     return (
-        f"Samples of {found['images']} images have token spaces of their own here, as the product's would; against the "
-        f"token space of all images, {'; '.join(texts)}."
+        f"A token space of its own, which the product's analysis of {found['images']:,} images would have, instead of "
+        f"that of all images moves {'; '.join(texts)}."
     )
 
 
@@ -209,8 +209,8 @@ def _warning(setting: Found) -> list[str]:
         return []
     return [
         "### The warning",
-        "How often samples of so many images would be warned of, in % with Wilson's intervals, by share of the training "
-        "(real labels) and with permuted labels; the separation is the share warned of at 0 % of the training less the "
+        "How often samples of so many images would be warned of, in % with Wilson's intervals, by share of the "
+        "training (real labels) and with permuted labels; the separation is the share warned of at 0 % of the training less the "
         "mean of the others: 1 is perfect, 0 is useless.",
         tables.criteria_list(),
         tables.warning_table(setting),

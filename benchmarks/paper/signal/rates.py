@@ -13,14 +13,13 @@ from .statistics import (
     Interval,
     agreement,
     chosen,
+    clipped,
     over_pairs,
     over_seeds,
-    profile,
     quota,
     reliability,
-    with_noise,
 )
-from .tallies import BELOW, BLOCKS, CELLS, LETTER, PAIRS, Moment, Tally, intervals
+from .tallies import AT_MOST, BELOW, BLOCKS, CELLS, LETTER, PAIRS, Moment, Tally, intervals
 
 Found = dict[str, Any]
 
@@ -33,19 +32,12 @@ def mean_of(tallies: Sequence[Tally], minus: Sequence[Tally] = ()) -> np.ndarray
 
 def rates(moments: Sequence[Moment]) -> Found:
     """Rates of all, by block and by pair, at one share of the training, against labels of other images."""
-    found: Found = {"seeds": [moment.seed for moment in moments], "all": {}, "blocks": {}, "pairs": {}}
-    permuted = all((PERMUTED, "≤ 0") in moment.tallies for moment in moments)
+    found: Found = {"seeds": [moment.seed for moment in moments], "all": {}}
     for kind in (BLOCKS, PAIRS):
-        real = [moment.default_tally(kind) for moment in moments]
-        other = [moment.default_tally(kind, PERMUTED) for moment in moments] if permuted else []
-        own, apart = mean_of(real), mean_of(real, other) if other else None
-        by_ratio = np.mean([moment.tally(kind).rates for moment in moments], axis=0)
-        for space, name in enumerate(SPACES):
-            found[kind][name] = {"rate": own[:, 0, space].tolist(), "by_ratio": by_ratio[:, :, space].tolist()}
-            if apart is not None:
-                found[kind][name]["difference"] = apart[:, 0, space].tolist()
+        own = mean_of([moment.default_tally(kind) for moment in moments])
+        found[kind] = {name: own[:, 0, space].tolist() for space, name in enumerate(SPACES)}
     real = [moment.tally(BLOCKS).total() for moment in moments]
-    other = [moment.tally(BLOCKS, PERMUTED).total() for moment in moments] if permuted else []
+    other = [moment.tally(BLOCKS, PERMUTED).total() for moment in moments] if has_view(moments, PERMUTED) else []
     own, r = mean_of(real)[0], moments[0].default
     for space, name in enumerate(SPACES):
         by_seed = [float(tally.rates[0, r, space]) for tally in real]
@@ -53,12 +45,30 @@ def rates(moments: Sequence[Moment]) -> Found:
             "rate": own[r, space].tolist(),
             "by_ratio": own[:, space].tolist(),
             "by_seed": by_seed,
-            "over_seeds": over_seeds(by_seed),
+            "over_seeds": over_seeds(by_seed, 0, 1),
         }
         if other:
             found["all"][name]["permuted"] = mean_of(other)[0, r, space].tolist()
             found["all"][name]["difference"] = mean_of(real, other)[0, r, space].tolist()
     return found
+
+
+def items(moments: Sequence[Moment]) -> Found:
+    """Rates by block and by pair at every ratio, and how far they are from those with labels of other images."""
+    found: Found = {}
+    for kind in (BLOCKS, PAIRS):
+        by_ratio = np.mean([moment.tally(kind).rates for moment in moments], axis=0)
+        found[kind] = {name: {"by_ratio": by_ratio[:, :, space].tolist()} for space, name in enumerate(SPACES)}
+        if has_view(moments, PERMUTED):
+            real, other = ([moment.default_tally(kind, view) for moment in moments] for view in (TOKENS, PERMUTED))
+            apart = mean_of(real, other)
+            for space, name in enumerate(SPACES):
+                found[kind][name]["difference"] = apart[:, 0, space].tolist()
+    return found
+
+
+def has_view(moments: Sequence[Moment], view: str) -> bool:
+    return all((view, AT_MOST) in moment.tallies for moment in moments)
 
 
 def cells(moments: Sequence[Moment]) -> Found:
@@ -76,10 +86,10 @@ def rules(moments: Sequence[Moment]) -> Found:
         for space, name in enumerate(SPACES):
             moved, overlap = [], []
             for moment in moments:
-                own, other = (moment.default_tally(BLOCKS, TOKENS, which) for which in ("≤ 0", rule))
+                own, other = (moment.default_tally(BLOCKS, TOKENS, which) for which in (AT_MOST, rule))
                 moved.append(float((other.total().rates - own.total().rates)[0, 0, space]))
                 overlap.append(_overlap(own.rates[:, 0, space], other.rates[:, 0, space]))
-            found[rule][name] = {"difference": over_seeds(moved), "overlap": over_seeds(overlap)}
+            found[rule][name] = {"difference": over_seeds(moved), "overlap": over_seeds(overlap, 0, 1)}
     return found
 
 
@@ -90,14 +100,13 @@ def averaging(moments: Sequence[Moment]) -> Found:
     """
     found: Found = {}
     for view in (TOKENS, OVER_TOKENS, OVER_IMAGES):
-        if any((view, "≤ 0") not in moment.tallies for moment in moments):
+        if not has_view(moments, view):
             continue
         found[view] = {"units": moments[0].tally(BLOCKS, view).units}
         for kind in (BLOCKS, PAIRS):
             found[view][kind] = {}
             for space, name in enumerate(SPACES):
                 tallies = [moment.default_tally(kind, view) for moment in moments]
-                sharp = [profile(with_noise([tally], space)).sharpness for tally in tallies]
                 like = [
                     spearman(tally.rates[:, 0, space], moment.default_tally(kind).rates[:, 0, space])
                     for tally, moment in zip(tallies, moments, strict=True)
@@ -105,8 +114,8 @@ def averaging(moments: Sequence[Moment]) -> Found:
                 of_all = [float(tally.total().rates[0, 0, space]) for tally in tallies]
                 found[view][kind][name] = {
                     "rate": over_seeds(of_all),
-                    "sharpness": over_seeds(sharp),
-                    "correlation": over_seeds(like),
+                    "sharpness": reliability(tallies, space).sharpness(tallies[0].units),
+                    "correlation": over_seeds(like, -1, 1),
                 }
     return found
 
@@ -128,7 +137,9 @@ def by_ratio(moments: Sequence[Moment], ratios: Sequence[float]) -> Found:
                     [
                         _overlap(tally.rates[:, r, space], tally.rates[:, moment.default, space])
                         for tally, moment in zip(blocks, moments, strict=True)
-                    ]
+                    ],
+                    0,
+                    1,
                 ),
                 "halves": _halves(blocks, r, space),
                 "reliability": reliability(blocks, space, r).at(AT_IMAGES),
@@ -161,11 +172,11 @@ def _halves(tallies: Sequence[Tally], r: int, space: int) -> Interval:
     for tally in tallies:
         samples = tally.sample_rates(tally.units // 2)[:, :, r, space]
         values.append(spearman(samples[0], samples[1]))
-    return over_seeds(values)
+    return over_seeds(values, -1, 1)
 
 
 def _between(rates_of: Callable[[Tally], np.ndarray], tallies: Sequence[Tally]) -> Interval | None:
     """Rank correlation between models."""
     if len(tallies) < 2:
         return None
-    return over_pairs([agreement(np.stack([rates_of(tally) for tally in tallies])).correlation])
+    return clipped(over_pairs([agreement(np.stack([rates_of(tally) for tally in tallies])).correlation]), -1, 1)

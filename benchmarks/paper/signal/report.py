@@ -10,7 +10,7 @@ from typing import Any
 from dtme.files import write_beside
 
 from .figures import draw
-from .findings import findings
+from .findings import NEAR, findings
 from .folder import read_folder
 from .page import page
 
@@ -19,14 +19,17 @@ FORMAT = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="FOLDER", help="folders of measurements, one a setting"
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="folders of measurements, one per setting"
     )
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the report goes")
+    parser.add_argument(
+        "--share", type=float, default=NEAR, help=f"of the training, whose details are shown, or the nearest ({NEAR:g})"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     try:
-        print(write([findings(read_folder(folder)) for folder in args.folders], args.to))
+        print(write([findings(read_folder(folder), args.share) for folder in args.folders], args.to))
     except (ValueError, OSError) as error:  # an OSError names its file
         raise SystemExit(str(error)) from error
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from .measurement import OWN_SPACE, SPACES, TOKENS
 from .statistics import (
-    Agreement,
     Interval,
     agreement,
     cell_components,
@@ -21,7 +20,7 @@ from .statistics import (
     reliability,
     with_noise,
 )
-from .tallies import BLOCKS, CELLS, KINDS, PAIRS, Moment, resampled
+from .tallies import AT_MOST, BLOCKS, CELLS, KINDS, PAIRS, Moment, resampled
 
 SIZES = (64, 256, 1024, 4096)
 """Images of a sample."""
@@ -29,6 +28,8 @@ AT_IMAGES = 256
 """Where one number has to stand for all."""
 WANTED_OVERLAP, WANTED_RELIABILITY = 0.9, 0.8
 LEAST = {"overlap": 0.0, "equal": 0.0, "correlation": -1.0}
+MEASURES = {BLOCKS: tuple(LEAST), PAIRS: ("overlap", "correlation"), CELLS: ("overlap", "correlation")}
+OWN = "own"
 Found = dict[str, Any]
 
 
@@ -42,33 +43,33 @@ def between_samples(moments: Sequence[Moment], sample: int) -> Found:
 
     At the number of all images there is but one sample: pairs of bootstrap resamples stand for two. They vary around
     the measured rates, which differ from each other by more than the true ones do, so they agree a little too well.
+    ``OWN`` is the agreement of samples that have a token space of their own, of ``sample`` images each.
     """
     units = moments[0].tally(BLOCKS).units
     found: Found = {}
     for kind in KINDS:
-        found[kind] = {name: {} for name in SPACES}
-        for n in sizes(units, sample):
-            view = OWN_SPACE if n == sample and _has_own_space(moments) else TOKENS
-            for space, name in enumerate(SPACES):
-                found[kind][name][n] = _samples(moments, kind, view, n, space)
         resampled_rates = [_resamples(moment, kind) for moment in moments]
+        found[kind] = {}
         for space, name in enumerate(SPACES):
+            row: Found = {n: _samples(moments, kind, TOKENS, n, space) for n in sizes(units, sample)}
             pairs = [agreement(rates[..., space]) for rates in resampled_rates]
-            found[kind][name][units] = {
-                what: over_seeds([_mean(getattr(one, what)) for one in pairs]) for what in Agreement._fields
+            row[units] = {
+                what: over_seeds([_mean(getattr(one, what)) for one in pairs], LEAST[what], 1)
+                for what in MEASURES[kind]
             }
+            if _has_own_space(moments) and 2 * sample <= units:
+                row[OWN] = _samples(moments, kind, OWN_SPACE, sample, space)
+            found[kind][name] = row
     return found
 
 
 def _has_own_space(moments: Sequence[Moment]) -> bool:
-    return all((OWN_SPACE, "≤ 0") in moment.tallies for moment in moments)
+    return all((OWN_SPACE, AT_MOST) in moment.tallies for moment in moments)
 
 
 def _samples(moments: Sequence[Moment], kind: str, view: str, n: int, space: int) -> dict[str, Interval]:
     each = [agreement(moment.default_tally(kind, view).sample_rates(n)[:, :, 0, space]) for moment in moments]
-    return {
-        what: clipped(over_pairs([getattr(one, what) for one in each]), LEAST[what], 1) for what in Agreement._fields
-    }
+    return {what: clipped(over_pairs([getattr(one, what) for one in each]), LEAST[what], 1) for what in MEASURES[kind]}
 
 
 def _resamples(moment: Moment, kind: str) -> np.ndarray:
@@ -96,11 +97,7 @@ def own_space(moments: Sequence[Moment], sample: int) -> Found:
             moved.append(float(np.nanmean(np.abs(own - common))))
             pairs = [agreement(np.stack(both)).overlap[0, 1] for both in zip(own, common, strict=True)]
             overlap.append(float(np.mean(pairs)))
-        found[name] = {"difference": over_seeds(moved), "same_plan": over_seeds(overlap)}
-        if moments[0].tally(BLOCKS).units >= 2 * sample:
-            found[name]["overlap"] = {
-                view: _samples(moments, BLOCKS, view, sample, space)["overlap"] for view in (OWN_SPACE, TOKENS)
-            }
+        found[name] = {"difference": over_seeds(moved), "same_plan": over_seeds(overlap, 0, 1)}
     return found
 
 
@@ -120,7 +117,7 @@ def between_seeds(moments: Sequence[Moment]) -> Found:
                     "mean": clipped(over_pairs([getattr(one, what)]), LEAST[what], 1),
                     "range": [float(f(getattr(one, what)[upper])) for f in (np.min, np.max)],
                 }
-                for what in Agreement._fields
+                for what in MEASURES[kind]
             }
     return found
 
@@ -169,19 +166,25 @@ def profiles(moments: Sequence[Moment]) -> Found:
     return found
 
 
-def images_for_overlap(by_size: dict[int, dict[str, Interval]]) -> Interval:
+def images_for_overlap(by_size: dict[int | str, dict[str, Interval]], sample: int) -> Interval:
     """The least of the measured numbers of images from which on plans overlap enough; infinite where none does.
 
-    The ends are where the ends of the overlap's interval reach it.
+    The ends are where the ends of the overlap's interval reach it. Where samples with token spaces of their own were
+    measured, which is what the product makes, they are what counts.
     """
+    overlaps = {n: one["overlap"] for n, one in by_size.items() if isinstance(n, int)}
+    if OWN in by_size:
+        overlaps[sample] = by_size[OWN]["overlap"]
 
     def reached(end: int) -> float:
         enough = math.inf
-        for n in sorted(by_size, reverse=True):
-            value = by_size[n]["overlap"][end]
-            if not (value >= WANTED_OVERLAP or (math.isnan(value) and enough < math.inf)):
+        for n in sorted(overlaps, reverse=True):
+            # a number without an interval does not settle where the interval's end is
+            if not (overlaps[n][end] >= WANTED_OVERLAP or (math.isnan(overlaps[n][end]) and enough < math.inf)):
                 break
             enough = n
-        return float(enough)
+        return enough
 
+    if all(math.isnan(overlap.low) for overlap in overlaps.values()):
+        return Interval(reached(0))
     return Interval(reached(0), reached(2), reached(1))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +30,15 @@ class Interval(NamedTuple):
 NOTHING = Interval(math.nan)
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean of numbers that are one per seed, with Student's t interval; values that are not finite are left out."""
+def over_seeds(values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> Interval:
+    """Mean of numbers that are one per seed, with Student's t interval from three on: that of two says nothing.
+
+    Args:
+        values: those that are not finite are left out.
+        low, high: what the numbers themselves cannot leave, nor does the interval.
+    """
     e = estimate([value for value in values if math.isfinite(value)])
-    return Interval(e.mean, e.low, e.high)
+    return clipped(Interval(e.mean, e.low, e.high), low, high) if e.n > 2 else Interval(e.mean)
 
 
 def proportion(hits: int, of: int) -> Interval:
@@ -215,7 +220,7 @@ class CellComponents(NamedTuple):
 
 def cell_components(cells: Rates, blocks: int, seeds: Sequence[int] | None = None) -> CellComponents:
     """Of the cells (block, pair) of all models, or of some; pairs without a rate somewhere are left out."""
-    models = list(range(len(cells.rates))) if seeds is None else list(seeds)
+    models = [*range(len(cells.rates))] if seeds is None else list(seeds)
     rates = cells.rates[models].reshape(len(models), blocks, -1)
     known = np.isfinite(rates).all((0, 1))
     noise = cells.noise[models][:, :, models].reshape(rates.shape * 2)[:, :, known][..., known]
@@ -236,8 +241,6 @@ class Profile(NamedTuple):
     """The part of it that all models have in common; NaN of one model."""
     noise: float
     """Of a sample of one image."""
-    observed: float
-    """Between the items of one model, with the noise of all its images."""
 
     def reliability(self, images: float) -> float:
         """What share of the variance between items is the model's own, not the sample's."""
@@ -252,30 +255,25 @@ class Profile(NamedTuple):
         """Variance per variance of the noise of one image: a reliability of s n / (s n + 1) at n images."""
         return self.within / self.noise if self.noise > 0 else math.nan
 
-    @property
-    def sharpness(self) -> float:
-        """Spread between items over what noise alone would give; 1 is nothing but noise."""
-        return math.sqrt(self.observed / self.noise) if self.noise > 0 else math.nan
-
     def _share(self, part: float, images: float) -> float:
         total = max(0.0, self.within) + self.noise / images
         return part / total if total > 0 else math.nan
 
 
 def profile(of: Rates, seeds: Sequence[int] | None = None) -> Profile:
-    models = list(range(len(of.rates))) if seeds is None else list(seeds)
+    models = [*range(len(of.rates))] if seeds is None else list(seeds)
     known = np.isfinite(of.rates).all(0)
     rates, items = of.rates[models][:, known], int(known.sum())
     noise = of.noise[models][:, known][:, :, models][..., known]
     if items < 2:
-        return Profile(*[math.nan] * 4)
+        return Profile(*[math.nan] * 3)
     places = range(len(models))
     per_image = float(np.mean([sum_of_squares(noise[s, :, s], [0]) for s in places])) / (items - 1) * of.units
     observed = float(np.mean([sum_of_squares(np.outer(rates[s], rates[s]), [0]) for s in places])) / (items - 1)
     across = math.nan
     if len(models) > 1:
         across = components(np.multiply.outer(rates, rates) - noise, ("seed", "item"))["item"]
-    return Profile(observed - per_image / of.units, across, per_image, observed * of.units)
+    return Profile(observed - per_image / of.units, across, per_image)
 
 
 @dataclass(frozen=True)
@@ -291,6 +289,10 @@ class Reliability:
     def at(self, images: float) -> Interval:
         """The reliability within a model."""
         return Interval(*(_saturated(s, images) for s in self.signal))
+
+    def sharpness(self, images: float) -> Interval:
+        """Standard deviation between items at so many images over what their noise alone gives; 1 is only noise."""
+        return Interval(*(math.sqrt(max(0.0, s * images + 1)) for s in self.signal))
 
     def across(self, images: float) -> Interval:
         """Between models."""
@@ -315,7 +317,7 @@ def reliability(tallies: Sequence[Tally], space: int, ratio: int = 0) -> Reliabi
     edges = np.linspace(0, of.units, min(IMAGE_GROUPS, of.units // 4) + 1).round().astype(int).tolist()
     parts = [
         profile(with_noise([tally.without(first, last) for tally in tallies], space, ratio)).signal
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
+        for first, last in pairwise(edges)
     ]
     models = range(len(tallies))
     left_out = [profile(of, [s for s in models if s != out]) for out in models] if len(tallies) > 2 else []

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report.text import DASH, integer, listed, plain, table
 from .measurement import OVER_IMAGES, OVER_TOKENS, SPACES, TOKENS
-from .reproducibility import AT_IMAGES
+from .reproducibility import AT_IMAGES, OWN
 from .tallies import BELOW, BLOCKS, CELLS, KINDS, LETTER, PAIRS
 from .warning import AT_ONCE, CRITERIA, DISTANCE, RATE
 
@@ -59,6 +59,13 @@ def shown(setting: Found) -> list[str]:
     return [share for share in setting["by_share"] if share in ("0", setting["near"])]
 
 
+def of_samples(setting: Found, found: Found, kind: str, space: str) -> Found:
+    """Agreement of samples of ``AT_IMAGES``, with token spaces of their own where these are of so many; can be empty."""
+    samples = found["samples"][kind][space]
+    own = samples.get(OWN) if setting["sample"] == AT_IMAGES else None
+    return own or samples.get(f"{AT_IMAGES}", {})
+
+
 # --- all settings -----------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +92,7 @@ def summary_table(settings: Iterable[Found]) -> str:
                 found["rates"]["all"]["range"],
                 *(found["profiles"][k]["range"] for k in (BLOCKS, PAIRS)),
             )
-            overlap = found["samples"][BLOCKS]["range"].get(f"{AT_IMAGES}", {}).get("overlap")
+            overlap = of_samples(setting, found, BLOCKS, "range").get("overlap")
             between = found["seeds"].get(BLOCKS, {}).get("range", {}).get("overlap", {}).get("mean")
             n = f"{AT_IMAGES}"
             rows.append(
@@ -106,15 +113,12 @@ def summary_table(settings: Iterable[Found]) -> str:
 
 
 def images(of: Sequence[float], read: int) -> str:
-    """A number of images with its interval; beyond those that were read it is an extrapolation."""
-    value, low, high = of
-    if math.isnan(value):
+    """A number of images with its interval, † where it is beyond those that were read; infinite: not reached."""
+    if math.isnan(of[0]):
         return DASH
-    text = f"{integer(math.ceil(value)) if math.isfinite(value) else '∞'}"
-    if not math.isnan(low):
-        ends = (integer(math.ceil(x)) if math.isfinite(x) else "∞" for x in (low, high))
-        text += f" [{', '.join(ends)}]"
-    return text if value <= read else f"not reached ({text})"
+    value, low, high = (f"{math.ceil(x):,}" if math.isfinite(x) else "∞" for x in of)
+    text = "not reached" if value == "∞" else value + ("†" if of[0] > read else "")
+    return text if math.isnan(of[1]) or low == "∞" else f"{text} [{low}, {high}]"
 
 
 # --- one setting ------------------------------------------------------------------------------------------------------
@@ -151,12 +155,12 @@ def rates_table(setting: Found) -> str:
 def items_table(setting: Found, kind: str) -> str:
     """Rates by block or by pair at the share that stands for all."""
     names = setting["blocks"] if kind == BLOCKS else _pairs(setting)
-    rates, rows = near(setting)["rates"][kind], []
+    rates, more, rows = near(setting)["rates"][kind], setting["details"]["items"][kind], []
     for i, name in enumerate(names):
         row = [name]
         for space in SPACES:
-            apart = rates[space].get("difference")
-            row += [percent(rates[space]["rate"][i]), percent(apart[i] if apart else None, sign=True)]
+            apart = more[space].get("difference")
+            row += [percent(rates[space][i]), percent(apart[i] if apart else None, sign=True)]
         rows.append(row)
     head = [f"{space} {what}" for space in SPACES for what in ("%", "less permuted, points")]
     return table([kind, *head], rows)
@@ -187,7 +191,7 @@ def rules_table(setting: Found) -> str:
 
 def averaging_table(setting: Found) -> str:
     rows = []
-    for view, found in near(setting)["averaging"].items():
+    for view, found in setting["details"]["averaging"].items():
         row = [{TOKENS: "no averaging"}.get(view, view), integer(found["units"])]
         row += [percent(found[BLOCKS][space]["rate"]) for space in SPACES]
         for kind in (BLOCKS, PAIRS):
@@ -203,13 +207,16 @@ def averaging_table(setting: Found) -> str:
 
 
 def averaging_is_there(setting: Found) -> bool:
-    return any(view in near(setting)["averaging"] for view in (OVER_TOKENS, OVER_IMAGES))
+    return any(view in setting["details"]["averaging"] for view in (OVER_TOKENS, OVER_IMAGES))
 
 
 def samples_table(setting: Found) -> str:
     samples, rows = near(setting)["samples"], []
     for n in samples[BLOCKS]["range"]:
-        row = [integer(int(n)) + (" (resampled)" if int(n) == setting["images"] else "")]
+        if n == OWN:
+            row = [f"{setting['sample']:,}, own token spaces"]
+        else:
+            row = [integer(int(n)) + (", resampled" if int(n) == setting["images"] else "")]
         for space in SPACES:
             one = samples[BLOCKS][space][n]
             row += [bracket(one[what]) for what in ("overlap", "equal", "correlation")]
@@ -244,12 +251,12 @@ def seeds_table(setting: Found) -> str:
 
 def _mean_and_range(of: Found) -> str:
     low, high = (plain(x, 2) for x in of["range"])
-    return f"{bracket(of['mean'])} ({low} to {high})"
+    return bracket(of["mean"]) + ("" if low == high else f" ({low} to {high})")
 
 
 def ratios_table(setting: Found) -> str:
     rows = []
-    for ratio, found in near(setting)["by_ratio"].items():
+    for ratio, found in setting["details"]["by_ratio"].items():
         ranks = [plain(x, 0) for x in (min(found["rank"]), max(found["rank"]))]
         row = [ratio, " to ".join(ranks)]
         row.append(percent(found.get("spread"), 0) if found["samples"] else DASH)

@@ -9,7 +9,7 @@ from dtme.resampling import CHANCE, LEVEL
 
 from .measurement import PERMUTED, TOKENS
 from .statistics import over_seeds, proportion
-from .tallies import BLOCKS, Moment, Tally, intervals
+from .tallies import AT_MOST, BLOCKS, Moment, Tally, intervals
 
 SAMPLES = (64, 256, 1024)
 EVERY, AT_ONCE, MEAN, APART = "every", "at once", "mean", "apart"
@@ -41,7 +41,7 @@ def warned(moment: Moment, n: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def views(moment: Moment) -> list[str]:
-    return [view for view in (TOKENS, PERMUTED) if (view, "≤ 0") in moment.tallies]
+    return [view for view in (TOKENS, PERMUTED) if (view, AT_MOST) in moment.tallies]
 
 
 def _all_hold(samples: Tally, what: float, level: float, items: int, minus: Tally | None = None) -> np.ndarray:
