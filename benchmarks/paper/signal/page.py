@@ -19,9 +19,9 @@ READING = (
     "with all of their tokens. A plan is the half of the blocks with the highest rates: in the range space for "
     "modulation (TM), in the null space for task tokens (TE); the overlap of two plans is the share of blocks that "
     "they have in common. The *order* of blocks or pairs is judged by its reliability "
-    f"at {AT_IMAGES} images: what part of the variance between their rates is not the sample's noise (one model), or is "
-    "common to all models (all models; an interval needs three). It is called {NOISE} where its interval reaches 0, {WEAK} below "
-    f"{WANTED_RELIABILITY:g}, {CLEAR} from there on."
+    f"at {AT_IMAGES} images: what part of the variance between their rates is not the sample's noise (one model), or "
+    "is common to all models (all models; an interval needs three). It is called "
+    f"{NOISE} where its interval reaches 0, {WEAK} below {WANTED_RELIABILITY:g}, {CLEAR} from there on."
 )
 
 
@@ -78,7 +78,8 @@ def section(setting: Found) -> str:
         tables.ratios_table(setting),
         "### Where the variance comes from",
         f"Of the rate of a pair in a block from {AT_IMAGES} images, in %; intervals leave out one model at a time and "
-        "need three. * marks a negative estimate, shown as 0. The last columns are the sample's share at other numbers.",
+        "need three. * marks a negative estimate, shown as 0. The last columns are the sample's share at other "
+        "numbers.",
         tables.variance_table(setting),
         "### How many images",
         f"The least measured number from which on two plans overlap by {WANTED_OVERLAP:g} in the mean, and the number "
@@ -210,8 +211,8 @@ def _warning(setting: Found) -> list[str]:
     return [
         "### The warning",
         "How often samples of so many images would be warned of, in % with Wilson's intervals, by share of the "
-        "training (real labels) and with permuted labels; the separation is the share warned of at 0 % of the training less the "
-        "mean of the others: 1 is perfect, 0 is useless.",
+        "training (real labels) and with permuted labels; the separation is the share warned of at 0 % of the training "
+        "less the mean of the others: 1 is perfect, 0 is useless.",
         tables.criteria_list(),
         tables.warning_table(setting),
         tables.best_warning(setting),

@@ -30,7 +30,7 @@ WANTED_OVERLAP, WANTED_RELIABILITY = 0.9, 0.8
 LEAST = {"overlap": 0.0, "equal": 0.0, "correlation": -1.0}
 MEASURES = {BLOCKS: tuple(LEAST), PAIRS: ("overlap", "correlation"), CELLS: ("overlap", "correlation")}
 OWN = "own"
-Found = dict[str, Any]
+Found = dict[Any, Any]
 
 
 def sizes(units: int, sample: int) -> list[int]:

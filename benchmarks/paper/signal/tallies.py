@@ -88,14 +88,14 @@ def resampled(terms: Sequence[tuple[float, Tally]], level: float = LEVEL) -> tup
         (X, R, 2) float64, and (1000, X, R, 2) float64, NaN below eight informative units.
     """
     weights = _weights(terms[0][1].units)
-    value, around = 0.0, torch.zeros((), dtype=torch.float64)
+    value, around = np.zeros(()), torch.zeros((), dtype=torch.float64)
     for factor, tally in terms:
         hits, valid = tally.columns()
         value = value + factor * tally.rates
         moved = deviations(hits, valid, weights, level)
         moved[:, informative_units(valid) < MIN_UNITS] = math.nan
         around = around + factor * moved
-    return np.asarray(value), around.numpy().reshape(len(weights), *terms[0][1].hits.shape[1:])
+    return value, around.numpy().reshape(len(weights), *terms[0][1].hits.shape[1:])
 
 
 def intervals(terms: Sequence[tuple[float, Tally]], level: float = LEVEL) -> np.ndarray:
@@ -146,15 +146,15 @@ def default_ratio(ratios: Sequence[float]) -> int:
 
 
 def _tallies(counts: Counts, rule: str, default: int) -> dict[str, Tally]:
-    parts = {AT_MOST: (counts.negative, counts.zero), BELOW: (counts.negative,)}
-    possible = (counts.valid,)
+    parts: dict[str, tuple[np.ndarray, ...]] = {AT_MOST: (counts.negative, counts.zero), BELOW: (counts.negative,)}
+    possible: tuple[np.ndarray, ...] = (counts.valid,)
     if rule == LETTER:
         absent = counts.absent[..., None, None]
         parts[LETTER] = (*parts[AT_MOST], np.broadcast_to(absent, counts.negative.shape))
         possible = (counts.valid, counts.absent)
 
     def total(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
-        return sum(array.sum(axis, dtype=np.int32) for array in arrays)  # type: ignore[return-value]
+        return np.sum([array.sum(axis, dtype=np.int32) for array in arrays], axis=0)
 
     tallies = {kind: Tally(total(parts[rule], axis), total(possible, axis)) for kind, axis in ((BLOCKS, 2), (PAIRS, 1))}
     units, blocks, pairs = counts.valid.shape

@@ -20,7 +20,7 @@ CRITERIA = {
     APART: "the intervals of every block's rate less that with permuted labels hold 0, all at once with 95 %",
 }
 RATE, DISTANCE = "mean rate", "mean rate less that with permuted labels"
-Found = dict[str, Any]
+Found = dict[Any, Any]
 
 
 def warned(moment: Moment, n: int) -> dict[str, dict[str, np.ndarray]]:
