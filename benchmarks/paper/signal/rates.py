@@ -1,6 +1,6 @@
 """How high the rates are, what the rule of counting and averaging before the sign change, and what the ratio does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,7 @@ def by_ratio(moments: Sequence[Moment], ratios: Sequence[float]) -> Found:
                 ),
                 "halves": _halves(blocks, r, space),
                 "reliability": reliability(blocks, space, r).at(AT_IMAGES),
-                "seeds": _between(lambda tally, r=r, s=space: tally.rates[:, r, s], blocks),
+                "seeds": _between(blocks, r, space),
             }
         found[f"{ratio:g}"] = row
     return found
@@ -175,8 +175,9 @@ def _halves(tallies: Sequence[Tally], r: int, space: int) -> Interval:
     return over_seeds(values, -1, 1)
 
 
-def _between(rates_of: Callable[[Tally], np.ndarray], tallies: Sequence[Tally]) -> Interval | None:
+def _between(tallies: Sequence[Tally], r: int, space: int) -> Interval | None:
     """Rank correlation between models."""
     if len(tallies) < 2:
         return None
-    return clipped(over_pairs([agreement(np.stack([rates_of(tally) for tally in tallies])).correlation]), -1, 1)
+    rates_of = np.stack([tally.rates[:, r, space] for tally in tallies])
+    return clipped(over_pairs([agreement(rates_of).correlation]), -1, 1)

@@ -62,6 +62,8 @@ def shown(setting: Found) -> list[str]:
 def of_samples(setting: Found, found: Found, kind: str, space: str) -> Found:
     """Agreement of samples of ``AT_IMAGES``, with their own token spaces where these are of so many; can be empty."""
     samples = found["samples"][kind][space]
+    if setting["images"] < 2 * AT_IMAGES:
+        return {}
     own = samples.get(OWN) if setting["sample"] == AT_IMAGES else None
     return own or samples.get(f"{AT_IMAGES}", {})
 
