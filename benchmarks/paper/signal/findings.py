@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..report.folder import number
+import numpy as np
+
 from . import rates, reproducibility
 from .folder import Setting
-from .measurement import Measurement
-from .tallies import BLOCKS, Moment, default_ratio, moment_of
+from .measurement import PERMUTED, Measurement
+from .tallies import AT_MOST, BLOCKS, Moment, default_ratio, moment_of
 from .warning import warning
 
 DIGITS = 6
@@ -47,10 +48,11 @@ def _facts(setting: Setting, by_share: Mapping[float, Sequence[Moment]], like: M
         "images": moments[0].tally(BLOCKS).units,
         "batch": like.batch,
         "sample": like.sample,
+        "permuted": _permuted(moments[0]),
         "missing": [f"seed {seed} at {100 * share:g} %" for seed, share in setting.missing],
         "digests": {f"{moment.seed}.{moment.share:g}": moment.digest for moment in moments},
         "cpu_seconds": setting.cpu_seconds,
-        "seconds": _seconds(setting.content.get("seconds")),
+        "seconds": _seconds([*setting.seconds.values()]),
     }
 
 
@@ -91,11 +93,15 @@ def _moments(setting: Setting) -> tuple[dict[float, list[Moment]], Measurement]:
     return {share: by_share[share] for share in sorted(by_share)}, first
 
 
-def _seconds(by_seed: Any) -> dict[str, float]:
-    """Of training and measuring, the mean over seeds."""
-    rows = [row for row in (by_seed or {}).values() if isinstance(row, dict)]
-    names = sorted({name for row in rows for name in row})
-    return {name: sum(number(row.get(name)) for row in rows) / len(rows) for name in names}
+def _permuted(moment: Moment) -> int:
+    """Images that were also read with permuted labels."""
+    return moment.tally(BLOCKS, PERMUTED).units if (PERMUTED, AT_MOST) in moment.tallies else 0
+
+
+def _seconds(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Wall time of training and measuring, the mean over seeds."""
+    names = sorted({name for row in rows for name in row if name != "cpu"})
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
 def rounded(value: Any) -> Any:

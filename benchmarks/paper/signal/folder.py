@@ -40,8 +40,22 @@ class Setting:
         return [(seed, share) for seed in self.seeds for share in self.shares if (seed, share) not in self.files]
 
     @property
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Seed -> what took how many seconds, as far as it is known; ``cpu`` is the time of all threads."""
+        by_seed = self.content.get("seconds")
+        if not isinstance(by_seed, dict):
+            return {}
+        return {
+            seed: {str(what): number(value) for what, value in row.items()}
+            for seed, row in by_seed.items()
+            if isinstance(row, dict)
+        }
+
+    @property
     def cpu_seconds(self) -> float:
-        return number(self.content.get("cpu_seconds"))
+        """Of all seeds; NaN where nothing is said of it."""
+        by_seed = [row["cpu"] for row in self.seconds.values() if "cpu" in row]
+        return sum(by_seed) if by_seed else number(self.content.get("cpu_seconds"))
 
     def load(self, seed: int, share: float, like: Measurement | None = None) -> Measurement:
         """A measurement, checked against its name and against another one of the folder.
@@ -73,7 +87,7 @@ class Setting:
 
 
 def file_name(seed: int, share: float) -> str:
-    return f"seed-{seed}.share-{100 * share:g}.npz"
+    return f"seed-{seed}.share-{round(100 * share)}.npz"
 
 
 def read_folder(path: Path) -> Setting:

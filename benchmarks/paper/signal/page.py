@@ -98,6 +98,11 @@ def _facts(setting: Found) -> str:
         f"{len(setting['blocks'])} blocks, tasks {listed(setting['tasks'])}, {setting['images']:,} images in batches "
         f"of {setting['batch']}, seeds {listed(setting['seeds'])}."
     )
+    if 0 < setting["permuted"] < setting["images"]:
+        text += (
+            f" With permuted labels the first {setting['permuted']:,} images were read: differences are paired by image "
+            "and of these alone."
+        )
     if seconds:
         text += f" Per seed: {seconds}."
     if not math.isnan(cpu):

@@ -62,6 +62,9 @@ class Tally:
         """All items as one."""
         return Tally(self.hits.sum(1, keepdims=True), self.valid.sum(1, keepdims=True))
 
+    def first(self, units: int) -> "Tally":
+        return Tally(self.hits[:units], self.valid[:units])
+
     def without(self, first: int, last: int) -> "Tally":
         """Without the units [first, last)."""
         return Tally(*(np.delete(x, slice(first, last), axis=0) for x in (self.hits, self.valid)))
@@ -82,12 +85,15 @@ def resampled(terms: Sequence[tuple[float, Tally]], level: float = LEVEL) -> tup
     """A sum of rates, each times its factor, and how far resamples of the units are from it.
 
     All tallies are resampled together, unit by unit: where they are of the same images, as those of two views or of
-    two models are, what an image does to all of them stays in.
+    two models are, what an image does to all of them stays in. Tallies of more units than another, as of images that
+    were not all read with permuted labels, count by the first ones only.
 
     Returns:
         (X, R, 2) float64, and (1000, X, R, 2) float64, NaN below eight informative units.
     """
-    weights = _weights(terms[0][1].units)
+    units = min(tally.units for _, tally in terms)
+    terms = [(factor, tally.first(units)) for factor, tally in terms]
+    weights = _weights(units)
     value, around = np.zeros(()), torch.zeros((), dtype=torch.float64)
     for factor, tally in terms:
         hits, valid = tally.columns()

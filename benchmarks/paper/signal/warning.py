@@ -36,7 +36,9 @@ def warned(moment: Moment, n: int) -> dict[str, dict[str, np.ndarray]]:
             MEAN: _all_hold(tally.total().split(n), CHANCE, LEVEL, 1),
         }
     if PERMUTED in tallies:
-        found[TOKENS][APART] = _all_hold(tallies[TOKENS].split(n), 0, at_once, blocks, tallies[PERMUTED].split(n))
+        units = tallies[PERMUTED].units
+        real, other = tallies[TOKENS].first(units).split(n), tallies[PERMUTED].split(n)
+        found[TOKENS][APART] = _all_hold(real, 0, at_once, blocks, other)
     return found
 
 
@@ -46,6 +48,8 @@ def views(moment: Moment) -> list[str]:
 
 def _all_hold(samples: Tally, what: float, level: float, items: int, minus: Tally | None = None) -> np.ndarray:
     """(m,) bool: whether the intervals of all items of a sample hold ``what``; those without one say nothing."""
+    if not samples.valid.size:
+        return np.zeros(0, dtype=bool)
     terms = [(1.0, samples)] if minus is None else [(1.0, samples), (-1.0, minus)]
     edges = intervals(terms, level)[:, 0].reshape(-1, 2 * items, 3)
     holds = (edges[..., 1] <= what) & (edges[..., 2] >= what)
@@ -66,6 +70,8 @@ def warning(by_share: Mapping[float, Sequence[Moment]]) -> Found:
         found[n] = {"samples": units // n, "warned": {}, "separation": {}}
         for (view, criterion), shares in counts.items():
             rows = {share: np.concatenate(flags) for share, flags in shares.items()}
+            if not all(map(len, rows.values())):
+                continue  # fewer images were read with permuted labels
             found[n]["warned"].setdefault(view, {})[criterion] = {
                 f"{share:g}": proportion(int(flags.sum()), len(flags)) for share, flags in rows.items()
             }
@@ -89,6 +95,8 @@ def _by_rate(by_share: Mapping[float, Sequence[Moment]], n: int) -> Found:
         for moment in (m for share, moments in by_share.items() if share > 0 for m in moments):
             if moment.seed in untrained and (not is_apart or PERMUTED in views(moment)):
                 high, low = _means(untrained[moment.seed], n, is_apart), _means(moment, n, is_apart)
+                if not len(high):
+                    continue
                 areas.append((moment.seed, float((high[:, None] > low).mean() + (high[:, None] == low).mean() / 2)))
                 first.append(high)
                 second.append(low)
@@ -104,7 +112,8 @@ def _means(moment: Moment, n: int, is_apart: bool) -> np.ndarray:
     """(m,): mean over both spaces of the rate of all blocks and pairs."""
     mean = moment.default_tally(BLOCKS).total().sample_rates(n)
     if is_apart:
-        mean = mean - moment.default_tally(BLOCKS, PERMUTED).total().sample_rates(n)
+        other = moment.default_tally(BLOCKS, PERMUTED).total().sample_rates(n)
+        mean = mean[: len(other)] - other
     return mean.mean((1, 2, 3))
 
 
