@@ -9,7 +9,7 @@ from benchmarks.paper.signal.findings import findings
 from benchmarks.paper.signal.folder import file_name, read_folder
 from benchmarks.paper.signal.page import section
 from benchmarks.paper.signal.report import as_text
-from benchmarks.paper.signal.tables import CLEAR, NOISE, UNKNOWN, WEAK, images, verdict
+from benchmarks.paper.signal.tables import CLEAR, NOISE, OPEN, UNKNOWN, WEAK, images, verdict
 from tests.paper.signal_folders import measurement, write_folder
 
 SMALL = {"units": 256, "blocks": 4, "tasks": ("a", "b", "c"), "ratios": (1.0, 100.0), "batch": 16, "sample": 64}
@@ -72,6 +72,8 @@ def test_sentences_follow_the_numbers(found, tmp_path):
     assert "Order of blocks, within one model, 256 images. Range space: noise at 0 %; clear at 25 %." in text
     assert "against random ones" not in text  # two samples of 128 and none of 256
     assert "of too few models for an interval" in text
+    # the planted rates are 30 to 41 % by block and 25 to 45 % by pair
+    assert "4 of 4 blocks (4) in the range space, 3 of 3 pairs of tasks (3) in the range space" in text
     turned = setting(tmp_path / "turned", {0.0: STRONG, 0.25: CHANCE}, seeds=(0, 1, 2))
     text = section(findings(read_folder(turned)))
     assert "Order of blocks, within one model, 256 images. Range space: noise at 25 %; clear at 0 %." in text
@@ -161,8 +163,10 @@ def test_numbers_of_images_and_verdicts_in_words():
     assert images([3000, 2000, 4000], 1000) == "3,000† [2,000, 4,000]"
     assert images([inf, 2000, inf], 1000) == "not reached [2,000, ∞]"
     assert images([inf, inf, inf], 1000) == images([inf, nan, nan], 1000) == "not reached"
-    assert [verdict(of) for of in ([0.5, 0, 0.9], [0.5, 0.1, 0.9], [0.8, 0.7, 0.9], [0.8, nan, nan])] == [
+    cases = ([0.5, 0, 0.7], [0.5, 0, 0.9], [0.5, 0.1, 0.9], [0.8, 0.7, 0.9], [0.8, nan, nan])
+    assert [verdict(of) for of in cases] == [
         NOISE,
+        OPEN,
         WEAK,
         CLEAR,
         UNKNOWN,

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dtme.resampling import CHANCE
+
 from ..report.text import duration, listed, plain
 from . import tables
 from .measurement import SPACES
 from .reproducibility import AT_IMAGES, WANTED_OVERLAP, WANTED_RELIABILITY
-from .tables import CLEAR, NOISE, PLANS, UNKNOWN, WEAK, bracket, near, percent, share_name
+from .tables import PLANS, UNKNOWN, bracket, near, percent, share_name
 from .tallies import BLOCKS, KINDS, PAIRS, RULES
 
 Found = dict[str, Any]
@@ -21,7 +23,8 @@ READING = (
     "they have in common. The *order* of blocks or pairs is judged by its reliability "
     f"at {AT_IMAGES} images: what part of the variance between their rates is not the sample's noise (one model), or "
     "is common to all models (all models; an interval needs three). It is called "
-    f"{NOISE} where its interval reaches 0, {WEAK} below {WANTED_RELIABILITY:g}, {CLEAR} from there on."
+    + "; ".join(f"*{word}* {where}" for word, where in tables.VERDICTS.items())
+    + "."
 )
 
 
@@ -34,7 +37,7 @@ def page(settings: Sequence[Found], pictures: Sequence[str]) -> str:
     }
     parts = [
         "# What the conflict signal is worth",
-        f"Made by `{COMMAND}` from {len(settings)} settings. {READING}",
+        f"Made by `{COMMAND}` from {len(settings)} setting{'s' * (len(settings) > 1)}. {READING}",
         "## All settings",
         tables.summary_table(settings),
         *(f"![{names[picture]}]({picture})" for picture in pictures),
@@ -100,8 +103,8 @@ def _facts(setting: Found) -> str:
     )
     if 0 < setting["permuted"] < setting["images"]:
         text += (
-            f" With permuted labels the first {setting['permuted']:,} images were read: differences are paired by image "
-            "and of these alone."
+            f" With permuted labels the first {setting['permuted']:,} images were read: differences are paired by "
+            "image and of these alone."
         )
     if seconds:
         text += f" Per seed: {seconds}."
@@ -117,7 +120,7 @@ def _facts(setting: Found) -> str:
 
 def _conclusions(setting: Found) -> str:
     lines = [_order(setting, kind, part) for kind in (BLOCKS, PAIRS) for part in ("within", "across")]
-    lines += [_against_random(setting), _against_permuted(setting)]
+    lines += [_against_random(setting), _against_permuted(setting), _beside_chance(setting)]
     return "\n".join(f"- {line}" for line in lines if line)
 
 
@@ -132,7 +135,7 @@ def _order(setting: Found, kind: str, part: str) -> str:
                 words.setdefault(tables.verdict(value), []).append(share_name(share))
                 if tables.verdict(value) == UNKNOWN and share == setting["near"]:
                     few.append(f"{plain(value[0], 2)} in the {space} space")
-        known = [f"{word} at {listed(words[word])}" for word in (NOISE, WEAK, CLEAR) if word in words]
+        known = [f"{word} at {listed(words[word])}" for word in tables.VERDICTS if word in words]
         if known:
             texts.append(f"{space} space: {'; '.join(known)}")
     if few:
@@ -173,6 +176,24 @@ def _against_permuted(setting: Found) -> str:
     if not texts:
         return ""
     return f"Against labels of other images, {share_name(setting['near'])} of the training: {'; '.join(texts)}."
+
+
+def _beside_chance(setting: Found) -> str:
+    """How many blocks and pairs surely have another rate than chance, and than with permuted labels."""
+    rates, items, texts = near(setting)["rates"], setting["details"]["items"], []
+    for space in SPACES:
+        for kind in (BLOCKS, PAIRS):
+            own, apart = rates[kind][space], items[kind][space].get("difference", [])
+            text = f"{_sure(own, CHANCE)} of {len(own)} {KINDS[kind]}"
+            texts.append(text + (f" ({_sure(apart, 0)})" if apart else "") + f" in the {space} space")
+    return (
+        f"Surely other than 50 %, each by itself, and in brackets other than with permuted labels, "
+        f"{share_name(setting['near'])} of the training: {', '.join(texts)}."
+    )
+
+
+def _sure(intervals: Sequence[Sequence[float]], what: float) -> int:
+    return sum(low > what or high < what for _, low, high in intervals)
 
 
 def _random(setting: Found) -> str:

@@ -36,20 +36,20 @@ def rates(moments: Sequence[Moment]) -> Found:
     for kind in (BLOCKS, PAIRS):
         own = mean_of([moment.default_tally(kind) for moment in moments])
         found[kind] = {name: own[:, 0, space].tolist() for space, name in enumerate(SPACES)}
-    real = [moment.tally(BLOCKS).total() for moment in moments]
-    other = [moment.tally(BLOCKS, PERMUTED).total() for moment in moments] if has_view(moments, PERMUTED) else []
-    own, r = mean_of(real)[0], moments[0].default
+    real = [moment.default_tally(BLOCKS).total() for moment in moments]
+    other = (
+        [moment.default_tally(BLOCKS, PERMUTED).total() for moment in moments] if has_view(moments, PERMUTED) else []
+    )
+    own = mean_of(real)[0, 0]
     for space, name in enumerate(SPACES):
-        by_seed = [float(tally.rates[0, r, space]) for tally in real]
+        by_seed = [float(tally.rates[0, 0, space]) for tally in real]
         found["all"][name] = {
-            "rate": own[r, space].tolist(),
-            "by_ratio": own[:, space].tolist(),
+            "rate": own[space].tolist(),
             "by_seed": by_seed,
-            "over_seeds": over_seeds(by_seed, 0, 1),
         }
         if other:
-            found["all"][name]["permuted"] = mean_of(other)[0, r, space].tolist()
-            found["all"][name]["difference"] = mean_of(real, other)[0, r, space].tolist()
+            found["all"][name]["permuted"] = mean_of(other)[0, 0, space].tolist()
+            found["all"][name]["difference"] = mean_of(real, other)[0, 0, space].tolist()
     return found
 
 
@@ -127,12 +127,14 @@ def _overlap(first: np.ndarray, second: np.ndarray) -> float:
 def by_ratio(moments: Sequence[Moment], ratios: Sequence[float]) -> Found:
     """Ranks and how far they move between samples, and what plans and profiles of blocks at other ratios are worth."""
     found: Found = {}
+    every = mean_of([moment.tally(BLOCKS).total() for moment in moments])[0]
     for r, ratio in enumerate(ratios):
         row: Found = {"rank": np.mean([moment.ranks[r] for moment in moments], axis=0).tolist()}
         row |= _moves(moments, r)
         for space, name in enumerate(SPACES):
             blocks = [moment.tally(BLOCKS) for moment in moments]
             row[name] = {
+                "rate": every[r, space].tolist(),
                 "overlap": over_seeds(
                     [
                         _overlap(tally.rates[:, r, space], tally.rates[:, moment.default, space])

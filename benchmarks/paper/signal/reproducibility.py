@@ -28,7 +28,7 @@ AT_IMAGES = 256
 """Where one number has to stand for all."""
 WANTED_OVERLAP, WANTED_RELIABILITY = 0.9, 0.8
 LEAST = {"overlap": 0.0, "equal": 0.0, "correlation": -1.0}
-MEASURES = {BLOCKS: tuple(LEAST), PAIRS: ("overlap", "correlation"), CELLS: ("overlap", "correlation")}
+MEASURES = {BLOCKS: tuple(LEAST), PAIRS: ("overlap", "correlation"), CELLS: ("correlation",)}
 OWN = "own"
 Found = dict[Any, Any]
 

@@ -6,14 +6,20 @@ from typing import Any
 
 from ..report.text import DASH, integer, listed, plain, table
 from .measurement import OVER_IMAGES, OVER_TOKENS, SPACES, TOKENS
-from .reproducibility import AT_IMAGES, OWN
+from .reproducibility import AT_IMAGES, OWN, WANTED_RELIABILITY
 from .tallies import BELOW, BLOCKS, CELLS, KINDS, LETTER, PAIRS
 from .warning import AT_ONCE, CRITERIA, DISTANCE, RATE
 
 Found = dict[str, Any]
 PLANS = {"range": "TM", "null": "TE"}
 """What the rates of a space choose the blocks of."""
-NOISE, WEAK, CLEAR, UNKNOWN = "noise", "weak", "clear", "no interval"
+NOISE, OPEN, WEAK, CLEAR, UNKNOWN = "noise", "open", "weak", "clear", "no interval"
+VERDICTS = {
+    NOISE: f"where its interval reaches 0 and stays below {WANTED_RELIABILITY:g}",
+    OPEN: f"where it holds both 0 and {WANTED_RELIABILITY:g}, so that nothing can be said",
+    WEAK: f"where it is above 0 and the estimate below {WANTED_RELIABILITY:g}",
+    CLEAR: "from there on",
+}
 
 
 def share_name(share: str) -> str:
@@ -34,10 +40,12 @@ def percent(of: Sequence[float] | None, digits: int = 1, sign: bool = False) -> 
 
 def verdict(of: Sequence[float]) -> str:
     """What a reliability with its interval says in a word."""
-    value, low, _ = of
+    value, low, high = of
     if math.isnan(low):
         return UNKNOWN
-    return NOISE if low <= 0 else CLEAR if value >= 0.8 else WEAK
+    if low <= 0:
+        return NOISE if high < WANTED_RELIABILITY else OPEN
+    return CLEAR if value >= WANTED_RELIABILITY else WEAK
 
 
 def judged(of: Sequence[float]) -> str:
@@ -260,14 +268,14 @@ def ratios_table(setting: Found) -> str:
     rows = []
     for ratio, found in setting["details"]["by_ratio"].items():
         ranks = [plain(x, 0) for x in (min(found["rank"]), max(found["rank"]))]
-        row = [ratio, " to ".join(ranks)]
+        row = [ratio, *(percent(found[space]["rate"]) for space in SPACES), " to ".join(ranks)]
         row.append(percent(found.get("spread"), 0) if found["samples"] else DASH)
         row.append(plain(found["largest_factor"], 2) if found["samples"] else DASH)
         for what in ("overlap", "halves", "reliability", "seeds"):
             row += [bracket(found[space][what]) for space in SPACES]
         rows.append(row)
     default, n = f"{setting['default_ratio']:g}", AT_IMAGES
-    head = ["rank", "spread between samples %", "largest ÷ smallest"]
+    head = [*(f"{space} %" for space in SPACES), "rank", "spread between samples %", "largest ÷ smallest"]
     head += [f"overlap with r = {default}, {PLANS[space]}" for space in SPACES]
     head += [f"halves, correlation, {space}" for space in SPACES]
     head += [f"reliability at {n}, {space}" for space in SPACES]

@@ -104,7 +104,7 @@ def _by_rate(by_share: Mapping[float, Sequence[Moment]], n: int) -> Found:
             seeds = sorted({seed for seed, _ in areas})
             each = [float(np.mean([area for s, area in areas if s == seed])) for seed in seeds]
             threshold, right = _best(np.concatenate(first), np.concatenate(second))
-            found[name] = {"auc": over_seeds(each), "threshold": threshold, "right": right}
+            found[name] = {"auc": over_seeds(each, 0, 1), "threshold": threshold, "right": right}
     return found
 
 
