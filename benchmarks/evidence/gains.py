@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 import dtme
 
 from ..paper.data.rooms import TASKS
+from ..ranks import spearman
 from .common import Ordered, Results, Row, check_positive, losses, scenes, settings_of, table, trained
 from .common import add_arguments as add_common
 
@@ -119,18 +120,6 @@ def total_loss(model: dtme.MultiTaskModel, whole: Ordered) -> float:
 
 
 # --- what comes of it -------------------------------------------------------------------------------------------------
-
-
-def ranks_of(values: list[float]) -> Tensor:
-    """0, 1, ...; equal values share the mean of their ranks."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1) - 1).double() / 2
-
-
-def spearman(first: list[float], second: list[float]) -> float:
-    """The rank correlation; 0 where one of them is constant."""
-    a, b = (ranks - ranks.mean() for ranks in (ranks_of(first), ranks_of(second)))
-    return (a @ b / (a.norm() * b.norm()).clamp(min=1e-12)).item()
 
 
 def interval(values: list[float]) -> list[float]:

@@ -11,6 +11,7 @@ COMMANDS = {
     "signal": (".signal.command", "measure the conflicts of a joint training image by image"),
     "fair": (".fair.command", "whether joint training was only tuned too little: run it, or go on with it"),
     "fair-report": (".fair.report", "turn what `fair` ran into tables and figures"),
+    "signal-report": (".signal.report", "turn folders of conflict measurements into one page, its numbers and figures"),
     "parameters": (".parameters", "what the paper's method and its rivals add to a network"),
     "smoke": (".smoke", "try every data set and arm for a few steps"),
     "scenes": ("..rooms.show", "draw the rendered rooms"),

@@ -48,10 +48,14 @@ def draw(comparison: Comparison, to: Path) -> list[str]:
         if figure is None:
             (to / name).unlink(missing_ok=True)
             continue
-        save = partial(figure.savefig, dpi=130, metadata={"Software": None})
-        write_beside(to / name, save)
+        save(figure, to / name)
         drawn.append(name)
     return drawn
+
+
+def save(figure: Any, path: Path) -> None:
+    """As PNG, without the version of matplotlib, so that equal figures are equal files."""
+    write_beside(path, partial(figure.savefig, dpi=130, metadata={"Software": None}))
 
 
 def _figure(width: float, height: float) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -102,7 +103,7 @@ class Measurement:
                     for view in header["views"]
                 }
                 ranks, sample_ranks = arrays["ranks"], arrays["sample_ranks"]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise ValueError(f"{path} is no measurement: {error}. Remove it to measure again") from error

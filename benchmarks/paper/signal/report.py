@@ -1,0 +1,70 @@
+"""``python -m benchmarks.paper signal-report FOLDER... --to DIR``: what the conflict signal is worth, as a page."""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dtme.files import write_beside
+
+from .figures import draw
+from .findings import NEAR, findings
+from .folder import read_folder
+from .page import page
+
+FORMAT = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="folders of measurements, one per setting"
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the report goes")
+    parser.add_argument(
+        "--share", type=float, default=NEAR, help=f"of the training, whose details are shown, or the nearest ({NEAR:g})"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        print(write([findings(read_folder(folder), args.share) for folder in args.folders], args.to))
+    except (ValueError, OSError) as error:  # an OSError names its file
+        raise SystemExit(str(error)) from error
+
+
+def write(settings: Sequence[dict[str, Any]], to: Path) -> Path:
+    """Write ``signal.json``, the figures and ``report.md``, the same for the same folders; returns the page's path."""
+    pictures = draw(settings, to)
+    content = as_text(settings)
+    write_beside(to / "signal.json", lambda path: path.write_text(content, encoding="utf-8"))
+    text = page(settings, pictures)
+    write_beside(to / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    return to / "report.md"
+
+
+def as_text(settings: Sequence[dict[str, Any]]) -> str:
+    """JSON with a line per key of a setting and per share, and null for what is not known."""
+
+    def dump(value: Any) -> str:
+        return json.dumps(_known(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+    texts = []
+    for setting in settings:
+        lines = []
+        for key, value in setting.items():
+            text = dump(value)
+            if key == "by_share":
+                text = "{\n" + ",\n".join(f"{dump(share)}:{dump(found)}" for share, found in value.items()) + "}"
+            lines.append(f"{dump(key)}:{text}")
+        texts.append("{" + ",\n".join(lines) + "}")
+    return f'{{"format":{FORMAT},"settings":[\n' + ",\n".join(texts) + "\n]}\n"
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_known(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
