@@ -70,6 +70,7 @@ def _of_share(moments: Sequence[Moment], like: Measurement) -> Found:
         "seeds": reproducibility.between_seeds(moments),
         "variance": reproducibility.variance(moments, len(like.blocks)),
         "profiles": reproducibility.profiles(moments),
+        "label_gains": rates.label_gains(moments, like.tasks),
     }
 
 
@@ -89,7 +90,9 @@ def _moments(setting: Setting) -> tuple[dict[float, list[Moment]], Measurement]:
     by_share: dict[float, list[Moment]] = {}
     first = setting.load(*next(iter(setting.files)))
     for seed, share in setting.files:
-        by_share.setdefault(share, []).append(moment_of(setting.load(seed, share, first)))
+        heads = setting.heads(seed, share)
+        moment = moment_of(setting.load(seed, share, first), None if heads is None else heads.losses)
+        by_share.setdefault(share, []).append(moment)
     return {share: by_share[share] for share in sorted(by_share)}, first
 
 

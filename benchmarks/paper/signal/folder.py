@@ -6,6 +6,7 @@ from typing import Any
 
 from ..report.folder import number
 from ..results import read_experiment
+from .heads import HeadLosses, heads_file
 from .measurement import TOKENS, Measurement
 
 KEYS = {"experiment": str, "data": str, "title": str, "settings": dict, "seeds": list, "shares": list, "facts": dict}
@@ -84,6 +85,11 @@ class Setting:
                         "Remove it to measure again"
                     )
         return found
+
+    def heads(self, seed: int, share: float) -> HeadLosses | None:
+        """Of the same moment, where they are there."""
+        path = heads_file(self.files[seed, share])
+        return HeadLosses.load(path) if path.exists() else None
 
 
 def file_name(seed: int, share: float) -> str:

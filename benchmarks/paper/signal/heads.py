@@ -7,11 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtme.analysis.heads import HEAD_BATCHES
+from dtme.analysis.heads import HEAD_BATCHES, labels_of_others
 
 from ..arms import Batch
 from ..results import read_json, write_json
 from ..tasks import Tasks
+
+
+def heads_file(measurement: Path) -> Path:
+    """Where they lie, beside the measurement of the same model."""
+    return measurement.with_suffix(".heads.json")
 
 
 class HeadLosses(NamedTuple):
@@ -19,7 +24,7 @@ class HeadLosses(NamedTuple):
 
     tasks: tuple[str, ...]
     losses: Tensor
-    """(n, K, 2) float64, of n batches: with the images' own labels, and with those of the image before."""
+    """(n, K, 2) float64, of n batches: with the images' own labels, and with those of other images of the batch."""
 
     def save(self, path: Path) -> None:
         write_json(path, {"tasks": list(self.tasks), "losses": self.losses.tolist()})
@@ -50,7 +55,10 @@ def head_losses(model: nn.Module, tasks: Tasks, batches: Iterable[Batch]) -> Hea
         predictions = model(x)
         rows.append(
             [
-                [float(task.loss(predictions[name], labels)) for labels in (targets[name], targets[name].roll(1, 0))]
+                [
+                    float(task.loss(predictions[name], labels))
+                    for labels in (targets[name], labels_of_others(targets[name]))
+                ]
                 for name, task in tasks.items()
             ]
         )

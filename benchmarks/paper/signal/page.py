@@ -231,6 +231,17 @@ def _own_space(setting: Found) -> str:
     )
 
 
+def _label_gains(setting: Found) -> list[str]:
+    gains = tables.label_gains_table(setting)
+    if not gains:
+        return []
+    return [
+        "Whether a head has learnt anything its losses tell: by how much they are lower with the images' own labels "
+        "than with those of other images, in %, mean over models:",
+        gains,
+    ]
+
+
 def _warning(setting: Found) -> list[str]:
     if not setting["warning"]:
         return []
@@ -239,6 +250,7 @@ def _warning(setting: Found) -> list[str]:
         "How often samples of so many images would be warned of, in % with Wilson's intervals, by share of the "
         "training (real labels) and with permuted labels; the separation is the share warned of at 0 % of the training "
         "less the mean of the others: 1 is perfect, 0 is useless.",
+        *_label_gains(setting),
         tables.criteria_list(),
         tables.warning_table(setting),
         tables.best_warning(setting),

@@ -17,7 +17,8 @@ from ..runner.measures import what_is_not_finite
 from ..runner.one import RunOfArm, Workplace
 from ..runner.tune import JOINT
 from .counts import Reading, measure
-from .heads import head_losses
+from .folder import file_name
+from .heads import head_losses, heads_file
 from .measurement import Measurement
 
 RATIOS = (1.0, 10.0, 100.0, 500.0, 1000.0)
@@ -37,10 +38,10 @@ class Probe:
     permuted: int = 512
 
     def path(self, share: float) -> Path:
-        return self.out / "measured" / f"seed-{self.config.seed}.share-{round(100 * share)}.npz"
+        return self.out / "measured" / file_name(self.config.seed, share)
 
     def heads(self, share: float) -> Path:
-        return self.path(share).with_suffix(".heads.json")
+        return heads_file(self.path(share))
 
     def is_measured(self, share: float) -> bool:
         return self.path(share).exists() and self.heads(share).exists()

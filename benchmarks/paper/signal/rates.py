@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ranks import spearman
+from dtme.heads import label_gain
 
+from ...ranks import spearman
 from .measurement import OVER_IMAGES, OVER_TOKENS, PERMUTED, SPACES, TOKENS
 from .reproducibility import AT_IMAGES
 from .statistics import (
@@ -183,3 +184,10 @@ def _between(tallies: Sequence[Tally], r: int, space: int) -> Interval | None:
         return None
     rates_of = np.stack([tally.rates[:, r, space] for tally in tallies])
     return clipped(over_pairs([agreement(rates_of).correlation]), -1, 1)
+
+
+def label_gains(moments: Sequence[Moment], tasks: Sequence[str]) -> Found:
+    """Task -> the mean over models of the share by which its loss is lower with the images' own labels."""
+    there = [moment.heads for moment in moments if moment.heads is not None]
+    gains = [[label_gain(losses[:, k])[0] for losses in there] for k in range(len(tasks))]
+    return {task: over_seeds(of_task) for task, of_task in zip(tasks, gains, strict=True)} if there else {}

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks.ranks import rank_correlations
 from dtme.selection import Rules
 
+from ...ranks import rank_correlations
 from ..report.statistics import LEVEL, estimate
 from .tallies import Tally
 

@@ -8,7 +8,7 @@ from ..report.text import DASH, integer, listed, plain, table
 from .measurement import OVER_IMAGES, OVER_TOKENS, SPACES, TOKENS
 from .reproducibility import AT_IMAGES, OWN, WANTED_RELIABILITY
 from .tallies import BELOW, BLOCKS, CELLS, KINDS, LETTER, PAIRS
-from .warning import AT_ONCE, CRITERIA, DISTANCE, RATE
+from .warning import AT_ONCE, CRITERIA, DISTANCE, LABELS, RATE
 
 Found = dict[str, Any]
 PLANS = {"range": "TM", "null": "TE"}
@@ -328,6 +328,14 @@ def warning_table(setting: Found) -> str:
     return table(["images", "warning", "labels", *map(share_name, shares), "separation"], rows, left=3)
 
 
+def label_gains_table(setting: Found) -> str:
+    """In %, by share of the training; nothing where no share has any."""
+    shares = {share: found["label_gains"] for share, found in setting["by_share"].items() if found["label_gains"]}
+    tasks = setting["tasks"]
+    rows = [[share_name(share), *(percent(gains[task]) for task in tasks)] for share, gains in shares.items()]
+    return table(["training", *tasks], rows) if rows else ""
+
+
 def criteria_list() -> str:
     return "\n".join(f"- *{name}*: {text}" for name, text in CRITERIA.items())
 
@@ -355,8 +363,9 @@ def best_warning(setting: Found) -> str:
         if parts:
             best = max(parts.values())
             names = [f"*{name}*" for name, part in parts.items() if part == best]
+            own = LABELS if LABELS in parts else AT_ONCE
             lines.append(
-                f"- {integer(int(n))} images: the product's warning (*{AT_ONCE}*) has a separation of "
-                f"{plain(parts[AT_ONCE], 2)}; the best, {plain(best, 2)}, is that of {listed(names)}."
+                f"- {integer(int(n))} images: the product's warning (*{own}*) has a separation of "
+                f"{plain(parts[own], 2)}; the best, {plain(best, 2)}, is that of {listed(names)}."
             )
     return "\n".join(lines)

@@ -129,6 +129,10 @@ class Moment:
     sample_ranks: np.ndarray
     tallies: Mapping[tuple[str, str], Mapping[str, Tally]]
     """(view, rule) -> kind of item -> its tally; of cells at the default ratio only."""
+    batch: int
+    """Images of a batch."""
+    heads: Tensor | None = None
+    """(n, K, 2), ``HeadLosses.losses`` of the first n batches; None where they were not measured."""
 
     def tally(self, kind: str, view: str = TOKENS, rule: str = AT_MOST) -> Tally:
         return self.tallies[view, rule][kind]
@@ -139,11 +143,12 @@ class Moment:
         return tally if kind == CELLS else tally.at(self.default)
 
 
-def moment_of(found: Measurement) -> Moment:
+def moment_of(found: Measurement, heads: Tensor | None = None) -> Moment:
     default = default_ratio(found.ratios)
     tallies = {(view, AT_MOST): _tallies(counts, AT_MOST, default) for view, counts in found.views.items()}
     tallies |= {(TOKENS, rule): _tallies(found.views[TOKENS], rule, default) for rule in RULES}
-    return Moment(found.seed, found.share, found.digest, default, found.ranks, found.sample_ranks, tallies)
+    ranks = found.ranks, found.sample_ranks
+    return Moment(found.seed, found.share, found.digest, default, *ranks, tallies, found.batch, heads)
 
 
 def default_ratio(ratios: Sequence[float]) -> int:

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from dtme.heads import label_gain
 from dtme.resampling import CHANCE, LEVEL
 
 from .measurement import PERMUTED, TOKENS
@@ -12,10 +14,11 @@ from .statistics import over_seeds, proportion
 from .tallies import AT_MOST, BLOCKS, Moment, Tally, intervals
 
 SAMPLES = (64, 256, 1024)
-EVERY, AT_ONCE, MEAN, APART = "every", "at once", "mean", "apart"
+LABELS, EVERY, AT_ONCE, MEAN, APART = "labels", "every", "at once", "mean", "apart"
 CRITERIA = {
+    LABELS: "the loss of some task is not surely lower with the images' own labels than with other images'",
     EVERY: "the 95 % interval of every block's rate in both spaces holds 0.5",
-    AT_ONCE: "likewise, with intervals that hold all at once with 95 % (Bonferroni), as the product warns",
+    AT_ONCE: "likewise, with intervals that hold all at once with 95 % (Bonferroni)",
     MEAN: "the 95 % intervals of the rate of all blocks and pairs hold 0.5 in both spaces",
     APART: "the intervals of every block's rate less that with permuted labels hold 0, all at once with 95 %",
 }
@@ -39,7 +42,16 @@ def warned(moment: Moment, n: int) -> dict[str, dict[str, np.ndarray]]:
         units = tallies[PERMUTED].units
         real, other = tallies[TOKENS].first(units).split(n), tallies[PERMUTED].split(n)
         found[TOKENS][APART] = _all_hold(real, 0, at_once, blocks, other)
+    if moment.heads is not None:
+        found[TOKENS] = {LABELS: _by_labels(moment.heads, n // moment.batch)} | found[TOKENS]
     return found
+
+
+def _by_labels(losses: Tensor, batches: int) -> np.ndarray:
+    """(m,) bool: whether a report of so many batches would name a task."""
+    samples = losses[: len(losses) // batches * batches].split(batches) if batches > 1 else ()
+    flags = [any(gain - half <= 0 for gain, half in map(label_gain, sample.unbind(1))) for sample in samples]
+    return np.array(flags, dtype=bool)
 
 
 def views(moment: Moment) -> list[str]:

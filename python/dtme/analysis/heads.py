@@ -6,12 +6,23 @@ shows that, and no resampling of batches does; the losses do, of each task by it
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..trees import map_tensors
+
 HEAD_BATCHES = 32
 """Of each process: those whose losses are also taken with the labels of other images."""
+
+
+def labels_of_others(target: Any) -> Any:
+    """The labels of a batch of two images at least, each of which gets those of the one half a batch before it.
+
+    Neighbours are often alike, as frames of a film are, where nothing shuffles them.
+    """
+    return map_tensors(lambda leaf: leaf.roll(len(leaf) // 2, 0), target)
 
 
 class HeadLosses:

@@ -14,6 +14,7 @@ from ..plan import check_tasks
 from ..trees import map_tensors, tensors
 from .folder import function_name
 from .gradients import NO_GRADIENT
+from .heads import labels_of_others
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor | float]]
 """``step(model, batch) -> {task: scalar loss}``, for models that own their loop.
@@ -111,12 +112,12 @@ class ByTask:
         return Started(tuple(present), leaves, seeds, _stack(numbers, present), _stack(swapped, present))
 
     def _swapped(self, task: str, prediction: Any, target: Any) -> float:
-        """The loss with the labels of the image before; NaN where labels are not told apart by image."""
+        """The loss with the labels of other images; NaN where labels are not told apart by image."""
         sizes = {leaf.shape[:1] for leaf in tensors(target)}
         if len(sizes) != 1 or max(sizes) < (2,):
             return nan
         with torch.no_grad():
-            return float(self.losses[task](prediction, map_tensors(lambda leaf: leaf.roll(1, 0), target)))
+            return float(self.losses[task](prediction, labels_of_others(target)))
 
     def _check_labels(self, task: str, prediction: Any, target: Any, value: float) -> None:
         """A loss of 0 / 0 is a mean over no labels, if it stays so whatever is predicted.
