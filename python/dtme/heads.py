@@ -10,6 +10,8 @@ from .resampling import LEVEL, student_quantile
 if TYPE_CHECKING:
     from .report import ConflictReport
 
+LEARNT = 0.01
+"""The gain that a head has to have surely: those of heads with drawn weights lie within a percent or so of 0."""
 UNKNOWN = (math.nan, math.nan)
 
 
@@ -37,5 +39,10 @@ def label_gain(losses: Tensor) -> tuple[float, float]:
 
 
 def untrained(report: "ConflictReport") -> list[str]:
-    """The tasks whose gain is known and is not surely above zero."""
-    return [task for task, (gain, half) in label_gains(report).items() if gain - half <= 0]
+    """The tasks whose gain is known and is not surely above ``LEARNT``."""
+    return [task for task, gain in label_gains(report).items() if not shows_learning(*gain)]
+
+
+def shows_learning(gain: float, half: float) -> bool:
+    """Whether a gain is surely above ``LEARNT``, or not known."""
+    return math.isnan(gain) or gain - half > LEARNT

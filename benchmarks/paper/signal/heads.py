@@ -53,13 +53,6 @@ def head_losses(model: nn.Module, tasks: Tasks, batches: Iterable[Batch]) -> Hea
     rows = []
     for _, (x, targets) in zip(range(HEAD_BATCHES), batches, strict=False):
         predictions = model(x)
-        rows.append(
-            [
-                [
-                    float(task.loss(predictions[name], labels))
-                    for labels in (targets[name], labels_of_others(targets[name]))
-                ]
-                for name, task in tasks.items()
-            ]
-        )
+        sides = [targets, labels_of_others(targets)]
+        rows.append([[float(task.loss(predictions[name], y[name])) for y in sides] for name, task in tasks.items()])
     return HeadLosses(tuple(tasks), torch.tensor(rows, dtype=torch.float64))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dtme.heads import label_gain
+from dtme.heads import label_gain, shows_learning
 from dtme.resampling import CHANCE, LEVEL
 
 from .measurement import PERMUTED, TOKENS
@@ -16,7 +16,7 @@ from .tallies import AT_MOST, BLOCKS, Moment, Tally, intervals
 SAMPLES = (64, 256, 1024)
 LABELS, EVERY, AT_ONCE, MEAN, APART = "labels", "every", "at once", "mean", "apart"
 CRITERIA = {
-    LABELS: "the loss of some task is not surely lower with the images' own labels than with other images'",
+    LABELS: "the loss of some task is not surely 1 % lower with the images' own labels than with other images'",
     EVERY: "the 95 % interval of every block's rate in both spaces holds 0.5",
     AT_ONCE: "likewise, with intervals that hold all at once with 95 % (Bonferroni)",
     MEAN: "the 95 % intervals of the rate of all blocks and pairs hold 0.5 in both spaces",
@@ -50,7 +50,7 @@ def warned(moment: Moment, n: int) -> dict[str, dict[str, np.ndarray]]:
 def _by_labels(losses: Tensor, batches: int) -> np.ndarray:
     """(m,) bool: whether a report of so many batches would name a task."""
     samples = losses[: len(losses) // batches * batches].split(batches) if batches > 1 else ()
-    flags = [any(gain - half <= 0 for gain, half in map(label_gain, sample.unbind(1))) for sample in samples]
+    flags = [not all(shows_learning(*label_gain(losses)) for losses in sample.unbind(1)) for sample in samples]
     return np.array(flags, dtype=bool)
 
 
