@@ -1,4 +1,4 @@
-"""``smoke``: every data set, arm and experiment for a few steps, the report of each, and a run that is killed."""
+"""``smoke``: every data set, arm, experiment and study for a few steps, their reports, and a run that is killed."""
 
 import argparse
 import gzip
@@ -62,6 +62,11 @@ def run(args: argparse.Namespace) -> int:
         if main(command) or main(["report", str(out)]):
             return 1
         seconds[name] = time.perf_counter() - since
+    if "rooms" in args.only:
+        since = time.perf_counter()
+        if any(main(command) for command in evidence(latest, args.out / "cache")):
+            return 1
+        seconds["signal and fair"] = time.perf_counter() - since
     since = time.perf_counter()
     whole, killed = killed_and_resumed(latest / "killed", args.out / "cache")
     if figures(whole) != figures(killed):
@@ -71,6 +76,19 @@ def run(args: argparse.Namespace) -> int:
     print(f"a run that was killed went on to the same bits: weights {whole['weights']}, metrics {whole['metrics']}")
     print(f"all of it in {time.perf_counter() - started:.0f} s ({parts})")
     return 0
+
+
+def evidence(out: Path, cache: Path) -> list[list[str]]:
+    """The commands of the two studies, on rooms, and of their reports."""
+    same = ["--size", "32", "--steps", "4", "--batch", "4", "--train", "40", "--val", "8", "--cache", str(cache)]
+    signal, fair = str(out / "signal"), str(out / "fair")
+    sizes = ["--read", "32", "--sample", "16", "--permuted", "8"]
+    return [
+        ["signal", "--out", signal, "--seeds", "2", *same, *sizes],
+        ["signal-report", signal, "--to", str(out / "signal-report")],
+        ["fair", "--out", fair, "--tasks", "semseg", "depth", "--no-conflicts", *same],
+        ["fair-report", fair, "--to", str(out / "fair-report")],
+    ]
 
 
 def figures(content: Run) -> Run:

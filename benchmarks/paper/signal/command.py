@@ -43,16 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return to_its_end(partial(_run, args))
+    return to_its_end(partial(measure_all, args))
 
 
-def _run(args: argparse.Namespace) -> int:
+def measure_all(args: argparse.Namespace) -> int:
+    """All seeds in turn, some at once; what is measured is left as it is."""
     with claimed(args.out):
-        measure_all(args)
+        _measure_all(args)
+    print(f"measured in {args.out}: python -m benchmarks.paper signal-report {args.out} --to {args.out / 'report'}")
     return 0
 
 
-def measure_all(args: argparse.Namespace) -> None:
+def _measure_all(args: argparse.Namespace) -> None:
     config = replace(config_of(with_defaults(args)), arm=JOINT, conflicts=False)
     check(args, config)
     data = open_data(config.data, config.options)  # makes what is cached
@@ -86,7 +88,6 @@ def measure_all(args: argparse.Namespace) -> None:
     finally:
         seconds = {f"seed-{p.config.seed}": read_json(p.times) for p in probes if p.times.exists()}
         write_json(path, content | {"seconds": was.get("seconds", {}) | seconds})
-    print(f"measured in {args.out}: python -m benchmarks.paper signal-report {args.out} --to {args.out / 'report'}")
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
