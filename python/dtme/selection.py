@@ -214,7 +214,7 @@ class Candidates:
         return scores.shape[1] - 1 - best_first.flip(1).argsort(dim=1, descending=True, stable=True)
 
     def _values(self, source: str, order: Tensor, scores: Tensor) -> Tensor:
-        """(R, S): what a budget's choice maximises the sum of; what is negative is not chosen, with or without a budget.
+        """(R, S): what a budget's choice maximises the sum of. What is negative is not chosen, also without one.
 
         Gains can be, and so is what there is for an owner that meets no other.
         """

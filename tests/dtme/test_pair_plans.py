@@ -171,7 +171,7 @@ def test_rates_near_zero_are_chosen_in_all_resamples():
 
 
 def test_too_many_plans_under_a_budget_of_compute_are_refused_at_once():
-    with pytest.raises(ValueError, match="strategy='pairs'.*too many plans"):
+    with pytest.raises(ValueError, match=r"strategy='pairs'.*too many plans"):
         drawn(0, num_tasks=40).plan(strategy="pairs", max_compute=8.0)
 
 
