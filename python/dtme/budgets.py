@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-MOST_SPLITS = 100_000
+MOST_SPLITS = 400_000  # of the owners of one block, on the way of one plan or another
 EPSILON = 1e-12  # sums of rates that differ by less are equal: they were added up in another order
 
 
