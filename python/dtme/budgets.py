@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-MOST_SPLITS = 100_000
+MOST_SPLITS = 400_000  # of the owners of one block, on the way of one plan or another
 EPSILON = 1e-12  # sums of rates that differ by less are equal: they were added up in another order
 
 
@@ -109,15 +109,15 @@ def _best_of_splits(items: list[Item], budget: Budget) -> list[Item]:
             if _better(reached, merit):
                 best, merit = chosen, reached
             continue
-        visited += 1
-        if visited > MOST_SPLITS:
-            raise ValueError(
-                "pair_threshold (or strategy='pairs', or tasks that do not reach all blocks) with max_compute leaves "
-                "too many plans to compare: give groups, or leave one of them out"
-            )
         unions = {apart}
-        for item in at[d]:
-            unions |= {union | item.owners for union in unions}
+        for owners in {item.owners for item in at[d]}:
+            unions |= {union | owners for union in unions}
+            if visited + len(unions) > MOST_SPLITS:
+                raise ValueError(
+                    "pair_threshold (or strategy='pairs', or tasks that do not reach all blocks) with max_compute "
+                    "leaves too many plans to compare: give groups, or leave one of them out"
+                )
+        visited += len(unions)
         for union in sorted(unions, key=lambda mask: (mask.bit_count(), mask)):  # most first out: they have most choice
             fitting = [item for item in at[d] if item.owners | union == union]
             stack.append((d + 1, union, runs + budget.streams(union), allowed + fitting))

@@ -10,6 +10,8 @@ from .resampling import LEVEL, student_quantile
 if TYPE_CHECKING:
     from .report import ConflictReport
 
+HEAD_BATCHES = 32
+"""Of each process: those whose losses are also taken with the labels of other images."""
 LEARNT = 0.01
 """The gain that a head has to have surely: those of heads with drawn weights lie within a percent or so of 0."""
 UNKNOWN = (math.nan, math.nan)
@@ -29,12 +31,16 @@ def label_gain(losses: Tensor) -> tuple[float, float]:
         losses: (n, 2) of n batches, with the images' own labels and with those of others; NaN where there are none.
     """
     own, others = losses[losses.isfinite().all(1)].unbind(1)
-    count, mean = len(own), others.mean().item()
-    if count < 2 or not mean:
+    count = len(own)
+    if count < 2:
+        return UNKNOWN
+    # of losses around 0, such as a negative cosine, those with the labels of others are about 0 and measure nothing
+    larger = max(others, own, key=lambda some: abs(some.mean().item()))
+    if not (mean := larger.mean().item()):
         return UNKNOWN
     gain = (others - own).mean().item() / abs(mean)
     # the deviation of a ratio of sums, from what each batch adds to it
-    rest = (others - own) - gain * others * math.copysign(1, mean)
+    rest = (others - own) - gain * larger * math.copysign(1, mean)
     return gain, student_quantile(count - 1, LEVEL) * rest.std().item() / math.sqrt(count) / abs(mean)
 
 

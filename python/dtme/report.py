@@ -54,7 +54,8 @@ class ConflictReport(Stamped):
         gain_resamples: (R, D) float64: the gains of resamples of bundles of batches. Bundles can be fewer and larger
             than ``units``; where there are as many, these are the first R of the resamples of the units.
         head_losses: (n, K, 2) float64: every task's loss in each of the first batches, with the images' own labels and
-            with those of other images; NaN where a task had none. None: not known, as of ``step`` functions.
+            with those of other images; NaN where a task had none, or the others' labels are no others. None: not known,
+            as of ``step`` functions, of batches of one image, and of labels that are not tensors with a row an image.
         bases: for each block its (p, p) eigenvectors as columns; None after loading a file that was saved without.
         alternatives: ``{ratio: Split}``, the same analysis at other ratios; ``at`` gives their reports.
         plan_options: of the plan that was to settle: the table and the picture are about that plan.
@@ -174,8 +175,9 @@ class ConflictReport(Stamped):
 
         Returns:
             ``{task: (gain, half)}``. The gain is by what share the loss of an image's own labels is below the loss of
-            another image's labels, 0 for a head that has learnt nothing, in at most 32 batches of each process; its
-            95 % interval is gain ± half, from Student's t of the batches. NaN where that is not known.
+            another image's labels, about 0 for a head that has learnt nothing, in at most 32 batches of each process:
+            a share of the latter, or of the former where that is further from 0, as a negative loss is. Its 95 %
+            interval is gain ± half, from Student's t of the batches. NaN where that is not known.
         """
         return label_gains(self)
 
@@ -183,7 +185,8 @@ class ConflictReport(Stamped):
         """In which share of the resamples ``plan(**plan_options)`` chooses each block.
 
         Blocks that are equal in a resample are decided there as in ``plan``, by their place: of two that are equal in
-        all of them, the one that is chosen has a share of 1, which then says nothing about their rates.
+        all of them, the one that is chosen has a share of 1, which then says nothing about their rates. A block is
+        chosen where any task gets a module there.
 
         Returns:
             ``{"modulation": (D,), "expansion": (D,)}`` float64; NaN below 8 batches, or where a block that the plan is
@@ -233,7 +236,9 @@ class ConflictReport(Stamped):
                 (modulation by null, expansion by range), or ``"gain"`` (modulation by ``gains``; a block whose gain is
                 negative gets none, even if that leaves fewer than the share), or ``"pairs"``: as many modules as
                 ``"conflict"`` gives, but task by task, to those that are in the pairs with the highest rates, whatever
-                the block. This is ``pair_threshold`` at the threshold that gives so many.
+                the block: ``pair_threshold`` in all blocks, at the threshold that gives so many (of equals at the last
+                place, the earlier block and task). A pair counts only where its tasks are in no group together, and a
+                task that meets no other gets nothing.
             num_tokens: task tokens per task and block, or ``"text"`` (6) or ``"params"`` (1), the paper's two figures.
             pair_threshold: give a module only to tasks in some pair whose rate in that block and space reaches this;
                 None gives one to every task that reaches the block.

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -109,20 +109,28 @@ class Candidates:
         """Whether the owners of a block are chosen one by one."""
         self.slots = len(self.owners) if self.apart else 1
         """Of a block; what is chosen is slots."""
+        self.quotas = self._quotas()
+        """How many slots may get a modulation, and how many task tokens."""
         if "gain" in rules.sources and report.gains[self.shared].isnan().any():
             unknown = next(report.blocks[d] for d in self.shared if report.gains[d].isnan())
             raise ValueError(
                 f"strategy='gain' needs the gains of all blocks; this report has none of block {unknown!r}"
             )
 
+    def _quotas(self) -> tuple[int, int]:
+        if not self.apart:
+            return self.rules.quotas(len(self.shared))
+        limits = dict.fromkeys(("pair_threshold", *BUDGETS))
+        usual = replace(self.rules, strategy="conflict", groups=self.nothing.groups, **limits)  # type: ignore[arg-type]
+        first, second = (int(added.sum()) for added in Candidates(self.report, usual).choose())
+        return first, second
+
     def choose(self, weights: Tensor | None = None, scale: float = 1.0) -> Choice:
         """The choice of the report itself, or with ``weights`` (R, n) of every resample.
 
         ``scale`` multiplies the deviations of the resamples: 0.5 stands for four times as many units.
         """
-        num_blocks = len(self.shared)
-        first, second = self.rules.quotas(num_blocks)
-        quotas = self.slots * first, self.slots * second
+        num_blocks, quotas = len(self.shared), self.quotas
         generator = random.Random(self.rules.seed)
         orders, values, members = [], [], []
         for source in self.rules.sources:
@@ -174,14 +182,15 @@ class Candidates:
         return estimate + scale * deviations(counts.sum(2)[:, shared], valid.sum(2)[:, shared], weights)
 
     def _highest_of_pairs(self, space: str, weights: Tensor | None, scale: float) -> Tensor:
-        """(R, S G): of the pairs of an owner and any other, the highest rate; -1 where it meets none."""
+        """(R, S G): of the pairs of an owner and any other, the highest rate; -Inf where it meets none."""
         first, second = torch.triu_indices(len(self.report.tasks), len(self.report.tasks), 1)
         parted = self.belongs[first] != self.belongs[second]  # tasks of one owner keep sharing
         columns = []
         for d in self.shared:
-            rates = self._rates_of_pairs(space, d, weights, scale).nan_to_num(-1)
+            rates = self._rates_of_pairs(space, d, weights, scale).nan_to_num(-math.inf)
             columns += [
-                rates[:, pairs].amax(1) if pairs.any() else rates.new_full((len(rates),), -1) for pairs in parted.T
+                rates[:, pairs].amax(1) if pairs.any() else rates.new_full((len(rates),), -math.inf)
+                for pairs in parted.T
             ]
         return torch.stack(columns, 1)
 
@@ -205,14 +214,17 @@ class Candidates:
         return scores.shape[1] - 1 - best_first.flip(1).argsort(dim=1, descending=True, stable=True)
 
     def _values(self, source: str, order: Tensor, scores: Tensor) -> Tensor:
-        """(R, S): what a budget's choice maximises the sum of. Only gains can be negative, and are then not chosen."""
+        """(R, S): what a budget's choice maximises the sum of. What is negative is not chosen, also without one.
+
+        Gains can be, and so is what there is for an owner that meets no other.
+        """
         if self.rules.strategy == "random":  # the earlier drawn, the better
             return torch.linspace(1, 0.5, order.shape[1], dtype=torch.float64)[order.argsort(1)]
         if source == "gain":
             return scores / scores.clamp(min=0).mean(1, keepdim=True).clamp(min=1e-300)
-        if self.apart:
-            return scores  # below 0 for an owner that conflicts with nobody
         rates = scores.clamp(0, 1)  # that of a resample is stretched, and can lie outside
+        if self.apart:
+            return rates.masked_fill(scores == -math.inf, -1)
         if "gain" in self.rules.sources:  # beside gains, which are another measure
             return rates / rates.mean(1, keepdim=True).clamp(min=1e-300)
         return rates if STRATEGIES[self.rules.strategy][2] else 1 - rates

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .heads import label_gains, untrained
+from .heads import HEAD_BATCHES, LEARNT, label_gains, untrained
 from .plan import ExpansionPlan
 from .resampling import CHANCE, LEVEL, MIN_UNITS, informative_units
 from .stability import MOST_TIMES, agreement, batches_to_settle, stability
@@ -34,6 +34,7 @@ def summary(report: "ConflictReport") -> str:
         lines.append(
             f"± is half of the {LEVEL:.0%} interval; the share after a choice is that of the resamples that make it, "
             "each of them the same batches in all blocks"
+            + ("; where not all tasks get a module, of those that give one to any" if _is_partial(plan) else "")
         )
     if len(report.ratios) > 1:
         lines += ["", ratio_table(report)]
@@ -67,7 +68,7 @@ def ratio_table(report: "ConflictReport") -> str:
     rows = [["ratio", "ranks", "blocks, first to last"]]
     for ratio in sorted(report.ratios):
         other = report.at(ratio)
-        plan, ranks = other.plan(), other.ranks
+        plan, ranks = other.plan(**report.plan_options), other.ranks
         letters = [
             "·MEB"[(block in plan.modulation) + 2 * (block in plan.expansion)] if block in other.shared_blocks else "-"
             for block in other.blocks
@@ -131,11 +132,17 @@ def _pairs(report: "ConflictReport") -> list[str]:
     (low, least), (high, most) = min(known), max(known)
     line = f"range rates of pairs of tasks, over all blocks: {low:.1%} ({least}) to {high:.1%} ({most})"
     blocks = report.range_rates[~report.range_rates.isnan()]
-    if high - low > PAIRS_RULE * (blocks.max() - blocks.min()).item():
+    by_pairs = report.plan_options.get("strategy") == "pairs"  # which is then no news
+    if not by_pairs and high - low > PAIRS_RULE * (blocks.max() - blocks.min()).item():
         line += (
             f"; blocks lie {100 * (blocks.max() - blocks.min()).item():.1f} points apart: see plan(strategy='pairs')"
         )
     return [line]
+
+
+def _is_partial(plan: ExpansionPlan) -> bool:
+    """Whether there is a block where some tasks get a module and others do not."""
+    return any(len(tasks) < len(plan.tasks) for added in (plan.modulation, plan.expansion) for tasks in added.values())
 
 
 def _costs(report: "ConflictReport", plan: ExpansionPlan) -> list[str]:
@@ -173,8 +180,7 @@ def _parameters_of(plan: ExpansionPlan, task: str) -> int:
 
 
 def _warnings(report: "ConflictReport") -> list[str]:
-    heads = _heads(report)
-    lines = [*heads]
+    lines = _heads(report)
     if report.units is None or not has_units(report):
         return lines
     # one of many intervals misses the rate by chance: all of them together are to hold theirs at LEVEL
@@ -185,7 +191,7 @@ def _warnings(report: "ConflictReport") -> list[str]:
         lines.append(
             "warning: no rate is surely other than 50%, if the intervals are to hold all at once: that of gradients "
             "that have nothing to do with each other"
-            + (": train the heads first" if report.head_losses is None else "")
+            + (": train the heads first" if any(math.isnan(gain) for gain, _ in label_gains(report).values()) else "")
         )
     elif len(edges) and (edges[:, 1] < CHANCE).all():
         lines.append(
@@ -215,12 +221,15 @@ def _warnings(report: "ConflictReport") -> list[str]:
 def _heads(report: "ConflictReport") -> list[str]:
     """About heads that have learnt nothing yet."""
     tasks, gains = untrained(report), label_gains(report)
-    if not tasks:
+    if report.head_losses is None or not tasks:
         return []
     named = _listed([f"{task!r} ({gains[task][0]:.1%} ± {100 * gains[task][1]:.1f})" for task in tasks], "heads")
+    # a few batches can leave a head that has learnt much in doubt
+    more = len(report.head_losses) < HEAD_BATCHES and any(gains[task][0] > LEARNT for task in tasks)
     return [
         f"warning: the losses do not show that these heads have learnt which labels belong to which image: {named}. "
         "Rates of untrained heads are those of the heads as they happen to be, not of the tasks: train them first"
+        + (", or, where ± is larger than a gain, read more batches" if more else "")
     ]
 
 

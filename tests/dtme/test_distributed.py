@@ -31,6 +31,17 @@ def make_data():
     return [(data["x"][i], {"a": data["a"][i], "b": data["b"][i]}) for i in range(13)]
 
 
+def in_pairs(data):
+    """Six batches of two samples."""
+    joined = zip(data[:-1:2], data[1::2], strict=True)
+    return [(torch.cat([x, z]), {t: torch.cat([y[t], u[t]]) for t in LOSSES}) for (x, y), (z, u) in joined]
+
+
+def turned(losses, rank):
+    """On odd ranks the tasks are named the other way round."""
+    return dict(reversed(losses.items())) if rank % 2 else losses
+
+
 def worker(rank, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     torch.set_num_threads(1)
@@ -39,6 +50,8 @@ def worker(rank, folder):
         model, data = make_model(), make_data()
         report = dtme.analyze(model, data[rank::WORLD], LOSSES, progress=False)
         report.save(f"{folder}/report{rank}.json")
+        pairs = dtme.analyze(model, in_pairs(data)[rank::WORLD], turned(LOSSES, rank), progress=False)
+        pairs.save(f"{folder}/pairs{rank}.json")
         torch.manual_seed(0)
         dtme.expand(model, report.plan(num_tokens=2))
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -59,7 +72,12 @@ def test_all_ranks_report_what_one_process_does_and_ddp_averages_gradients(tmp_p
     assert Path(tmp_path / "report0.json").read_text() == Path(tmp_path / "report1.json").read_text()
     for name in ("ranks", "range_counts", "null_counts", "valid_counts"):
         assert torch.equal(getattr(reports[0], name), getattr(want, name))
-    assert reports[0].num_samples == 13
+    assert reports[0].num_samples == 13 and reports[0].head_losses is None
+    alone = dtme.analyze(model, in_pairs(data), LOSSES, progress=False).head_losses
+    for rank in range(WORLD):
+        pairs = dtme.ConflictReport.load(tmp_path / f"pairs{rank}.json")
+        assert pairs.tasks == tuple(LOSSES)
+        torch.testing.assert_close(pairs.head_losses, torch.cat([alone[::2], alone[1::2]]), rtol=1e-9, atol=0)
     torch.testing.assert_close(reports[0].eigenvalues, want.eigenvalues, rtol=1e-12, atol=1e-12)
 
     torch.manual_seed(0)

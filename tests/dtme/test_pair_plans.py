@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dtme import ExpansionPlan
 from dtme.stability import agreement
-from tests.dtme.reports import made_up
+from tests.dtme.reports import made_up, other_split
 
 
 def drawn(seed, num_blocks=4, num_tasks=4, **options):
@@ -142,3 +143,44 @@ def test_under_a_budget_it_is_the_best_of_all_plans(seed):
     got = [(0, cell) for cell in chosen(plan.modulation)] + [(1, cell) for cell in chosen(plan.expansion)]
     assert plan.added_parameters() <= limits["max_parameters"] and plan.compute() <= limits["max_compute"]
     assert math.isclose(sum(values[kind][cell] for kind, cell in got), best, abs_tol=1e-9)
+
+
+def test_tasks_that_do_not_reach_all_blocks_get_no_more_than_by_blocks():
+    report = made_up([[0.3] * 6, [0.6] * 6, [0.5] * 6, [0.4] * 6], [[0.5] * 6] * 4, num_tasks=4, noise=0)
+    units = report.units._replace(**{name: getattr(report.units, name).clone() for name in ("range", "null", "valid")})
+    matrices = {f"{name}_counts": getattr(report, f"{name}_counts").clone() for name in ("range", "null", "valid")}
+    reached = torch.ones(4, 4, dtype=torch.bool)
+    reached[1:, 2:] = False  # of the last three blocks the tasks 2 and 3 reach none: one pair meets there
+    for counts in (units.range, units.null, units.valid):
+        counts[:, 1:, 1:] = 0
+    for counts in matrices.values():
+        counts[1:, 2:, :] = counts[1:, :, 2:] = 0
+    some = replace(report, units=units, reached=reached, **matrices)
+    by_blocks, plan = some.plan(expansion=0), some.plan(expansion=0, strategy="pairs")
+    assert len(chosen(by_blocks.modulation)) == len(chosen(plan.modulation)) == 4
+    assert chosen(plan.modulation) == {(block, task) for block in some.blocks[1:3] for task in some.tasks[:2]}
+    assert len(chosen(some.plan(expansion=0, strategy="pairs", pair_threshold=0.55).modulation)) == 2
+
+
+def test_rates_near_zero_are_chosen_in_all_resamples():
+    report = made_up([[0.002] * 3] * 3, [[0.001] * 3] * 3, valid=200, noise=0.002)
+    for limits in ({}, {"max_parameters": 1e9}):
+        plan = report.plan(modulation=1, expansion=1, strategy="pairs", **limits)
+        assert len(chosen(plan.modulation)) == len(chosen(plan.expansion)) == 9
+        assert agreement(report, modulation=1, expansion=1, strategy="pairs", **limits) == 1
+
+
+def test_too_many_plans_under_a_budget_of_compute_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"strategy='pairs'.*too many plans"):
+        drawn(0, num_tasks=40).plan(strategy="pairs", max_compute=8.0)
+
+
+def test_the_table_says_what_the_shares_of_parts_are_of():
+    report = drawn(0)
+    paired = replace(report, plan_options={"strategy": "pairs"}, alternatives={1000.0: other_split(report)})
+    text = str(paired)
+    assert "of those that give one to any" in text and "of those that give one to any" not in str(report)
+    assert "see plan(" not in text and "plan(strategy='pairs') modulates" in text
+    other = paired.at(1000.0).plan(strategy="pairs")
+    letters = "".join("·MEB"[(b in other.modulation) + 2 * (b in other.expansion)] for b in report.blocks)
+    assert any(line.split()[0] == "1000" and line.split()[-1] == letters for line in text.splitlines() if line.split())

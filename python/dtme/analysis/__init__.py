@@ -77,6 +77,8 @@ def analyze(
             tasks are then left out of it, which the report counts in ``skipped``.
         losses: ``{task: loss(prediction, target)}`` for at least two tasks, or ``step``, which may run more than
             ``model``: whatever it calls is in the same mode meanwhile. It returns the tasks' losses and no sum of them.
+            In the first 32 batches each loss of a mapping is called once more, without gradients, with the labels of
+            other images (``report.label_gains()``); one that keeps a state of its own, which is no buffer, sees them.
         ratio: r, range energy over null energy (Eq. 3). Of several, the first is that of the report, and
             ``report.at(r)`` is the report at another; one rotation serves all.
         blocks: None finds them; else the attribute path of their container, names, or modules. Blocks may take

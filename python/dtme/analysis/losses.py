@@ -14,7 +14,7 @@ from ..plan import check_tasks
 from ..trees import map_tensors, tensors
 from .folder import function_name
 from .gradients import NO_GRADIENT
-from .heads import labels_of_others
+from .heads import loss_of_others
 
 Step = Callable[[nn.Module, Any], Mapping[str, Tensor | float]]
 """``step(model, batch) -> {task: scalar loss}``, for models that own their loop.
@@ -35,7 +35,7 @@ class Started(NamedTuple):
     losses: Tensor
     """(K',) float64."""
     swapped: Tensor
-    """(K',) float64: the same with the labels of other images; NaN where that was not looked at."""
+    """(K',) float64: the same with the labels of other images; NaN where that was not looked at, or is not known."""
 
 
 class ByTask:
@@ -89,7 +89,7 @@ class ByTask:
             cut = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
             parts = map_tensors(lambda leaf: cut.get(id(leaf), leaf), features)
             predictions = model.predict(parts, labelled)
-            values = {task: self.losses[task](predictions[task], targets[task]) for task in labelled}
+            values, swapped = self._values(batch, predictions, labelled, swap)
             check_losses(values, "")
             numbers = _numbers(values)
             present = [task for task in labelled if isfinite(numbers[task])]
@@ -108,16 +108,21 @@ class ByTask:
                 )
                 for task in present
             ]
-            swapped = {task: self._swapped(task, predictions[task], targets[task]) if swap else nan for task in present}
         return Started(tuple(present), leaves, seeds, _stack(numbers, present), _stack(swapped, present))
 
-    def _swapped(self, task: str, prediction: Any, target: Any) -> float:
-        """The loss with the labels of other images; NaN where labels are not told apart by image."""
-        sizes = {leaf.shape[:1] for leaf in tensors(target)}
-        if len(sizes) != 1 or max(sizes) < (2,):
-            return nan
-        with torch.no_grad():
-            return float(self.losses[task](prediction, labels_of_others(target)))
+    def _values(
+        self, batch: Any, predictions: Mapping[str, Any], tasks: Sequence[str], swap: bool
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The losses of ``tasks``, and those with the labels of other images: NaN without ``swap``."""
+        x, targets = batch
+        values, swapped = {}, dict.fromkeys(tasks, nan)
+        for task in tasks:
+            loss, prediction, target = self.losses[task], predictions[task], targets[task]
+            of_others = loss_of_others(loss, x, prediction, target) if swap else None
+            values[task] = loss(prediction, target)
+            if of_others is not None:
+                swapped[task] = of_others()
+        return values, swapped
 
     def _check_labels(self, task: str, prediction: Any, target: Any, value: float) -> None:
         """A loss of 0 / 0 is a mean over no labels, if it stays so whatever is predicted.
