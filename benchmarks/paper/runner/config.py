@@ -35,7 +35,7 @@ class Config:
     weight_decay: float = 1e-6
     expand_at: float = 0.25
     """After what share of the steps an arm's structure is applied, if the arm says nothing else."""
-    read: int = 512
+    read: int = 1024
     """Training items that an analysis reads."""
     num_tokens: int = 6
     modulation: float = 0.5
