@@ -1,6 +1,7 @@
 """``signal``: measure the conflicts of a joint training image by image, at shares of it; a kill is gone on from."""
 
 import argparse
+import math
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -43,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return to_its_end(partial(_run, args))
+    return to_its_end(partial(_all, args))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _all(args: argparse.Namespace) -> int:
     with claimed(args.out):
         measure_all(args)
     return 0
@@ -78,7 +79,7 @@ def measure_all(args: argparse.Namespace) -> None:
     }
     write_json(path, content)
     probes = [
-        Probe(replace(config, seed=seed), args.out, sorted(args.shares), args.sample, args.permuted)
+        Probe(replace(config, seed=seed), args.out, args.shares, args.sample, args.permuted)
         for seed in range(args.seeds)
     ]
     try:
@@ -105,8 +106,10 @@ def check(args: argparse.Namespace, config: Any) -> None:
         raise ValueError(f"--read must be a multiple of --sample {args.sample}, got {config.read}")
     if not 0 <= args.permuted <= config.read:
         raise ValueError(f"--permuted must be at most --read {config.read}, got {args.permuted}")
-    if bad := [share for share in args.shares if not 0 <= share <= 1]:
-        raise ValueError(f"--shares must be in [0, 1], got {bad[0]}")
+    # files are named by whole percents: two shares of one percent would pass for each other
+    if bad := [share for share in args.shares if not (0 <= share <= 1 and math.isclose(round(share, 2), share))]:
+        raise ValueError(f"--shares must be in [0, 1] and whole percents, such as 0.25, got {bad[0]}")
+    args.shares = sorted({round(share, 2) for share in args.shares})
 
 
 # --- several at once --------------------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ def run_probes(probes: Sequence[Probe], jobs: int) -> None:
         tqdm(total=total, desc="signal", unit="measurement") as bar,
         ProcessPoolExecutor(min(jobs, len(probes)), context, initializer=_begin, initargs=(queue,)) as pool,
     ):
-        futures = [pool.submit(_run, probe) for probe in probes]
+        futures = [pool.submit(_one, probe) for probe in probes]
         while not all(future.done() for future in futures):
             _show(queue, bar, futures)
         _show(queue, bar, futures)
@@ -151,7 +154,7 @@ def _begin(queue: "SimpleQueue[tuple[str, str, int]]") -> None:
     import_torchvision()  # before a saved model is unpickled, whose library may import it
 
 
-def _run(probe: Probe) -> None:
+def _one(probe: Probe) -> None:
     last = 0.0
 
     def tell(name: str, what: str, number: int) -> None:
