@@ -1,17 +1,24 @@
 """What the report on the signal claims of few models, and of reports that look at a part of the batches."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.results import read_json
+from benchmarks.paper.runner.config import Config
+from benchmarks.paper.runner.schedule import RunError
+from benchmarks.paper.signal.command import run_probes
 from benchmarks.paper.signal.findings import findings
 from benchmarks.paper.signal.folder import read_folder
 from benchmarks.paper.signal.heads import HeadLosses, heads_file
 from benchmarks.paper.signal.page import section
+from benchmarks.paper.signal.probe import Probe
 from benchmarks.paper.signal.statistics import Rates, in_common, jackknife, over_pairs, over_seeds
 from benchmarks.paper.signal.tables import CLEAR, WEAK, best_warning, verdict
 from benchmarks.paper.signal.tallies import moment_of
@@ -38,7 +45,15 @@ def test_models_that_agree_by_chance_have_no_interval():
 def test_what_models_have_in_common_is_the_intraclass_correlation_of_the_textbook():
     found = in_common(Rates(JUDGES, np.zeros((4, 6, 4, 6)), 100))
     assert found == pytest.approx((0.7148, 0.3425, 0.9459), abs=5e-4)
+    apart = in_common(Rates(np.array([[1.0, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2.5, 1]]), np.zeros((2, 6, 2, 6)), 100))
+    assert apart.value < -0.9 and apart.high == pytest.approx(in_common_of_nothing(2, 6))
     assert math.isnan(in_common(Rates(JUDGES[:1], np.zeros((1, 6, 1, 6)), 100)).value)
+
+
+def in_common_of_nothing(models, items):
+    """Upper end where the mean squares are equal."""
+    f = stats.f.ppf(0.975, (items - 1) * (models - 1), items - 1)
+    return (f - 1) / (f + models - 1)
 
 
 def test_noise_that_models_share_is_not_in_common():
@@ -111,3 +126,15 @@ def test_the_command_measures_and_goes_on(tmp_path, capsys):
     assert (content["seeds"], content["shares"]) == ([0], [0.0]) and content["seconds"]["seed-0"]["measuring"] > 0
     with pytest.raises(SystemExit, match=r"holds measurements with another steps"):
         main([*common, "--shares", "0", "--steps", "5"])
+
+
+class Killed(Probe):
+    """Of which the operating system ends the process."""
+
+    def run(self, tell=None):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_line(tmp_path):
+    with pytest.raises(RunError, match="was killed, as for want of memory: what was saved stays, start again"):
+        run_probes([Killed(Config("joint", 0), tmp_path, (0.0,))], 1)

@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from multiprocessing.queues import SimpleQueue
@@ -22,7 +23,7 @@ from ..runner.command import add_arguments as add_run_arguments
 from ..runner.command import add_data, add_machine, add_training, check_fit, config_of, to_its_end
 from ..runner.config import differences
 from ..runner.measures import run_facts
-from ..runner.schedule import claimed
+from ..runner.schedule import RunError, claimed
 from ..runner.tune import JOINT
 from .probe import RATIOS, SHARES, Probe
 
@@ -119,6 +120,7 @@ def run_probes(probes: Sequence[Probe], jobs: int) -> None:
     """Each in one of ``jobs`` processes.
 
     Raises:
+        RunError: a process was killed.
         Whatever a probe raises, when the others are through.
     """
     context = multiprocessing.get_context("spawn")
@@ -135,8 +137,13 @@ def run_probes(probes: Sequence[Probe], jobs: int) -> None:
             _show(queue, bar, futures)
         _show(queue, bar, futures)
     wait(futures)
-    for future in futures:
-        future.result()
+    try:
+        for future in futures:
+            future.result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that measured was killed, as for want of memory: what was saved stays, start again to go on"
+        ) from error
 
 
 def _show(queue: "SimpleQueue[tuple[str, str, int]]", bar: tqdm, futures: Sequence[Future[None]]) -> None:

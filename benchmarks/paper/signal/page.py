@@ -159,7 +159,11 @@ def _facts(setting: Found) -> str:
 def _conclusions(setting: Found) -> str:
     lines = [_order(setting, kind, part) for kind in (BLOCKS, PAIRS) for part in ("within", "across")]
     lines += [_against_random(setting), _variance(setting), _ratio(setting), _against_permuted(setting)]
-    lines += [_beside_chance(setting), *tables.best_warning(setting).replace("- ", "The warning, ").splitlines()]
+    lines += [
+        _beside_chance(setting),
+        _learnt(setting),
+        *tables.best_warning(setting).replace("- ", "The warning, ").splitlines(),
+    ]
     return "\n".join(f"- {line}" for line in lines if line)
 
 
@@ -321,6 +325,17 @@ def _own_space(setting: Found) -> str:
     )
 
 
+def _learnt(setting: Found) -> str:
+    gains = near(setting)["label_gains"]
+    if not gains:
+        return ""
+    texts = [f"{task} {percent(of)}" for task, of in gains.items()]
+    return (
+        f"How much lower the losses are with the images' own labels, {share_name(setting['near'])} of the training, in "
+        f"%: {listed(texts)}. Heads without a gain have not learnt, whatever the share of the training."
+    )
+
+
 def _label_gains(setting: Found) -> list[str]:
     gains = tables.label_gains_table(setting)
     if not gains:
@@ -339,7 +354,8 @@ def _warning(setting: Found) -> list[str]:
         "### The warning",
         "How often samples of so many images would be warned of, in % with Wilson's intervals, by share of the "
         "training (real labels) and with permuted labels; the separation is the share warned of at 0 % of the training "
-        "less the mean of the others: 1 is perfect, 0 is useless.",
+        "less the mean of the others: 1 is perfect, 0 is useless. It takes all heads for trained after 0 %; one that "
+        "has learnt nothing is rightly warned of, which counts against the warning.",
         *_label_gains(setting),
         tables.criteria_list(),
         tables.warning_table(setting),

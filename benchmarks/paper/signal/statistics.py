@@ -278,7 +278,8 @@ def in_common(of: Rates) -> Interval:
     The intraclass correlation of consistency of one model, ICC(3,1), with the exact interval that the F distribution
     gives (Shrout and Fleiss, Psychological Bulletin 86, 1979); it takes items and their differences between models as
     normal. The noise that models share because they read the same images is taken out of the items' mean square: its
-    expectation for the value, its 95 % limits for the ends, which makes the interval wider, never narrower.
+    expectation for the value, its 95 % limits for the ends, which makes the interval wider, never narrower. An estimate
+    below 0, which no true value is, has the upper end that one of 0 would have: not less is known to be in common.
     """
     rates, noise = _known(of)
     models, items = rates.shape
@@ -297,7 +298,7 @@ def in_common(of: Rates) -> Interval:
     ends = (
         between - shared,
         (between - shared * most) / stats.f.ppf(tail, *degrees),
-        (between - shared * least) * stats.f.ppf(tail, *reversed(degrees)),
+        max(between - shared * least, rest) * stats.f.ppf(tail, *reversed(degrees)),
     )
     ratios = [max(0.0, end) / rest for end in ends]
     return Interval(*(float((ratio - 1) / (ratio + models - 1)) for ratio in ratios))
