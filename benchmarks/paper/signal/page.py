@@ -209,7 +209,7 @@ def _against_random(setting: Found) -> str:
 def _beside(overlap: Sequence[float], expected: float) -> str:
     _, low, high = overlap
     if math.isnan(low):
-        return "too few samples for an interval"
+        return "no interval, as all agree or samples are too few,"
     return "better" if low > expected else "worse" if high < expected else "no better than random"
 
 
