@@ -29,6 +29,18 @@ def interval(e: Estimate, decimals: int, sign: bool = False, of: int | None = No
     return f"{plain(e.mean, decimals, sign)} ± {plain(e.half_width, decimals)}{count}"
 
 
+def bracket(of: Sequence[float] | None, digits: int = 2, times: float = 1, sign: bool = False) -> str:
+    """A number and the ends of its interval, each ``times`` a factor; without ends that are NaN."""
+    if of is None or math.isnan(of[0]):
+        return DASH
+    value, low, high = (plain(times * x, digits, sign) for x in of)
+    return value if math.isnan(of[1]) else f"{value} [{low}, {high}]"
+
+
+def percent(of: Sequence[float] | None, digits: int = 1, sign: bool = False) -> str:
+    return bracket(of, digits, 100, sign)
+
+
 def decimals(values: Iterable[float]) -> int:
     """As many as give the largest of ``values`` four digits."""
     known = [abs(value) for value in values if math.isfinite(value) and value]

@@ -1,10 +1,12 @@
 """``signal``: measure the conflicts of a joint training image by image, at shares of it; a kill is gone on from."""
 
 import argparse
+import math
 import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from multiprocessing.queues import SimpleQueue
@@ -21,7 +23,7 @@ from ..runner.command import add_arguments as add_run_arguments
 from ..runner.command import add_data, add_machine, add_training, check_fit, config_of, to_its_end
 from ..runner.config import differences
 from ..runner.measures import run_facts
-from ..runner.schedule import claimed
+from ..runner.schedule import RunError, claimed
 from ..runner.tune import JOINT
 from .probe import RATIOS, SHARES, Probe
 
@@ -80,7 +82,7 @@ def _measure_all(args: argparse.Namespace) -> None:
     }
     write_json(path, content)
     probes = [
-        Probe(replace(config, seed=seed), args.out, sorted(args.shares), args.sample, args.permuted)
+        Probe(replace(config, seed=seed), args.out, args.shares, args.sample, args.permuted)
         for seed in range(args.seeds)
     ]
     try:
@@ -106,8 +108,10 @@ def check(args: argparse.Namespace, config: Any) -> None:
         raise ValueError(f"--read must be a multiple of --sample {args.sample}, got {config.read}")
     if not 0 <= args.permuted <= config.read:
         raise ValueError(f"--permuted must be at most --read {config.read}, got {args.permuted}")
-    if bad := [share for share in args.shares if not 0 <= share <= 1]:
-        raise ValueError(f"--shares must be in [0, 1], got {bad[0]}")
+    # files are named by whole percents: two shares of one percent would pass for each other
+    if bad := [share for share in args.shares if not (0 <= share <= 1 and math.isclose(round(share, 2), share))]:
+        raise ValueError(f"--shares must be in [0, 1] and whole percents, such as 0.25, got {bad[0]}")
+    args.shares = sorted({round(share, 2) for share in args.shares})
 
 
 # --- several at once --------------------------------------------------------------------------------------------------
@@ -117,6 +121,7 @@ def run_probes(probes: Sequence[Probe], jobs: int) -> None:
     """Each in one of ``jobs`` processes.
 
     Raises:
+        RunError: a process was killed.
         Whatever a probe raises, when the others are through.
     """
     context = multiprocessing.get_context("spawn")
@@ -128,13 +133,18 @@ def run_probes(probes: Sequence[Probe], jobs: int) -> None:
         tqdm(total=total, desc="signal", unit="measurement") as bar,
         ProcessPoolExecutor(min(jobs, len(probes)), context, initializer=_begin, initargs=(queue,)) as pool,
     ):
-        futures = [pool.submit(_run, probe) for probe in probes]
+        futures = [pool.submit(_one, probe) for probe in probes]
         while not all(future.done() for future in futures):
             _show(queue, bar, futures)
         _show(queue, bar, futures)
     wait(futures)
-    for future in futures:
-        future.result()
+    try:
+        for future in futures:
+            future.result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that measured was killed, as for want of memory: what was saved stays, start again to go on"
+        ) from error
 
 
 def _show(queue: "SimpleQueue[tuple[str, str, int]]", bar: tqdm, futures: Sequence[Future[None]]) -> None:
@@ -152,7 +162,7 @@ def _begin(queue: "SimpleQueue[tuple[str, str, int]]") -> None:
     import_torchvision()  # before a saved model is unpickled, whose library may import it
 
 
-def _run(probe: Probe) -> None:
+def _one(probe: Probe) -> None:
     last = 0.0
 
     def tell(name: str, what: str, number: int) -> None:

@@ -12,7 +12,7 @@ from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 from ..report.figures import label, save
 from .measurement import SPACES
 from .reproducibility import AT_IMAGES, OWN
-from .tables import near, share_name
+from .tables import near, pair_names, share_name
 from .tallies import BLOCKS, PAIRS
 
 Found = dict[str, Any]
@@ -183,8 +183,7 @@ def cells(settings: Sequence[Found]) -> Any:
     for row, setting in zip(grid, settings, strict=True):
         tables = {space: 100 * np.array(setting["details"]["cells"][space], dtype=float).T for space in SPACES}
         far = max(float(np.nanmax(np.abs(values - 50))) for values in tables.values()) or 1.0
-        tasks = setting["tasks"]
-        pairs = [f"{first}, {second}" for i, first in enumerate(tasks) for second in tasks[i + 1 :]]
+        pairs = pair_names(setting)
         for axes, (space, values) in zip(row, tables.items(), strict=True):
             image = axes.imshow(values, cmap="RdBu_r", vmin=50 - far, vmax=50 + far, aspect="auto")
             axes.set_facecolor(EMPTY)

@@ -90,7 +90,7 @@ def _moments(setting: Setting) -> tuple[dict[float, list[Moment]], Measurement]:
     by_share: dict[float, list[Moment]] = {}
     first = setting.load(*next(iter(setting.files)))
     for seed, share in setting.files:
-        heads = setting.heads(seed, share)
+        heads = setting.heads(seed, share, first)
         moment = moment_of(setting.load(seed, share, first), None if heads is None else heads.losses)
         by_share.setdefault(share, []).append(moment)
     return {share: by_share[share] for share in sorted(by_share)}, first

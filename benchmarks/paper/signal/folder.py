@@ -86,10 +86,21 @@ class Setting:
                     )
         return found
 
-    def heads(self, seed: int, share: float) -> HeadLosses | None:
-        """Of the same moment, where they are there."""
+    def heads(self, seed: int, share: float, like: Measurement) -> HeadLosses | None:
+        """Of the same moment, where they are there.
+
+        Raises:
+            ValueError: they are damaged or of other tasks than the measurement; the message names the file.
+        """
         path = heads_file(self.files[seed, share])
-        return HeadLosses.load(path) if path.exists() else None
+        if not path.exists():
+            return None
+        found = HeadLosses.load(path)
+        if found.tasks != like.tasks:
+            raise ValueError(
+                f"{path} is of the tasks {found.tasks}, its measurement of {like.tasks}. Remove it to measure again"
+            )
+        return found
 
 
 def file_name(seed: int, share: float) -> str:

@@ -51,6 +51,12 @@ def rates(moments: Sequence[Moment]) -> Found:
         if other:
             found["all"][name]["permuted"] = mean_of(other)[0, 0, space].tolist()
             found["all"][name]["difference"] = mean_of(real, other)[0, 0, space].tolist()
+            apart = [
+                float((mine.first(one.units).rates - one.rates)[0, 0, space])
+                for mine, one in zip(real, other, strict=True)
+            ]
+            found["all"][name]["difference_by_seed"] = apart
+            found["all"][name]["difference_over_seeds"] = over_seeds(apart)
     return found
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from dtme.files import write_beside
 from .figures import draw
 from .findings import NEAR, findings
 from .folder import read_folder
-from .page import page
+from .page import TABLES, appendix, page
 
 FORMAT = 1
 
@@ -35,12 +36,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write(settings: Sequence[dict[str, Any]], to: Path) -> Path:
-    """Write ``signal.json``, the figures and ``report.md``, the same for the same folders; returns the page's path."""
+    """Write ``signal.json``, the figures, ``tables.md`` and ``report.md``; returns the path of the last.
+
+    The same folders give the same bytes.
+    """
     pictures = draw(settings, to)
     content = as_text(settings)
     write_beside(to / "signal.json", lambda path: path.write_text(content, encoding="utf-8"))
-    text = page(settings, pictures)
-    write_beside(to / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    for name, text in ((TABLES, appendix(settings)), ("report.md", page(settings, pictures))):
+        write_beside(to / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return to / "report.md"
 
 

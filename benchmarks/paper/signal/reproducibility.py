@@ -8,6 +8,7 @@ import numpy as np
 
 from .measurement import OWN_SPACE, SPACES, TOKENS
 from .statistics import (
+    FEWEST,
     Interval,
     agreement,
     cell_components,
@@ -102,7 +103,7 @@ def own_space(moments: Sequence[Moment], sample: int) -> Found:
 
 
 def between_seeds(moments: Sequence[Moment]) -> Found:
-    """Agreement of models by all their images: mean, lowest and highest over the pairs of models, and a jackknife."""
+    """Agreement of models by all their images: mean over their pairs, with a jackknife from five on, and the range."""
     found: Found = {"models": len(moments)}
     if len(moments) < 2:
         return found
@@ -128,13 +129,14 @@ def random_plans(blocks: int, pairs: int) -> Found:
 
 
 def variance(moments: Sequence[Moment], blocks: int) -> Found:
-    """Components of the variance of the rates by seed, block and pair; an interval from leaving out each seed."""
+    """Components of the variance of the rates by seed, block and pair; their intervals leave out each of five seeds."""
     found: Found = {}
     for space, name in enumerate(SPACES):
         of = with_noise([moment.default_tally(CELLS) for moment in moments], space)
         whole = cell_components(of, blocks)
         models = range(len(moments))
-        left = [cell_components(of, blocks, [s for s in models if s != out]) for out in models if len(moments) > 2]
+        outs = models if len(moments) >= FEWEST else ()
+        left = [cell_components(of, blocks, [s for s in models if s != out]) for out in outs]
         shares, parts = whole.shares(AT_IMAGES), [one.shares(AT_IMAGES) for one in left]
         found[name] = {
             "variances": whole.variances,

@@ -17,6 +17,8 @@ from .tallies import Tally
 
 IMAGE_GROUPS = 20
 """Left out one by one where an interval over images comes from a jackknife."""
+FEWEST = 5
+"""Parts that a jackknife needs: fewer can agree by chance, which would look like certainty."""
 
 
 class Interval(NamedTuple):
@@ -33,12 +35,14 @@ NOTHING = Interval(math.nan)
 def over_seeds(values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> Interval:
     """Mean of numbers that are one per seed, with Student's t interval from three on: that of two says nothing.
 
+    Numbers that are all the same have none either: a few seeds that agree do not show that all would.
+
     Args:
         values: those that are not finite are left out.
         low, high: what the numbers themselves cannot leave, nor does the interval.
     """
     e = estimate([value for value in values if math.isfinite(value)])
-    return clipped(Interval(e.mean, e.low, e.high), low, high) if e.n > 2 else Interval(e.mean)
+    return clipped(Interval(e.mean, e.low, e.high), low, high) if e.n > 2 and e.sd > 0 else Interval(e.mean)
 
 
 def proportion(hits: int, of: int) -> Interval:
@@ -106,26 +110,28 @@ def over_pairs(matrices: Sequence[np.ndarray]) -> Interval:
     """The mean over the pairs of samples of each model, then over models; a matrix (m, m) per model.
 
     Pairs that share a sample are not independent: the interval is a jackknife over the samples, the models given, with
-    Student's quantile. A model of two samples has no jackknife: the interval is then one over the models' means.
+    Student's quantile. Of too few samples, two of some model or ``FEWEST`` less the models in all, a jackknife says
+    nothing: the interval is then one over the models' means.
     """
     sizes = [len(matrix) for matrix in matrices]
     sums = [(matrix.sum() - np.trace(matrix)) for matrix in matrices]
     means = [total / (m * (m - 1)) if m > 1 else math.nan for total, m in zip(sums, sizes, strict=True)]
-    if min(sizes, default=0) < 3:
+    degrees = sum(sizes) - len(sizes)
+    if min(sizes, default=0) < 3 or degrees < FEWEST - 1:
         return over_seeds(means)
-    variance, degrees = 0.0, sum(sizes) - len(sizes)
+    variance = 0.0
     for matrix, total, m in zip(matrices, sums, sizes, strict=True):
         left = (total - 2 * (matrix.sum(1) - np.diag(matrix))) / ((m - 1) * (m - 2))
         variance += (m - 1) / m * ((left - left.mean()) ** 2).sum() / len(matrices) ** 2
     half = float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * math.sqrt(variance)
     mean = float(np.mean(means))
-    return Interval(mean, mean - half, mean + half)
+    return Interval(mean, mean - half, mean + half) if half > 0 else Interval(mean)
 
 
 def jackknife(value: float, left_out: Sequence[float]) -> Interval:
-    """The interval of a number from what it is with each of n parts left out (Tukey); NaN below three parts."""
+    """The interval of a number from what it is with each of n parts left out (Tukey); NaN below ``FEWEST``."""
     n = len(left_out)
-    if n < 3 or not np.isfinite([value, *left_out]).all():
+    if n < FEWEST or not np.isfinite([value, *left_out]).all():
         return Interval(value)
     error = math.sqrt((n - 1) / n * float(((np.asarray(left_out) - np.mean(left_out)) ** 2).sum()))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * error
@@ -237,43 +243,65 @@ class Profile(NamedTuple):
 
     within: float
     """Between the items of one model, without noise; can be negative, as an estimate of a small one."""
-    across: float
-    """The part of it that all models have in common; NaN of one model."""
     noise: float
     """Of a sample of one image."""
 
-    def reliability(self, images: float) -> float:
-        """What share of the variance between items is the model's own, not the sample's."""
-        return self._share(max(0.0, self.within), images)
-
-    def reliability_across(self, images: float) -> float:
-        """What share of it all models have in common."""
-        return self._share(min(max(0.0, self.across), max(0.0, self.within)), images)
+    def total(self, images: float) -> float:
+        """Between the items of one model as a sample of so many images shows them."""
+        return max(0.0, self.within) + self.noise / images
 
     @property
     def signal(self) -> float:
         """Variance per variance of the noise of one image: a reliability of s n / (s n + 1) at n images."""
         return self.within / self.noise if self.noise > 0 else math.nan
 
-    def _share(self, part: float, images: float) -> float:
-        total = max(0.0, self.within) + self.noise / images
-        return part / total if total > 0 else math.nan
 
-
-def profile(of: Rates, seeds: Sequence[int] | None = None) -> Profile:
-    models = [*range(len(of.rates))] if seeds is None else list(seeds)
-    known = np.isfinite(of.rates).all(0)
-    rates, items = of.rates[models][:, known], int(known.sum())
-    noise = of.noise[models][:, known][:, :, models][..., known]
+def profile(of: Rates) -> Profile:
+    rates, noise = _known(of)
+    places, items = range(len(rates)), rates.shape[1]
     if items < 2:
-        return Profile(*[math.nan] * 3)
-    places = range(len(models))
+        return Profile(math.nan, math.nan)
     per_image = float(np.mean([sum_of_squares(noise[s, :, s], [0]) for s in places])) / (items - 1) * of.units
     observed = float(np.mean([sum_of_squares(np.outer(rates[s], rates[s]), [0]) for s in places])) / (items - 1)
-    across = math.nan
-    if len(models) > 1:
-        across = components(np.multiply.outer(rates, rates) - noise, ("seed", "item"))["item"]
-    return Profile(observed - per_image / of.units, across, per_image)
+    return Profile(observed - per_image / of.units, per_image)
+
+
+def _known(of: Rates) -> tuple[np.ndarray, np.ndarray]:
+    """Rates and noise of the items that have a rate in all models."""
+    known = np.isfinite(of.rates).all(0)
+    return of.rates[:, known], of.noise[:, known][..., known]
+
+
+def in_common(of: Rates) -> Interval:
+    """What share of the variance between the items, as all images show it, all models have in common.
+
+    The intraclass correlation of consistency of one model, ICC(3,1), with the exact interval that the F distribution
+    gives (Shrout and Fleiss, Psychological Bulletin 86, 1979); it takes items and their differences between models as
+    normal. The noise that models share because they read the same images is taken out of the items' mean square: its
+    expectation for the value, its 95 % limits for the ends, which makes the interval wider, never narrower. An estimate
+    below 0, which no true value is, has the upper end that one of 0 would have: not less is known to be in common.
+    """
+    rates, noise = _known(of)
+    models, items = rates.shape
+    if min(models, items) < 2:
+        return NOTHING
+    degrees = items - 1, (items - 1) * (models - 1)
+    (between, rest), (with_shared, alone) = (
+        [sum_of_squares(second, axes) / d for axes, d in zip(([1], [0, 1]), degrees, strict=True)]
+        for second in (np.multiply.outer(rates, rates), noise)
+    )
+    if rest <= 0:
+        return NOTHING
+    tail = 0.5 + LEVEL / 2
+    shared = max(0.0, with_shared - alone)
+    least, most = stats.chi2.ppf([1 - tail, tail], degrees[0]) / degrees[0]
+    ends = (
+        between - shared,
+        (between - shared * most) / stats.f.ppf(tail, *degrees),
+        max(between - shared * least, rest) * stats.f.ppf(tail, *reversed(degrees)),
+    )
+    ratios = [max(0.0, end) / rest for end in ends]
+    return Interval(*(float((ratio - 1) / (ratio + models - 1)) for ratio in ratios))
 
 
 @dataclass(frozen=True)
@@ -283,8 +311,9 @@ class Reliability:
     profile: Profile
     signal: Interval
     """Jackknife over groups of images, the models given."""
-    left_out: tuple[Profile, ...]
-    """With each model left out; none below three models."""
+    common: Interval
+    """``in_common``, as all images show it."""
+    units: int
 
     def at(self, images: float) -> Interval:
         """The reliability within a model."""
@@ -295,9 +324,12 @@ class Reliability:
         return Interval(*(math.sqrt(max(0.0, s * images + 1)) for s in self.signal))
 
     def across(self, images: float) -> Interval:
-        """Between models."""
-        value = self.profile.reliability_across(images)
-        return clipped(jackknife(value, [p.reliability_across(images) for p in self.left_out]), 0, 1)
+        """Between models: what share of the variance at so many images all have in common; below 0 it counts as 0."""
+        total = self.profile.total(images)
+        if not total > 0:
+            return NOTHING
+        times = self.profile.total(self.units) / total
+        return clipped(Interval(*(times * x for x in self.common)), 0, 1)
 
     def images_for(self, reliability: float) -> Interval:
         """Images at which the reliability is reached; infinite where more images do not help."""
@@ -319,6 +351,4 @@ def reliability(tallies: Sequence[Tally], space: int, ratio: int = 0) -> Reliabi
         profile(with_noise([tally.without(first, last) for tally in tallies], space, ratio)).signal
         for first, last in pairwise(edges)
     ]
-    models = range(len(tallies))
-    left_out = [profile(of, [s for s in models if s != out]) for out in models] if len(tallies) > 2 else []
-    return Reliability(whole, jackknife(whole.signal, parts), tuple(left_out))
+    return Reliability(whole, jackknife(whole.signal, parts), in_common(of), of.units)

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any
 
-from ..report.text import DASH, integer, listed, plain, table
+from ..report.text import DASH, bracket, integer, listed, percent, plain, table
 from .measurement import OVER_IMAGES, OVER_TOKENS, SPACES, TOKENS
 from .reproducibility import AT_IMAGES, OWN, WANTED_RELIABILITY
 from .tallies import BELOW, BLOCKS, CELLS, KINDS, LETTER, PAIRS
@@ -13,12 +14,12 @@ from .warning import AT_ONCE, CRITERIA, DISTANCE, LABELS, RATE
 Found = dict[str, Any]
 PLANS = {"range": "TM", "null": "TE"}
 """What the rates of a space choose the blocks of."""
-NOISE, OPEN, WEAK, CLEAR, UNKNOWN = "noise", "open", "weak", "clear", "no interval"
+NOISE, OPEN, WEAK, CLEAR, UNKNOWN = "noise", "open", "some", "clear", "no interval"
 VERDICTS = {
     NOISE: f"where its interval reaches 0 and stays below {WANTED_RELIABILITY:g}",
     OPEN: f"where it holds both 0 and {WANTED_RELIABILITY:g}, so that nothing can be said",
-    WEAK: f"where it is above 0 and the estimate below {WANTED_RELIABILITY:g}",
-    CLEAR: "from there on",
+    WEAK: f"where it is above 0, but not all of it at {WANTED_RELIABILITY:g} or more",
+    CLEAR: "where all of it is",
 }
 
 
@@ -26,26 +27,14 @@ def share_name(share: str) -> str:
     return f"{100 * float(share):g} %"
 
 
-def bracket(of: Sequence[float] | None, digits: int = 2, times: float = 1, sign: bool = False) -> str:
-    """A number and its interval."""
-    if of is None or math.isnan(of[0]):
-        return DASH
-    value, low, high = (plain(times * x, digits, sign) for x in of)
-    return value if math.isnan(of[1]) else f"{value} [{low}, {high}]"
-
-
-def percent(of: Sequence[float] | None, digits: int = 1, sign: bool = False) -> str:
-    return bracket(of, digits, 100, sign)
-
-
 def verdict(of: Sequence[float]) -> str:
     """What a reliability with its interval says in a word."""
-    value, low, high = of
+    _, low, high = of
     if math.isnan(low):
         return UNKNOWN
     if low <= 0:
         return NOISE if high < WANTED_RELIABILITY else OPEN
-    return CLEAR if value >= WANTED_RELIABILITY else WEAK
+    return CLEAR if low >= WANTED_RELIABILITY else WEAK
 
 
 def judged(of: Sequence[float]) -> str:
@@ -67,59 +56,68 @@ def shown(setting: Found) -> list[str]:
     return [share for share in setting["by_share"] if share in ("0", setting["near"])]
 
 
+def sample_size(setting: Found) -> int:
+    """The largest number of images, at most ``AT_IMAGES``, of which there are two samples at least."""
+    found = near(setting)["samples"][BLOCKS]["range"]
+    there = [int(n) for n in found if n not in (OWN, f"{setting['images']}")]
+    if OWN in found:
+        there.append(setting["sample"])
+    return max((n for n in there if n <= AT_IMAGES), default=0)
+
+
 def of_samples(setting: Found, found: Found, kind: str, space: str) -> Found:
-    """Agreement of samples of ``AT_IMAGES``, with their own token spaces where these are of so many; can be empty."""
-    samples = found["samples"][kind][space]
-    if setting["images"] < 2 * AT_IMAGES:
-        return {}
-    own = samples.get(OWN) if setting["sample"] == AT_IMAGES else None
-    return own or samples.get(f"{AT_IMAGES}", {})
+    """Agreement of samples of ``sample_size``, with their own token spaces where these are of so many; can be empty."""
+    samples, n = found["samples"][kind][space], sample_size(setting)
+    own = samples.get(OWN) if setting["sample"] == n else None
+    return own or samples.get(f"{n}", {})
 
 
 # --- all settings -----------------------------------------------------------------------------------------------------
 
 
-def summary_table(settings: Iterable[Found]) -> str:
-    head = [
-        "setting",
-        "training",
-        "rate %, range",
-        "less permuted, points",
-        f"overlap of two samples of {AT_IMAGES}, TM",
-        "random",
-        "overlap of two models, TM",
-        "order of blocks",
-        "order of pairs",
-        "order of blocks, all models",
-        "order of pairs, all models",
-        "images for the order of blocks",
+def order_table(settings: Iterable[Found]) -> str:
+    """Is the order of blocks and that of pairs signal or noise, in every setting?"""
+    rows = [
+        [
+            setting["title"],
+            share_name(share),
+            space,
+            *(
+                judged(setting["by_share"][share]["profiles"][kind][space][part][f"{AT_IMAGES}"])
+                for kind in (BLOCKS, PAIRS)
+                for part in ("within", "across")
+            ),
+        ]
+        for setting in settings
+        for share in shown(setting)
+        for space in SPACES
     ]
+    head = ["blocks, one model", "blocks, all models", "pairs, one model", "pairs, all models"]
+    return table(["setting", "training", "space", *head], rows, left=3)
+
+
+def plans_table(settings: Iterable[Found]) -> str:
+    """Would another sample or another model have given the same plan, in every setting?"""
     rows = []
     for setting in settings:
-        for share in shown(setting):
-            found = setting["by_share"][share]
-            every, blocks, pairs = (
-                found["rates"]["all"]["range"],
-                *(found["profiles"][k]["range"] for k in (BLOCKS, PAIRS)),
-            )
-            overlap = of_samples(setting, found, BLOCKS, "range").get("overlap")
-            between = found["seeds"].get(BLOCKS, {}).get("range", {}).get("overlap", {}).get("mean")
-            n = f"{AT_IMAGES}"
+        found, n = near(setting), sample_size(setting)
+        for space in SPACES:
+            one = of_samples(setting, found, BLOCKS, space).get("overlap")
+            other = found["seeds"].get(BLOCKS, {}).get(space, {}).get("overlap")
             rows.append(
                 [
                     setting["title"],
-                    share_name(share),
-                    percent(every["rate"]),
-                    percent(every.get("difference"), sign=True),
-                    bracket(overlap),
+                    PLANS[space],
                     plain(setting["random"][BLOCKS]["expected"], 2),
-                    bracket(between),
-                    *(judged(one["within"][n]) for one in (blocks, pairs)),
-                    *(judged(one["across"][n]) for one in (blocks, pairs)),
-                    images(blocks["images"], setting["images"]),
+                    bracket(one) + (f" of {n}" if n else ""),
+                    DASH if other is None else _mean_and_range(other),
+                    images(found["images_for_overlap"][space], setting["images"]),
+                    *(images(found["profiles"][kind][space]["images"], setting["images"]) for kind in (BLOCKS, PAIRS)),
                 ]
             )
-    return table(head, rows, left=2)
+    head = ["by chance", "another sample", "another model", "images for the same plan"]
+    head += ["images for the order of blocks", "of pairs"]
+    return table(["setting", "plan", *head], rows, left=2)
 
 
 def images(of: Sequence[float], read: int) -> str:
@@ -164,7 +162,7 @@ def rates_table(setting: Found) -> str:
 
 def items_table(setting: Found, kind: str) -> str:
     """Rates by block or by pair at the share that stands for all."""
-    names = setting["blocks"] if kind == BLOCKS else _pairs(setting)
+    names = setting["blocks"] if kind == BLOCKS else pair_names(setting)
     rates, more, rows = near(setting)["rates"][kind], setting["details"]["items"][kind], []
     for i, name in enumerate(names):
         row = [name]
@@ -176,9 +174,8 @@ def items_table(setting: Found, kind: str) -> str:
     return table([kind, *head], rows)
 
 
-def _pairs(setting: Found) -> list[str]:
-    tasks = setting["tasks"]
-    return [f"{first}, {second}" for i, first in enumerate(tasks) for second in tasks[i + 1 :]]
+def pair_names(setting: Found) -> list[str]:
+    return [", ".join(pair) for pair in combinations(setting["tasks"], 2)]
 
 
 def rules_table(setting: Found) -> str:
@@ -293,8 +290,8 @@ def variance_table(setting: Found) -> str:
             for effect in effects:
                 is_negative = one["variances"].get(effect, 0) < 0
                 row.append(percent(one["shares"].get(effect), 0) + ("*" if is_negative else ""))
-            rows.append([*row, *(plain(100 * part, 0) for part in one["sample"].values())])
-    head = [*effects, *(f"sample of {int(n):,}" for n in one["sample"])]
+            rows.append([*row, *(plain(100 * part, 0) for n, part in one["sample"].items() if int(n) != AT_IMAGES)])
+    head = [*effects, *(f"sample of {int(n):,}" for n in one["sample"] if int(n) != AT_IMAGES)]
     return table(["training", "space", *head], rows, left=2)
 
 
@@ -361,11 +358,13 @@ def best_warning(setting: Found) -> str:
     for n, found in setting["warning"].items():
         parts = found["separation"]
         if parts:
-            best = max(parts.values())
+            own, best = LABELS if LABELS in parts else AT_ONCE, max(parts.values())
             names = [f"*{name}*" for name, part in parts.items() if part == best]
-            own = LABELS if LABELS in parts else AT_ONCE
-            lines.append(
-                f"- {integer(int(n))} images: the product's warning (*{own}*) has a separation of "
-                f"{plain(parts[own], 2)}; the best, {plain(best, 2)}, is that of {listed(names)}."
-            )
+            text = f"- {integer(int(n))} images: the product's warning (*{own}*) has a separation of "
+            text += f"{plain(parts[own], 2)}; "
+            if best <= 0:
+                text += "no other tells untrained heads from trained ones either."
+            else:
+                text += f"the best, {plain(best, 2)}, is that of {listed(names)}."
+            lines.append(text)
     return "\n".join(lines)

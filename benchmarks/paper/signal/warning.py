@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dtme.analysis.heads import HEAD_BATCHES
 from dtme.heads import label_gain, shows_learning
 from dtme.resampling import CHANCE, LEVEL
 
@@ -48,8 +49,11 @@ def warned(moment: Moment, n: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _by_labels(losses: Tensor, batches: int) -> np.ndarray:
-    """(m,) bool: whether a report of so many batches would name a task."""
-    samples = losses[: len(losses) // batches * batches].split(batches) if batches > 1 else ()
+    """(m,) bool: whether reports of so many batches, each of which looks at the first ones only, would name a task."""
+    batches = min(batches, HEAD_BATCHES)
+    if batches < 2 or len(losses) < batches:
+        return np.zeros(0, dtype=bool)
+    samples = losses[: len(losses) // batches * batches].split(batches)
     flags = [not all(shows_learning(*label_gain(losses)) for losses in sample.unbind(1)) for sample in samples]
     return np.array(flags, dtype=bool)
 
