@@ -74,13 +74,14 @@ def listed(values: Sequence[Any]) -> str:
 
 def setting(value: Any) -> str:
     """A setting's value in one line; of a file or folder its name, as where it lies is nobody else's matter."""
-    value = _without_place(value)
+    value = without_place(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def _without_place(value: Any) -> Any:
+def without_place(value: Any) -> Any:
+    """The same settings with the names of files and folders instead of where they lie."""
     if isinstance(value, dict):
-        return {key: _without_place(item) for key, item in value.items()}
+        return {key: without_place(item) for key, item in value.items()}
     return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 

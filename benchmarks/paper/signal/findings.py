@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..report.text import without_place
 from . import rates, reproducibility
 from .folder import Setting
 from .measurement import PERMUTED, Measurement
@@ -40,7 +41,8 @@ def findings(setting: Setting, at: float = NEAR) -> Found:
 def _facts(setting: Setting, by_share: Mapping[float, Sequence[Moment]], like: Measurement) -> Found:
     moments = [moment for group in by_share.values() for moment in group]
     return {
-        **{key: setting.content[key] for key in ("title", "data", "settings", "facts", "seeds", "shares")},
+        **{key: setting.content[key] for key in ("title", "data", "facts", "seeds", "shares")},
+        "settings": without_place(setting.content["settings"]),
         "tasks": like.tasks,
         "blocks": like.blocks,
         "ratios": like.ratios,
