@@ -276,3 +276,8 @@ def test_a_measurement_keeps_what_was_saved(tmp_path):
     found = measurement(units=32, blocks=2, tasks=("a", "b"), ratios=(100.0,), batch=8, sample=16)
     found.save(tmp_path / "one.npz")
     assert Measurement.load(tmp_path / "one.npz").digest == found.digest
+
+
+def test_what_has_no_interval_shows_none():
+    few = reliability([Tally(*(np.ones(shape, int) for shape in ((16, 3, 1, 2), (16, 3))))], 0)
+    assert np.isnan([*few.at(64)[1:], *few.sharpness(64)[1:]]).all()

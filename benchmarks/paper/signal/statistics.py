@@ -321,7 +321,7 @@ class Reliability:
 
     def sharpness(self, images: float) -> Interval:
         """Standard deviation between items at so many images over what their noise alone gives; 1 is only noise."""
-        return Interval(*(math.sqrt(max(0.0, s * images + 1)) for s in self.signal))
+        return Interval(*(math.sqrt(max(s * images + 1, 0.0)) for s in self.signal))  # in this order NaN stays NaN
 
     def across(self, images: float) -> Interval:
         """Between models: what share of the variance at so many images all have in common; below 0 it counts as 0."""
@@ -339,7 +339,7 @@ class Reliability:
 
 
 def _saturated(signal: float, images: float) -> float:
-    grown = max(0.0, signal) * images
+    grown = max(signal, 0.0) * images  # in this order NaN stays NaN
     return grown / (grown + 1) if math.isfinite(grown) else grown
 
 
