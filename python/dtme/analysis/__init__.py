@@ -65,10 +65,10 @@ def analyze(
     The first pass streams the second moment of every block's input tokens; the second takes each task's gradient at
     them, rotates it into their eigenbasis and counts the pairs of tasks that pull apart, per token and space.
 
-    Train the heads first: the rates of untrained heads are about half, and where they differ, the differences are those
-    of one random draw of heads. Resampling batches cannot show that. An expanded model is analysed in its tasks' own
-    streams: each task's gradients at the tokens that it has there, which enter the block before its modulation, and the
-    mean of the tasks' second moments.
+    Train the heads first: rates of untrained heads repeat from sample to sample, and are other ones with the next draw
+    of heads. ``ConflictReport.label_gains`` tells such heads by their losses. An expanded model is analysed in its
+    tasks' own streams: each task's gradients at the tokens that it has there, which enter the block before its
+    modulation, and the mean of the tasks' second moments.
 
     Args:
         model: a ``MultiTaskModel``; with a ``step`` function, any transformer.
