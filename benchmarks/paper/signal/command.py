@@ -3,6 +3,7 @@
 import argparse
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -167,6 +168,9 @@ def _one(probe: Probe) -> None:
 
     def tell(name: str, what: str, number: int) -> None:
         nonlocal last
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():  # it was killed, and a pool waits for its next order for ever
+            os._exit(1)
         if what == "measured" or time.monotonic() - last > 1:
             last = time.monotonic()
             _progress.put((name, what, number))
