@@ -10,7 +10,7 @@ from benchmarks.paper.report.folder import read_folder
 from benchmarks.paper.report.numbers import as_text
 from benchmarks.paper.report.numbers import numbers as numbers_of
 from benchmarks.paper.report.page import page
-from benchmarks.paper.report.text import decimals, duration, memory, plain, table
+from benchmarks.paper.report.text import decimals, duration, memory, plain, table, without_place
 from tests.paper.result_folders import SEED_EFFECT, TASKS, ResultFolder, conflicts, known, rows, section
 
 
@@ -305,3 +305,14 @@ def test_tasks_of_either_direction_count_alike(tmp_path):
     assert tm["terms"]["depth"]["mean"] == pytest.approx(tm["terms"]["semseg"]["mean"])
     assert tm["task_differences"]["depth"]["mean"] == pytest.approx(-0.015)  # 3 % of 0.5, lower
     assert tm["task_differences"]["depth"]["is_better"] and tm["task_differences"]["semseg"]["is_better"]
+
+
+def test_settings_name_folders_and_not_where_they_lie():
+    settings = {
+        "root": "/home/someone/data",
+        "backbone": "untrained:/mnt/models/dinov2",
+        "data": "rooms",
+        "size": [32, 32],
+    }
+    named = {"root": "data", "backbone": "untrained:dinov2", "data": "rooms", "size": [32, 32]}
+    assert without_place(settings) == named

@@ -79,10 +79,13 @@ def setting(value: Any) -> str:
 
 
 def without_place(value: Any) -> Any:
-    """The same settings with the names of files and folders instead of where they lie."""
+    """The same settings with the names of files and folders instead of where they lie, also behind ``untrained:``."""
     if isinstance(value, dict):
         return {key: without_place(item) for key, item in value.items()}
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    kind, colon, path = value.rpartition(":")
+    return kind + colon + PurePath(path).name if PurePath(path).is_absolute() else value
 
 
 def bold(text: str, is_bold: bool) -> str:
