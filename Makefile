@@ -64,7 +64,7 @@ sweep: $(READY)
 stacks: $(READY)
 	$(RUN) -m benchmarks.stacks --only '$(ONLY)'
 
-# the evaluation in small: every data set, arm and experiment for a few steps, their reports, and a run that is killed
+# the evaluation in small: every data set, arm, experiment and study for a few steps, their reports, and a run that is killed
 paper-smoke: $(READY)
 	$(RUN) -m benchmarks.paper smoke $(PAPER)
 
