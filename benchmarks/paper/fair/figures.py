@@ -1,15 +1,13 @@
 """The figures of the report on fair joint training, the same bytes for the same runs."""
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dtme.files import write_beside
 from dtme.plots import CHANCE, EMPTY, TEXT
 
-from ..report.figures import COLOURS, WIDTH, label
+from ..report.figures import COLOURS, WIDTH, draw_each, label
 from ..runner.tune import JOINT
 from .comparison import Effect, Study
 from .tables import rows_of
@@ -21,21 +19,8 @@ ACROSS = 2
 
 
 def draw(studies: list[Study], to: Path) -> list[str]:
-    """Draw what there is to see into the folder ``to``, and remove what an earlier report left there.
-
-    Returns:
-        the file names.
-    """
-    figures: dict[str, Callable[[list[Study]], Any]] = {"transfer.png": transfer, "tasks.png": tasks}
-    drawn = []
-    for name, make in figures.items():
-        figure = make(studies)
-        if figure is None:
-            (to / name).unlink(missing_ok=True)
-            continue
-        write_beside(to / name, partial(figure.savefig, dpi=110, metadata={"Software": None}))
-        drawn.append(name)
-    return drawn
+    """Draw what there is to see into the folder ``to``; returns the file names."""
+    return draw_each({"transfer.png": transfer, "tasks.png": tasks}, studies, to, dpi=110)
 
 
 def _panels(studies: list[Study], height: float) -> tuple[Any, list[Any]]:

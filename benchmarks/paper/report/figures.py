@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,31 +31,31 @@ WIDTH = 9.0
 
 
 def draw(comparison: Comparison, to: Path) -> list[str]:
+    """Draw what there is to see into the folder ``to``; returns the names, as ``draw_each`` does."""
+    makers = {"differences.png": differences, "tasks.png": tasks, "conflicts.png": conflicts, "losses.png": losses}
+    return draw_each(makers, comparison, to)
+
+
+def draw_each(makers: Mapping[str, Callable[[Any], Any]], of: Any, to: Path, dpi: int = 130) -> list[str]:
     """Draw what there is to see into the folder ``to``, and remove what an earlier report left there.
 
+    PNG are written without the version of matplotlib, so that equal figures are equal files.
+
+    Args:
+        makers: file name -> what makes its figure of ``of``, or None where there is nothing to see.
+
     Returns:
-        the file names.
+        the names of the files that were drawn.
     """
-    figures: dict[str, Callable[[Comparison], Any]] = {
-        "differences.png": differences,
-        "tasks.png": tasks,
-        "conflicts.png": conflicts,
-        "losses.png": losses,
-    }
     drawn = []
-    for name, make in figures.items():
-        figure = make(comparison)
+    for name, make in makers.items():
+        figure = make(of)
         if figure is None:
             (to / name).unlink(missing_ok=True)
             continue
-        save(figure, to / name)
+        write_beside(to / name, partial(figure.savefig, dpi=dpi, metadata={"Software": None}))
         drawn.append(name)
     return drawn
-
-
-def save(figure: Any, path: Path) -> None:
-    """As PNG, without the version of matplotlib, so that equal figures are equal files."""
-    write_beside(path, partial(figure.savefig, dpi=130, metadata={"Software": None}))
 
 
 def _figure(width: float, height: float) -> Any:

@@ -244,8 +244,9 @@ class RunOfArm:
         with self._alone(path):
             if not path.exists():
                 unfinished = path.with_suffix(".part.pt")
-                if begun := [file for file in (unfinished, *self._earlier_trunks()) if file.exists()]:
-                    training = Training.load(begun[0], self.config.device, self._decisive_of_trunk)
+                begun = next((file for file in (unfinished, *self._earlier_trunks()) if file.exists()), None)
+                if begun is not None:
+                    training = Training.load(begun, self.config.device, self._decisive_of_trunk)
                     self.place.tell("going on", training.step)
                 else:
                     training = self._begun(Combination(self._tasks))

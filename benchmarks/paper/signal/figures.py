@@ -1,6 +1,6 @@
 """The figures of the signal's report as PNG, each from the numbers in ``signal.json`` alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from dtme.map_plots import INK
 from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
-from ..report.figures import label, save
+from ..report.figures import draw_each, label
 from .measurement import SPACES
 from .reproducibility import AT_IMAGES, OWN
 from .tables import near, pair_names, share_name
@@ -34,15 +34,8 @@ TITLE = 56
 
 def draw(settings: Sequence[Found], to: Path) -> list[str]:
     """Draw all figures into the folder ``to``; returns their names."""
-    figures: dict[str, Callable[[Sequence[Found]], Any]] = {
-        "rates.png": rates,
-        "samples.png": samples,
-        "variance.png": variance,
-        "cells.png": cells,
-    }
-    for name, make in figures.items():
-        save(make(settings), to / name)
-    return list(figures)
+    makers = {"rates.png": rates, "samples.png": samples, "variance.png": variance, "cells.png": cells}
+    return draw_each(makers, settings, to)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtme.analysis.heads import HEAD_BATCHES, labels_of_others
+from dtme.analysis.heads import HEAD_BATCHES, loss_of_others
 
 from ..arms import Batch
 from ..results import read_json, write_json
@@ -53,6 +53,9 @@ def head_losses(model: nn.Module, tasks: Tasks, batches: Iterable[Batch]) -> Hea
     rows = []
     for _, (x, targets) in zip(range(HEAD_BATCHES), batches, strict=False):
         predictions = model(x)
-        sides = [targets, labels_of_others(targets)]
-        rows.append([[float(task.loss(predictions[name], y[name])) for y in sides] for name, task in tasks.items()])
+        row = []
+        for name, task in tasks.items():
+            of_others = loss_of_others(task.loss, x, predictions[name], targets[name])
+            row.append([float(task.loss(predictions[name], targets[name])), of_others()])
+        rows.append(row)
     return HeadLosses(tuple(tasks), torch.tensor(rows, dtype=torch.float64))

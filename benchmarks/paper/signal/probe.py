@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import arms
 from ..experiments import ARMS
 from ..results import read_json, write_json
 from ..runner.config import Config
@@ -21,7 +22,7 @@ from .folder import file_name
 from .heads import head_losses, heads_file
 from .measurement import Measurement
 
-RATIOS = (1.0, 10.0, 100.0, 500.0, 1000.0)
+RATIOS = tuple(sorted(arms.RATIOS))
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)
 """Of the training."""
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 from dtme.files import write_beside
 
+from ..report.numbers import clean
 from .figures import draw
-from .findings import NEAR, findings
+from .findings import DIGITS, NEAR, findings
 from .folder import read_folder
 from .page import TABLES, appendix, page
 
@@ -52,7 +52,7 @@ def as_text(settings: Sequence[dict[str, Any]]) -> str:
     """JSON with a line per key of a setting and per share, and null for what is not known."""
 
     def dump(value: Any) -> str:
-        return json.dumps(_known(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return json.dumps(clean(value, DIGITS), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
     texts = []
     for setting in settings:
@@ -64,11 +64,3 @@ def as_text(settings: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{dump(key)}:{text}")
         texts.append("{" + ",\n".join(lines) + "}")
     return f'{{"format":{FORMAT},"settings":[\n' + ",\n".join(texts) + "\n]}\n"
-
-
-def _known(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _known(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_known(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

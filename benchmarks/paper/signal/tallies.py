@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dtme.resampling import LEVEL, MIN_UNITS, deviations, informative_units, resample_weights
 
+from ..arms import RATIOS
 from .measurement import TOKENS, Counts, Measurement
 
 AT_MOST, BELOW, LETTER = "≤ 0", "< 0", "Algorithm 1's letter"
@@ -21,7 +22,6 @@ RULES = {
 }
 BLOCKS, PAIRS, CELLS = "blocks", "pairs", "cells"
 KINDS = {BLOCKS: "blocks", PAIRS: "pairs of tasks", CELLS: "pairs in a block"}
-DEFAULT_RATIO = 100.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def moment_of(found: Measurement, heads: Tensor | None = None) -> Moment:
 
 def default_ratio(ratios: Sequence[float]) -> int:
     """The place of the default among ``ratios``, or of the one nearest to it on a logarithmic scale."""
-    return min(range(len(ratios)), key=lambda r: abs(math.log(ratios[r] / DEFAULT_RATIO)))
+    return min(range(len(ratios)), key=lambda r: abs(math.log(ratios[r] / RATIOS[0])))
 
 
 def _tallies(counts: Counts, rule: str, default: int) -> dict[str, Tally]:
