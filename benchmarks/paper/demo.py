@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dtme
+from dtme.comparison.delta import delta_m
 from dtme.tables import aligned, ruled
 
 from ..clients import import_torchvision
@@ -22,7 +23,6 @@ from ..rooms.pictures import colorize, decode, sheet
 from .data import Data, Options, open_data
 from .data.images import colours
 from .data.rooms import DEMO_TASKS, SIZE
-from .metrics import delta_m
 from .models import PRETRAINED_LR, UNTRAINED_LR, VIT, default_lr, is_pretrained, load_backbone, tokens_of, with_heads
 from .tasks import losses_of, lower_is_better
 from .training import Batches, evaluate, train

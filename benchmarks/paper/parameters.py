@@ -28,12 +28,12 @@ from torch import nn
 import dtme
 from dtme.blocks import find_blocks
 from dtme.plan import NUM_TOKENS
+from dtme.rivals.adapters import BitFit, LoRA, NormAffine, Prompts, Rival, width_of
+from dtme.rivals.units import deviation
 from dtme.tables import aligned, ruled
 
 from .data import nyud, pascal, taskonomy
 from .models import load_backbone
-from .structures.adapters import BitFit, LoRA, NormAffine, Prompts, Rival, width_of
-from .structures.units import deviation
 
 
 class Benchmark(NamedTuple):

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 import dtme
-from benchmarks.paper.structures import ARMS, BitFit, LoRA, NormAffine, OfEqualSize, Prompts
-from benchmarks.paper.structures.adapters import width_of
-from benchmarks.paper.structures.units import Kind, choose_units, spread
-from benchmarks.paper.structures.versions import with_copies, with_low_rank
+from benchmarks.paper.structures import ARMS, OfEqualSize
+from dtme.rivals import BitFit, LoRA, NormAffine, Prompts
+from dtme.rivals.adapters import width_of
+from dtme.rivals.units import Kind, choose_units, spread
+from dtme.rivals.versions import with_copies, with_low_rank
 from tests.paper.small import NAMES, backward, batches, small_model, small_setting
 
 RIVALS = {"LoRA": LoRA, "BitFit": BitFit, "norm affine": NormAffine, "prompts": Prompts}

@@ -22,8 +22,8 @@ from benchmarks.paper.parameters import (
     search_table,
     size,
 )
-from benchmarks.paper.structures import Prompts
 from dtme.blocks import find_blocks
+from dtme.rivals import Prompts
 
 TASKONOMY = [row.benchmark == "Taskonomy" for row in ROWS]
 

@@ -5,13 +5,13 @@ from importlib import import_module
 
 import pytest
 
-from benchmarks.paper.metrics import delta_m
 from benchmarks.paper.report import printed, printed_numbers
 from benchmarks.paper.report.beside import entries, findings
 from benchmarks.paper.report.command import compare, read_folder
 from benchmarks.paper.report.page import page
 from benchmarks.paper.report.printed import all_rows, check_delta_m, contradictions, half_unit
 from benchmarks.paper.report.printed_numbers import ADDED, CONFLICTS, LOWER_IS_BETTER, TABLES
+from dtme.comparison.delta import delta_m
 from tests.paper.result_folders import ResultFolder, conflicts
 
 NYUD = {

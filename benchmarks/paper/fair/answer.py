@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..report.statistics import ALPHA
+from dtme.comparison.statistics import ALPHA
+
 from ..report.text import interval, plain
 from ..runner.tune import JOINT
 from .comparison import Effect, Effects, Result, Study, cpu_seconds, training_seconds

@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dtme.comparison.statistics import Estimate, detectable, estimate, holm
+
 from ..report.comparison import ArmResult, BySeed, Comparison, gains
 from ..report.folder import SINGLE, TaskInfo, number
 from ..report.provenance import differing_facts
-from ..report.statistics import Estimate, detectable, estimate, holm
 from ..report.text import listed
 from ..results import Run
 from ..runner.tune import JOINT

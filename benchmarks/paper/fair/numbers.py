@@ -4,9 +4,10 @@ import json
 import math
 from typing import Any
 
+from dtme.comparison.statistics import LEVEL, POWER, Estimate
+
 from ..report.numbers import clean
 from ..report.provenance import times
-from ..report.statistics import LEVEL, POWER, Estimate
 from .answer import answer
 from .comparison import Effect, Effects, Result, Study, cpu_seconds, training_seconds
 

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dtme.comparison.statistics import ALPHA, estimate
+
 from ..report.provenance import times
-from ..report.statistics import ALPHA, estimate
 from ..report.text import DASH, bold, duration, interval, listed, plain, table
 from .comparison import Effect, Effects, Result, Study, cpu_seconds, training_seconds
 

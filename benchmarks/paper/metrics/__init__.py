@@ -5,7 +5,6 @@ Predictions are a head's raw output, targets are as in ``losses``. ``Meter`` say
 
 from .boundaries import BoundaryF
 from .classes import Accuracy, MeanIoU
-from .delta import delta_m
 from .edges import EdgeF
 from .meter import Meter
 from .regression import DepthRMSE, DirectionL1, L1Error, NormalsError, RootMeanSquareError
@@ -23,5 +22,4 @@ __all__ = [
     "Meter",
     "NormalsError",
     "RootMeanSquareError",
-    "delta_m",
 ]

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..metrics import delta_m
+from dtme.comparison.delta import delta_m
+from dtme.comparison.statistics import estimate
+
 from .comparison import SPACES, ArmResult, Comparison
 from .folder import SINGLE
 from .printed import all_rows, check_delta_m, contradictions, half_unit
 from .printed_numbers import ADDED, CONFLICTS, LOWER_IS_BETTER, REFERENCE
-from .statistics import estimate
 from .text import DASH, decimals, interval, listed, plain, table
 
 

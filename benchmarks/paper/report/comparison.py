@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..metrics import delta_m
+from dtme.comparison.delta import delta_m
+from dtme.comparison.statistics import ALPHA, Estimate, Requirement, estimate, holm, requirement
+
 from ..results import Run
 from .folder import SINGLE, ArmRuns, Folder, number
-from .statistics import ALPHA, Estimate, Requirement, estimate, holm, requirement
 
 BASELINE = "joint"
 EFFECTS = (0.5, 1.0, 3.0)

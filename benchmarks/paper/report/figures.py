@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from dtme.comparison.statistics import estimate
 from dtme.files import write_beside
 from dtme.map_plots import INK
 from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
 from .comparison import ArmResult, Comparison
-from .statistics import estimate
 from .text import plain
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

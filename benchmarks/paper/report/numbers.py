@@ -6,10 +6,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from dtme.comparison.statistics import LEVEL, POWER, Estimate, Requirement, estimate
+
 from .beside import entries
 from .comparison import SPACES, ArmResult, Comparison, Test
 from .provenance import differing_facts, times
-from .statistics import LEVEL, POWER, Estimate, Requirement, estimate
 
 FORMAT = 1
 DIGITS = 10

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..metrics import delta_m
+from dtme.comparison.delta import delta_m
+
 from .printed_numbers import LOWER_IS_BETTER, REFERENCE, TABLES, PrintedTable
 
 NONE = "-"

@@ -2,9 +2,10 @@
 
 import math
 
+from dtme.comparison.statistics import Requirement, estimate
+
 from .comparison import SPACES, ArmResult, Comparison, Cost
 from .folder import SINGLE
-from .statistics import Requirement, estimate
 from .text import DASH, bold, decimals, integer, interval, listed, memory, plain, seconds, table
 
 READING = (

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from .statistics import Estimate
+from dtme.comparison.statistics import Estimate
 
 DASH = "–"
 

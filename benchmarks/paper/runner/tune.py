@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..metrics import delta_m
+from dtme.comparison.delta import delta_m
+
 from ..results import read_json, run_path, write_json
 from ..tasks import Tasks, lower_is_better
 from .config import Config

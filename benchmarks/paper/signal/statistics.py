@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from dtme.comparison.statistics import LEVEL, estimate
 from dtme.selection import Rules
 
 from ...ranks import rank_correlations
-from ..report.statistics import LEVEL, estimate
 from .tallies import Tally
 
 IMAGE_GROUPS = 20

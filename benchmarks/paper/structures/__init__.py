@@ -2,12 +2,14 @@
 
 from functools import partial
 
+from dtme.rivals import BitFit, LoRA, NormAffine, Prompts
+
 from ..arms import RATIOS, Arm
-from .adapters import BitFit, LoRA, NormAffine, OfEqualSize, Prompts
+from .equal_size import OfEqualSize
 from .placements import Placement
 from .recon import Recon
 
-__all__ = ["ARMS", "BitFit", "LoRA", "NormAffine", "OfEqualSize", "Placement", "Prompts", "Recon"]
+__all__ = ["ARMS", "OfEqualSize", "Placement", "Recon"]
 
 METHOD = {
     "tm": Arm("TM", partial(Placement, expansion=0)),

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import dtme
 from dtme.randomness import put_back
+from dtme.rivals.versions import with_copies
 
 from ..arms import Batch, Facts, Setting
 from ..tasks import Task
-from .versions import with_copies
 
 SEVERITY = -0.02
 """S of its NYUv2 experiment: a pair of tasks conflicts where the cosine of its gradients is below."""

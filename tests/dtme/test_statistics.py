@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks.paper.report.statistics import (
+from dtme.comparison.statistics import (
     deviation_interval,
     estimate,
     holm,

@@ -8,21 +8,23 @@ all the same, because it is what the task has of its own. All the rest of the ba
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
 
-import dtme
-from dtme.blocks import find_blocks
-
-from ..arms import Facts, Setting
+from ..blocks import find_blocks
+from ..expansion import expand
+from ..model import MultiTaskModel
+from ..plan import ExpansionPlan
 from .units import TOLERANCE, Kind, Unit, choose_units, deviation, spread, unmatched
 from .versions import PerTask, with_copies, with_low_rank
 
 QUERY, KEY, VALUE = ("q_proj", "query", "q"), ("k_proj", "key", "k"), ("v_proj", "value", "v")
 """What libraries call an attention's linear layers."""
 MOST_RANK = 64
+
+Facts = dict[str, Any]
+"""What was built: only what JSON holds."""
 
 Lanes = dict[str, tuple[Unit, ...]]
 """``{name of a parameter within its block: the units that it is the first of, in the order of the blocks}``."""
@@ -31,7 +33,7 @@ Lanes = dict[str, tuple[Unit, ...]]
 class Rival(Protocol):
     """What can be built to a size."""
 
-    def fit(self, model: dtme.MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
+    def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
         """Turn ``model``, which may be changed in place, into the rival with about ``budget`` parameters of tasks' own.
 
         Raises:
@@ -40,22 +42,10 @@ class Rival(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class OfEqualSize:
-    """A rival with as many parameters of its tasks' own as the reference plan adds."""
-
-    rival: type[Rival]
-
-    def apply(self, setting: Setting) -> tuple[nn.Module, Facts]:
-        if setting.budget < 1:
-            raise ValueError("the reference plan adds nothing (shares of 0): no rival can be of that size")
-        return self.rival().fit(setting.model, setting.budget, setting.seed)
-
-
 class LoRA:
     """W + B_i A_i for task i: rank 1 or more in the queries and values, then in the block's other linear layers."""
 
-    def fit(self, model: dtme.MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
+    def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
         lanes = _lanes(_blocks(model), nn.Linear, "weight")
         attention = {name: units for name, units in lanes.items() if _layer(name) in QUERY + VALUE}
         others = {name: units for name, units in lanes.items() if name not in attention}
@@ -74,7 +64,7 @@ class BitFit:
     Those of the keys are left out: they add the same to all scores of a query, and so change nothing.
     """
 
-    def fit(self, model: dtme.MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
+    def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
         lanes = _lanes(_blocks(model), (nn.Linear, nn.LayerNorm), "bias")
         lanes = {name: units for name, units in lanes.items() if _layer(name) not in KEY}
         chosen = choose_units(_kinds(lanes, lambda name: len(model.tasks) * sum(_shape(model, name))), budget)
@@ -84,7 +74,7 @@ class BitFit:
 class NormAffine:
     """A task's own weight and bias of a block's layer norms in place of the shared ones."""
 
-    def fit(self, model: dtme.MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
+    def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
         lanes = _lanes(_blocks(model), nn.LayerNorm, "weight", "bias")
         pairs = _kinds(lanes, lambda name: 2 * len(model.tasks) * sum(_shape(model, name)))
         # where pairs alone do not come near enough, one norm more has a weight of the task's own and no bias
@@ -99,12 +89,12 @@ class Prompts:
     Where no number of tokens in all blocks is within 2 % of the budget, in as many of them as one is, evenly spaced.
     """
 
-    def fit(self, model: dtme.MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
+    def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
         plan = self.plan(model, budget)
         facts = _facts("prompts", plan.added_parameters(), budget) | {"plan": plan.as_dict()}
-        return dtme.expand(model, plan), facts
+        return expand(model, plan), facts
 
-    def plan(self, model: dtme.MultiTaskModel, budget: int) -> dtme.ExpansionPlan:
+    def plan(self, model: MultiTaskModel, budget: int) -> ExpansionPlan:
         """The plan of task tokens alone that adds as nearly ``budget`` parameters as can be."""
         blocks, width = tuple(find_blocks(model.backbone)), width_of(model.backbone)
         cost = width * len(model.tasks)
@@ -120,7 +110,7 @@ class Prompts:
 
         count, tokens = max(options, key=worth)
         chosen = dict.fromkeys((blocks[index] for index in spread(count, len(blocks))), model.tasks)
-        return dtme.ExpansionPlan(model.tasks, tokens, {}, chosen, dict.fromkeys(blocks, width))
+        return ExpansionPlan(model.tasks, tokens, {}, chosen, dict.fromkeys(blocks, width))
 
 
 def width_of(backbone: nn.Module) -> int:
@@ -129,7 +119,7 @@ def width_of(backbone: nn.Module) -> int:
     return int(config.hidden_size)
 
 
-def _blocks(model: dtme.MultiTaskModel) -> dict[str, nn.Module]:
+def _blocks(model: MultiTaskModel) -> dict[str, nn.Module]:
     """The backbone's blocks.
 
     Raises:
@@ -177,7 +167,7 @@ def _layer(parameter: str) -> str:
     return parameter.split(".")[-2]
 
 
-def _shape(model: dtme.MultiTaskModel, name: str) -> Iterable[int]:
+def _shape(model: MultiTaskModel, name: str) -> Iterable[int]:
     return model.backbone.get_parameter(name).shape
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import dtme
-from dtme.plan import choose
-from dtme.randomness import random_state, wind_back
+from ..model import MultiTaskModel
+from ..plan import choose
+from ..randomness import random_state, wind_back
 
 
 class Copy(nn.Module):
@@ -60,7 +60,7 @@ Versions = Mapping[str, Mapping[str, Copy | LowRank]]
 class PerTask(nn.Module):
     """A multi-task model whose backbone has a version of some parameters for every task.
 
-    It takes and returns what a ``dtme.MultiTaskModel`` does, and predicts at first exactly what the given one predicts,
+    It takes and returns what a ``MultiTaskModel`` does, and predicts at first exactly what the given one predicts,
     in training too: every task's run draws the same random numbers. A parameter that all tasks have a copy of is used
     by none of them any more: it is *retired*, which is to say frozen, and neither shared nor any task's.
 
@@ -73,7 +73,7 @@ class PerTask(nn.Module):
             statistics every task's run would update.
     """
 
-    def __init__(self, model: dtme.MultiTaskModel, versions: Versions) -> None:
+    def __init__(self, model: MultiTaskModel, versions: Versions) -> None:
         super().__init__()
         if model.decoder is not None:
             raise ValueError("a version per task needs a model with a head per task and no decoder")
@@ -138,14 +138,14 @@ class PerTask(nn.Module):
         return sum(self.model.backbone.get_parameter(name).numel() for name in self.retired)
 
 
-def with_copies(model: dtme.MultiTaskModel, names: Iterable[str]) -> PerTask:
+def with_copies(model: MultiTaskModel, names: Iterable[str]) -> PerTask:
     """``model`` with a copy per task of the named parameters of its backbone."""
     names = list(names)
     copies = {task: {name: Copy(model.backbone.get_parameter(name)) for name in names} for task in model.tasks}
     return PerTask(model, copies)
 
 
-def with_low_rank(model: dtme.MultiTaskModel, ranks: Mapping[str, int], seed: int) -> PerTask:
+def with_low_rank(model: MultiTaskModel, ranks: Mapping[str, int], seed: int) -> PerTask:
     """``model`` with a change per task of the named weights (out, in) of its backbone, each of its rank."""
     generator = torch.Generator().manual_seed(seed)
     changes = {

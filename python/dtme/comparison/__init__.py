@@ -1,0 +1,1 @@
+"""Whether a plan is worth its cost on the tasks at hand, over paired seeds."""
