@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from .arms import Arm
 from .combinations import ARMS as COMBINATIONS
 from .structures import ARMS as STRUCTURES
+from .structures import SINGLES
 
 ARMS: dict[str, Arm] = {**COMBINATIONS, **STRUCTURES}
 """Every arm by its name, which names its files too."""
@@ -18,13 +19,15 @@ class Experiment:
     arms: tuple[str, ...]
 
 
+RANDOM = ("random", *(f"random-{n}" for n in range(2, 9)))
+"""Random plans of a seed."""
 _OPTIMISERS = ("graddrop", "mgda", "uw", "dwa", "pcgrad", "cagrad", "imtl", "aligned", "nash", "famo")
 EXPERIMENTS = {
     "pilot": Experiment("how far seeds lie apart: joint training and TM + TE", ("joint", "tm+te")),
     "methods": Experiment("table 1: modulation, expansion, both", ("single", "joint", "tm", "te", "tm+te")),
     "placement": Experiment(
         "tables 2 and 13: which blocks",
-        ("joint", "tm+te", "gains", "pairs", "random", "reverse", "swap", "first-half", "last-half", "all"),
+        ("joint", "longer", "tm+te", "gains", "pairs", *RANDOM, "reverse", "swap", "first-half", "last-half", "all"),
     ),
     "optimisers": Experiment("tables 3, 8, 9, 10: other ways to train", ("single", "joint", *_OPTIMISERS, "tm+te")),
     "neighbours": Experiment(
@@ -39,7 +42,18 @@ EXPERIMENTS = {
     "share": Experiment("figure 6: how many blocks", ("joint", "share-25", "tm+te", "share-75", "all")),
     "adapters": Experiment(
         "what as many parameters do elsewhere",
-        ("joint", "tm+te", "t-1", "shared", "lora", "bitfit", "norm-affine", "prompts"),
+        ("joint", "tm+te", "t-1", "shared", "lora", "bitfit", "norm-affine", "prompts", "longer"),
     ),
-    "everything": Experiment("every arm", tuple(ARMS)),
+    "prediction": Experiment(
+        "what predicts a block's gain: one of the first six blocks at a time",
+        ("joint", *(f"{kind}-at-{index}" for kind in ("tm", "te") for index in range(6))),
+    ),
+    "scale": Experiment(
+        "premise and scale: joint training and TM + TE, frozen, in groups, with an aggregator",
+        ("joint", "tm+te", "joint-frozen", "frozen", "grouped", "imtl-after-50", "imtl-tm+te"),
+    ),
+    "everything": Experiment(
+        "every arm that every backbone has, with one random plan",
+        tuple(arm for arm in ARMS if arm not in SINGLES and arm not in RANDOM[1:]),
+    ),
 }

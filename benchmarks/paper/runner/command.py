@@ -72,8 +72,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--backbone",
         default=defaults.backbone,
-        help="small, vit-tiny, -small, -base, -large, or any transformers name or folder; untrained:NAME for its "
-        "architecture with weights that are drawn",
+        help="small, narrow, vit-tiny, -small, -base, -large, or any transformers name or folder; untrained:NAME "
+        "for its architecture with weights that are drawn",
     )
     data.add_argument(
         "--decoder", choices=DECODERS, help="heads of dense tasks: pixels for rooms, else conv, which is the paper's"

@@ -132,7 +132,7 @@ class RunOfArm:
             if training is None:
                 training = self._shared()
                 self._build(training)
-            self._train(training, self.config.steps, self.place.checkpoint(self.config), self._decisive, writer)
+            self._train(training, training.steps, self.place.checkpoint(self.config), self._decisive, writer)
             self.place.tell("evaluating", training.step)
             with training.timed("evaluation"):
                 metrics = self.evaluate(training.model)
@@ -191,7 +191,11 @@ class RunOfArm:
                         training.facts["start"] = conflicts_of(setting.report)
                 with training.timed("structure"):
                     torch.manual_seed(self.config.seed)  # what is added starts from draws
-                    training.model, training.facts["structure"] = self.arm.structure().apply(setting)
+                    training.model, facts = self.arm.structure().apply(setting)
+            training.facts["structure"] = facts
+            if "passes" in facts:  # of all blocks that a step of the reference takes, where one of the arm takes one
+                more = round((self.config.steps - self.branch) * (facts["passes"] - 1))
+                training.lengthen(self.config.steps + more)
             training.model.to(self.config.device)
         training.train_with(self.config.lr, self.config.weight_decay)
         training.facts["peak_memory"] = 0  # not that of the joint part, which another run may have trained

@@ -5,11 +5,17 @@ from functools import partial
 from dtme.rivals import BitFit, LoRA, NormAffine, Prompts
 
 from ..arms import RATIOS, Arm
+from ..combinations.aggregators import Aggregated, imtl
+from .controls import Frozen, Longer
 from .equal_size import OfEqualSize
+from .one_block import OneBlock
 from .placements import Placement
 from .recon import Recon
 
-__all__ = ["ARMS", "OfEqualSize", "Placement", "Recon"]
+__all__ = ["ARMS", "SINGLES", "Frozen", "Longer", "OfEqualSize", "OneBlock", "Placement", "Recon"]
+
+MOST_BLOCKS = 12
+"""With an arm for each of them alone."""
 
 METHOD = {
     "tm": Arm("TM", partial(Placement, expansion=0)),
@@ -20,6 +26,10 @@ PLACES = {
     "gains": Arm("TM + TE, by gains", partial(Placement, strategy="gain")),
     "pairs": Arm("TM + TE, by pairs", partial(Placement, strategy="pairs")),
     "random": Arm("TM + TE, random blocks", partial(Placement, strategy="random")),
+    **{
+        f"random-{n}": Arm(f"TM + TE, random blocks {n}", partial(Placement, strategy="random", draw=n - 1))
+        for n in range(2, 9)
+    },
     "reverse": Arm("TM + TE, reverse", partial(Placement, strategy="reverse")),
     "swap": Arm("TM + TE, swapped", partial(Placement, strategy="swap")),
     "first-half": Arm("TM + TE, first blocks", partial(Placement, strategy="first")),
@@ -35,6 +45,19 @@ ABLATIONS = {
     **{f"after-{p}": Arm(f"TM + TE after {p} %", Placement, start=p / 100) for p in (0, 25, 50, 75)},
 }
 """100 % of the blocks is ``all``."""
+SINGLES = {
+    f"{short}-at-{index}": Arm(f"{short.upper()} in block {index}", partial(OneBlock, kind, index))
+    for short, kind in (("tm", "modulation"), ("te", "expansion"))
+    for index in range(MOST_BLOCKS)
+}
+"""Modulation, then task tokens, in one block; not every backbone has as many."""
+CONTROLS = {
+    "longer": Arm("joint, at the compute of TM + TE", Longer),
+    "joint-frozen": Arm("joint, backbone frozen", Frozen),
+    "imtl-after-50": Arm("IMTL after 50 %", combination=partial(Aggregated, make=imtl), start=0.5),
+    "imtl-tm+te": Arm("IMTL, TM + TE after 50 %", Placement, partial(Aggregated, make=imtl), start=0.5),
+    "grouped": Arm("TM + TE, two groups of tasks", partial(Placement, max_groups=2)),
+}
 RIVALS = {
     "shared": Arm("TM + TE, shared by all tasks", partial(Placement, shared=True)),
     "lora": Arm("LoRA per task", partial(OfEqualSize, LoRA)),
@@ -44,4 +67,4 @@ RIVALS = {
     "recon": Arm("Recon", Recon),
 }
 
-ARMS: dict[str, Arm] = {**METHOD, **PLACES, **ABLATIONS, **RIVALS}
+ARMS: dict[str, Arm] = {**METHOD, **PLACES, **ABLATIONS, **SINGLES, **CONTROLS, **RIVALS}

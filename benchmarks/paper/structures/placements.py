@@ -32,6 +32,9 @@ class Placement:
         modulator: ``"affine"`` or ``"batch_norm"``.
         freeze_backbone: whether only what is added, and the heads, train on.
         shared: whether all tasks share one set of modules in the chosen blocks: as much change, and no task's own.
+        draw: which of the random plans of a seed.
+        max_groups: at most so many groups of tasks that hardly conflict share modules (``report.groups``); None for
+            modules of every task's own.
 
     Raises:
         ValueError: an unknown strategy. (The rest is checked where the plan is made.)
@@ -45,6 +48,8 @@ class Placement:
     modulator: str = "affine"
     freeze_backbone: bool = False
     shared: bool = False
+    draw: int = 0
+    max_groups: int | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in BY_REPORT + WITHOUT_REPORT:
@@ -72,6 +77,8 @@ class Placement:
         groups = {_free_name(tasks): tasks} if self.shared else {}
         if self.strategy in BY_REPORT:
             report = setting.report.at(self.ratio)
+            if self.max_groups is not None:
+                groups = report.groups(max_groups=self.max_groups)
             plan = report.plan(
                 modulation=modulation,
                 expansion=expansion,
@@ -79,7 +86,7 @@ class Placement:
                 num_tokens=num_tokens,
                 groups=groups,
             )
-            return plan, {"report": _rates(report)}
+            return plan, {"report": rates_of(report)}
         modulated, expanded = (
             dict.fromkeys(self._blocks(setting, share, what), tasks)
             for what, share in (("modulation", modulation), ("expansion", expansion))
@@ -100,7 +107,8 @@ class Placement:
         blocks = list(setting.blocks)
         count = max(1, round(share * len(blocks))) if share else 0
         if self.strategy == "random":
-            taken = set(random.Random(f"{setting.seed} {what}").sample(blocks, count))
+            draw = f" {self.draw}" if self.draw else ""
+            taken = set(random.Random(f"{setting.seed}{draw} {what}").sample(blocks, count))
             return [block for block in blocks if block in taken]
         return blocks[:count] if self.strategy == "first" else blocks[len(blocks) - count :]
 
@@ -113,7 +121,7 @@ def _free_name(tasks: tuple[str, ...]) -> str:
     return name
 
 
-def _rates(report: dtme.ConflictReport) -> Facts:
+def rates_of(report: dtme.ConflictReport) -> Facts:
     """What a plan was made from, block by block; null where a number is not known."""
     return {
         "ratio": report.ratio,
