@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "run": (".runner.command", "run an experiment of the evaluation, or go on with it"),
+    "pretrain": (".pretrain", "pretrain a backbone by masked reconstruction"),
     "report": (".report.command", "turn a folder of runs into tables and figures"),
     "signal": (".signal.command", "measure the conflicts of a joint training image by image"),
     "fair": (".fair.command", "whether joint training was only tuned too little: run it, or go on with it"),
