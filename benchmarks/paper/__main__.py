@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "run": (".runner.command", "run an experiment of the evaluation, or go on with it"),
     "pretrain": (".pretrain", "pretrain a backbone by masked reconstruction"),
+    "compare": (".compare.command", "whether conflict chooses better than chance: run it, and report the answers"),
     "report": (".report.command", "turn a folder of runs into tables and figures"),
     "signal": (".signal.command", "measure the conflicts of a joint training image by image"),
     "fair": (".fair.command", "whether joint training was only tuned too little: run it, or go on with it"),
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             implementation = import_module(module, __package__)
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
+            if hasattr(implementation, "with_presets"):
+                argv = [name, *implementation.with_presets(argv[1:])]
     args = parser.parse_args(argv)
     return args.run(args) or 0
 

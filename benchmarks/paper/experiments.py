@@ -44,6 +44,10 @@ EXPERIMENTS = {
         "what as many parameters do elsewhere",
         ("joint", "tm+te", "t-1", "shared", "lora", "bitfit", "norm-affine", "prompts", "longer"),
     ),
+    "compare": Experiment(
+        "does it pay, and do conflicts choose better than chance",
+        ("joint", "longer", "tm+te", *RANDOM[:3], "last-half", "all", "shared", "lora"),
+    ),
     "prediction": Experiment(
         "what predicts a block's gain: one of the first six blocks at a time",
         ("joint", *(f"{kind}-at-{index}" for kind in ("tm", "te") for index in range(6))),
