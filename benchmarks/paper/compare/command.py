@@ -1,7 +1,7 @@
 """``compare``: the arms that tell whether conflict chooses better than chance, and a page of the answers.
 
-It is ``run`` with arms of its own and ``compare-report`` behind it. With ``--minutes``, what is complete when they are over
-is reported, and the same command goes on with the rest.
+It is ``run`` with arms of its own and ``compare-report`` behind it. With ``--minutes``, what is complete when they are
+over is reported, and the same command goes on with the rest.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from .report import write_report
 
 EXPERIMENT = "compare"
 PRESETS = {
-    "gpu10": "--data rooms --size 224 --train 2000 --val 250 --backbone vit-small --batch 16 --steps 300 --expand-at 0.5 "
-    "--read 512 --seeds 5 --no-conflicts --device cuda --jobs 4 --minutes 10"
+    "gpu10": "--data rooms --size 224 --train 2000 --val 250 --backbone vit-small --batch 16 --steps 300 "
+    "--expand-at 0.5 --read 512 --seeds 5 --no-conflicts --device cuda --jobs 4 --minutes 10"
 }
 """Options by name. ``gpu10`` renders its rooms where it runs, and stops after ten minutes wherever it is then."""
 
@@ -74,7 +74,7 @@ def interrupted_after(minutes: float | None) -> Iterator[threading.Event]:
 
     def interrupt() -> None:
         is_over.set()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # which is an interrupt in `to_its_end`; Ctrl-C may be ignored
 
     timer = threading.Timer(60 * (minutes or 0), interrupt)
     timer.daemon = True
