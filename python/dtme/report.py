@@ -238,7 +238,8 @@ class ConflictReport(Stamped):
                 ``"conflict"`` gives, but task by task, to those that are in the pairs with the highest rates, whatever
                 the block: ``pair_threshold`` in all blocks, at the threshold that gives so many (of equals at the last
                 place, the earlier block and task). A pair counts only where its tasks are in no group together, and a
-                task that meets no other gets nothing.
+                task that meets no other gets nothing. ``"first"`` and ``"last"`` look at no rates: that share of the
+                blocks, from the first one on or up to the last one.
             num_tokens: task tokens per task and block, or ``"text"`` (6) or ``"params"`` (1), the paper's two figures.
             pair_threshold: give a module only to tasks in some pair whose rate in that block and space reaches this;
                 None gives one to every task that reaches the block.
@@ -248,7 +249,7 @@ class ConflictReport(Stamped):
             max_parameters: of all plans with at most as many blocks as the shares say, that add at most so many
                 parameters, the one with the highest sum of chosen rates. Under ``"reverse"`` the sum is of 1 - rate;
                 under ``"gain"``, of gains and of null rates, each in parts of its own mean over the blocks; under
-                ``"random"`` blocks count by when they were drawn.
+                ``"random"``, ``"first"`` and ``"last"`` blocks count by when they are taken.
             max_compute: likewise with ``ExpansionPlan.compute()`` at most so much. Of blocks with equal rates the later
                 one is chosen, without ``max_compute`` the earlier.
 

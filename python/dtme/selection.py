@@ -25,7 +25,11 @@ STRATEGIES = {
     "random": ("range", "null", True),
     "gain": ("gain", "null", True),
     "pairs": ("range", "null", True),
+    "first": ("range", "null", True),
+    "last": ("range", "null", True),
 }
+WITHOUT_RATES = ("random", "first", "last")
+"""Strategies that take blocks by their place, or by lot."""
 BUDGETS = ("max_parameters", "max_compute")
 
 
@@ -136,10 +140,8 @@ class Candidates:
         for source in self.rules.sources:
             scores = self._scores(source, weights, scale)
             order = self._order(scores)
-            if self.rules.strategy == "random":
-                shuffled = list(range(num_blocks))
-                generator.shuffle(shuffled)
-                order = order[:, shuffled]
+            if self.rules.strategy in WITHOUT_RATES:
+                order = self._places(generator).expand(len(order), num_blocks)
             orders.append(order)
             values.append(self._values(source, order, scores))
             members.append(self._members("null" if source == "null" else "range", weights, scale))
@@ -213,12 +215,19 @@ class Candidates:
             return best_first.argsort(dim=1, descending=True, stable=True)
         return scores.shape[1] - 1 - best_first.flip(1).argsort(dim=1, descending=True, stable=True)
 
+    def _places(self, generator: random.Random) -> Tensor:
+        """(S,): all blocks in the order in which a strategy takes them that looks at no rates."""
+        places = list(range(len(self.shared)))
+        if self.rules.strategy == "random":
+            generator.shuffle(places)
+        return torch.tensor(places[::-1] if self.rules.strategy == "last" else places)
+
     def _values(self, source: str, order: Tensor, scores: Tensor) -> Tensor:
         """(R, S): what a budget's choice maximises the sum of. What is negative is not chosen, also without one.
 
         Gains can be, and so is what there is for an owner that meets no other.
         """
-        if self.rules.strategy == "random":  # the earlier drawn, the better
+        if self.rules.strategy in WITHOUT_RATES:  # the earlier taken, the better
             return torch.linspace(1, 0.5, order.shape[1], dtype=torch.float64)[order.argsort(1)]
         if source == "gain":
             return scores / scores.clamp(min=0).mean(1, keepdim=True).clamp(min=1e-300)

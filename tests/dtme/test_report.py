@@ -310,3 +310,21 @@ def test_plot_writes_a_picture(tmp_path, suffix):
     path = tmp_path / f"conflicts.{suffix}"
     make_report().plot(path)
     assert path.stat().st_size > 5000 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("strategy, taken", [("first", [0, 1]), ("last", [2, 3])])
+def test_strategies_by_place_look_at_no_rates(strategy, taken):
+    for rates in ([0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.3, 0.2]):
+        report = make_report(range_rates=rates, null_rates=rates[::-1])
+        plan = report.plan(strategy=strategy)
+        assert blocks(plan.modulation) == blocks(plan.expansion) == taken
+        one = report.plan(strategy=strategy, max_parameters=plan.added_parameters() // 2)
+        end = taken[0] if strategy == "first" else taken[-1]
+        assert 0 < one.added_parameters() <= plan.added_parameters() // 2 and end in blocks(one.blocks)
+    assert plan.compute() == {"first": 4.0, "last": 2.5}[strategy]
+
+
+def test_a_random_plan_is_drawn_whatever_the_rates_are():
+    one, other = ([0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.3, 0.2])
+    plans = [make_report(range_rates=rates, null_rates=rates).plan(strategy="random", seed=3) for rates in (one, other)]
+    assert plans[0] == plans[1]
