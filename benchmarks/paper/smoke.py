@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         since = time.perf_counter()
         if any(main(command) for command in evidence(latest, args.out / "cache")):
             return 1
-        seconds["signal and fair"] = time.perf_counter() - since
+        seconds["studies"] = time.perf_counter() - since
     since = time.perf_counter()
     whole, killed = killed_and_resumed(latest / "killed", args.out / "cache")
     if figures(whole) != figures(killed):
@@ -79,15 +79,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evidence(out: Path, cache: Path) -> list[list[str]]:
-    """The commands of the two studies, on rooms, and of their reports."""
-    same = ["--size", "32", "--steps", "4", "--batch", "4", "--train", "40", "--val", "8", "--cache", str(cache)]
-    signal, fair = str(out / "signal"), str(out / "fair")
+    """The commands of the three studies, on rooms, and of their reports; the last one on a pretrained backbone."""
+    same = ["--size", "32", "--steps", "4", "--batch", "4", "--train", "40", "--cache", str(cache)]
+    studied = [*same, "--val", "8"]
+    signal, fair, pretrained = (str(out / name) for name in ("signal", "fair", "pretrained"))
     sizes = ["--read", "32", "--sample", "16", "--permuted", "8"]
     return [
-        ["signal", "--out", signal, "--seeds", "2", *same, *sizes],
+        ["signal", "--out", signal, "--seeds", "2", *studied, *sizes],
         ["signal-report", signal, "--to", str(out / "signal-report")],
-        ["fair", "--out", fair, "--tasks", "semseg", "depth", "--no-conflicts", *same],
+        ["fair", "--out", fair, "--tasks", "semseg", "depth", "--no-conflicts", *studied],
         ["fair-report", fair, "--to", str(out / "fair-report")],
+        ["pretrain", "--out", pretrained, *same],
+        ["compare", "--out", str(out / "compare"), "--backbone", pretrained, "--seeds", "2", "--read", "8", *studied],
     ]
 
 
