@@ -54,7 +54,7 @@ EXPERIMENTS = {
     ),
     "scale": Experiment(
         "premise and scale: joint training and TM + TE, frozen, in groups, with an aggregator",
-        ("joint", "tm+te", "joint-frozen", "frozen", "grouped", "imtl-after-50", "imtl-tm+te"),
+        ("joint", "tm+te", "joint-frozen", "frozen", "grouped", "imtl-after-50", "imtl+tm+te"),
     ),
     "everything": Experiment(
         "every arm that every backbone has, with one random plan",

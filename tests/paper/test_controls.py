@@ -156,11 +156,11 @@ def test_groups_share_modules():
 
 
 def test_an_aggregator_joins_after_half_of_the_training(config, tmp_path):
-    plain, aggregated = (run(replace(config, arm=arm), tmp_path) for arm in ("imtl-after-50", "imtl-tm+te"))
+    plain, aggregated = (run(replace(config, arm=arm), tmp_path) for arm in ("imtl-after-50", "imtl+tm+te"))
     assert plain["settings"]["branch"] == aggregated["settings"]["branch"] == 4
     assert plain["structure"]["added"] == 0 < aggregated["structure"]["added"]
     assert (tmp_path / "work" / "trunk.lr-0.001.seed-0.step-4.pt").exists()  # which both go on from
-    assert run_path(tmp_path, "imtl-tm+te.seed-0").exists()
+    assert run_path(tmp_path, "imtl+tm+te.seed-0").exists()
 
 
 def test_every_backbone_has_the_arms_of_everything():

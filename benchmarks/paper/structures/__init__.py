@@ -55,7 +55,7 @@ CONTROLS = {
     "longer": Arm("joint, at the compute of TM + TE", Longer),
     "joint-frozen": Arm("joint, backbone frozen", Frozen),
     "imtl-after-50": Arm("IMTL after 50 %", combination=partial(Aggregated, make=imtl), start=0.5),
-    "imtl-tm+te": Arm("IMTL, TM + TE after 50 %", Placement, partial(Aggregated, make=imtl), start=0.5),
+    "imtl+tm+te": Arm("IMTL, TM + TE after 50 %", Placement, partial(Aggregated, make=imtl), start=0.5),
     "grouped": Arm("TM + TE, two groups of tasks", partial(Placement, max_groups=2)),
 }
 RIVALS = {
