@@ -44,14 +44,14 @@ def _lead(claim: Claim, subject: str, better: str, worse: str, other: str, setti
     for word, text in groups:
         there = [one for one in claim.evidence if one.word == word]
         if there:
-            parts.append(f"{text} in {len(there)} of {settings} ({'; '.join(map(_said, there))})")
+            parts.append(f"{text}{_in(len(there), settings)} ({'; '.join(map(_said, there))})")
     if claim.untested:
-        parts.append(f"is {UNTESTED} against {other} in {len(claim.untested)} of {settings}")
-    return f"**{subject}** {names(parts)}{_settings(settings)}."
+        parts.append(f"is {UNTESTED} against {other}{_in(len(claim.untested), settings)}")
+    return f"**{subject}** {names(parts)}."
 
 
-def _settings(count: int) -> str:
-    return " settings" if count > 1 else " setting"
+def _in(count: int, settings: int) -> str:
+    return f" in {count} of {settings} settings" if settings > 1 else ""
 
 
 def _said(one: Evidence) -> str:

@@ -130,7 +130,9 @@ def pretrained_pairs(settings: Sequence[Setting]) -> list[tuple[Setting, Setting
         (new, old)
         for new in settings
         for old in settings
-        if is_pretrained(_backbone(new))
+        if METHOD in new.arms
+        and METHOD in old.arms
+        and is_pretrained(_backbone(new))
         and _backbone(old) == UNTRAINED + _backbone(new)
         and _without(new, "backbone") == _without(old, "backbone")
     ]
@@ -141,15 +143,19 @@ def _backbone(setting: Setting) -> str:
 
 
 def task_pairs(settings: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
-    """(more tasks, the next fewer) of settings that differ in their tasks only."""
-    groups: dict[str, list[Setting]] = {}
+    """(more tasks, the next fewer) of settings that differ in their tasks only, all with tuned rates or none."""
+    groups: dict[str, dict[int, list[Setting]]] = {}
     for setting in settings:
-        groups.setdefault(said(_without(setting, "tasks")), []).append(setting)
-    pairs = []
-    for group in groups.values():
-        ordered = sorted(group, key=lambda setting: len(setting.folder.tasks))
-        pairs += [(new, old) for old, new in pairwise(ordered) if len(new.folder.tasks) > len(old.folder.tasks)]
-    return pairs
+        if METHOD in setting.arms:
+            same = said(_without(setting, "tasks") | {"is_tuned": bool(setting.tuned)})
+            groups.setdefault(same, {}).setdefault(len(setting.folder.tasks), []).append(setting)
+    return [
+        (new, old)
+        for group in groups.values()
+        for fewer, more in pairwise(sorted(group))
+        for old in group[fewer]
+        for new in group[more]
+    ]
 
 
 def _without(setting: Setting, name: str) -> dict[str, object]:

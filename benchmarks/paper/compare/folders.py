@@ -16,8 +16,8 @@ from ..report.text import setting as said
 from ..results import Run, read_experiment, read_runs
 from ..runner.tune import JOINT
 
-METHOD, RANDOM, LONGER = "tm+te", "random plans", "longer"
-"""The method by conflict; the mean over the arms with random plans, which is no arm of the runner; longer training."""
+METHOD, RANDOM = "tm+te", "random plans"
+"""The method by conflict; the mean over the arms with random plans, which is no arm of the runner."""
 ONE_BLOCK = re.compile(r"(tm|te)-at-(\d+)")
 _RANDOM_ARM = re.compile(r"random(-\d+)?")
 
@@ -62,18 +62,11 @@ class Setting:
 
     @cached_property
     def compute(self) -> dict[str, BySeed]:
-        """Arm -> seed -> compute of a forward pass of all tasks over one of the shared model; 1 is joint training.
+        """Arm -> seed -> passes of the shared blocks in a step of the arm's own training; 1 is joint training.
 
-        Longer joint training has as many times the compute as it has steps. Empty where the runs do not say.
+        Longer joint training has as many as its additional steps stand for. Empty where the runs do not say.
         """
-        return self._of_runs(self._compute_of)
-
-    def _compute_of(self, run: Run) -> float:
-        if run["arm"] == JOINT:
-            return 1.0
-        if run["arm"] == LONGER:
-            return number(run["settings"].get("steps")) / number(self.settings.get("steps"))
-        return number((run.get("structure") or {}).get("compute"))
+        return self._of_runs(_passes)
 
     @cached_property
     def cpu_ratio(self) -> dict[str, BySeed]:
@@ -119,8 +112,19 @@ def read_settings(outs: Sequence[Path]) -> list[Setting]:
     if twice := [out for at, out in enumerate(outs) if out.resolve() in [o.resolve() for o in outs[:at]]]:
         raise ValueError(f"{twice[0]} is named twice")
     settings = [_read(out) for out in outs]
-    titles = tell_apart([one.title for one in settings], [one.path.resolve().name for one in settings])
-    return [replace(one, title=title) for one, title in zip(settings, titles, strict=True)]
+    return [replace(one, title=title) for one, title in zip(settings, _apart(settings), strict=True)]
+
+
+def _apart(settings: Sequence[Setting]) -> list[str]:
+    """Titles that differ: by the experiment where that is enough, else by the folder, else with the one it is in."""
+    titles, paths = [one.title for one in settings], [one.path.resolve() for one in settings]
+    experiments = [one.folder.experiment for one in settings]
+    for names in (experiments, [path.name for path in paths]):
+        try:
+            return tell_apart(titles, names)
+        except ValueError:
+            continue
+    return tell_apart(titles, [f"{path.parent.name}/{path.name}" for path in paths])
 
 
 def _read(out: Path) -> Setting:
@@ -142,6 +146,13 @@ def _read(out: Path) -> Setting:
     if setting.random:
         arms[RANDOM] = pooled(setting.random)
     return setting
+
+
+def _passes(run: Run) -> float:
+    if run["arm"] == JOINT:
+        return 1.0
+    structure = run.get("structure") or {}
+    return number(structure.get("compute", structure.get("passes")))
 
 
 def _title(folder: Folder) -> str:

@@ -38,8 +38,8 @@ CHANCE = (
 )
 ARMS = (
     "Mean ± half-width of the 95 % interval; a number in brackets is how many seeds it is of, where that is not the "
-    "row's. Compute: of a forward pass of all tasks, over that of the shared model; – where runs do not say. CPU: "
-    "seconds of a run over those of joint training, analysis and evaluation included."
+    "row's. Compute: passes of the shared blocks per step in the arm's own part of the training; – where runs do not "
+    "say. CPU: seconds of a run over those of joint training, the joint part, analysis and evaluation included."
 )
 TESTS = (
     "Differences of Δm in points with the number of seeds; bold is significantly better at 5 % after Holm's correction "
@@ -78,11 +78,7 @@ def page(findings: Findings, pictures: Iterable[str]) -> str:
         VERDICTS + _by_luck(len(tested)),
         _picture(pictures, "questions.png"),
         *_chance(findings),
-        *(
-            part
-            for at, setting in enumerate(findings.settings.values())
-            for part in _arms(findings, setting, at, pictures)
-        ),
+        *_arms(findings, pictures),
         *_prediction(findings, pictures),
         *_cost(findings),
         *_settings(findings),

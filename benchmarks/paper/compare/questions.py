@@ -6,7 +6,7 @@ from functools import cache
 from ..report.beside import Entry, entries
 from ..report.text import DASH, plain
 from ..runner.tune import JOINT
-from .folders import LONGER, METHOD, RANDOM
+from .folders import METHOD, RANDOM
 
 PRINTED = {"nyud": "NYUD-v2", "pascal": "PASCAL-Context", "taskonomy": "Taskonomy"}
 NOT_PRINTED = "not compared"
@@ -30,7 +30,7 @@ class Question:
 
 QUESTIONS = (
     Question("joint", "TM + TE beats joint training", METHOD, JOINT),
-    Question("longer", "TM + TE beats joint training of equal compute", METHOD, LONGER),
+    Question("longer", "TM + TE beats joint training of equal compute", METHOD, "longer"),
     Question("random-joint", "TM + TE in random blocks beats joint training", RANDOM, JOINT),
     Question("random", "choosing by conflict beats random blocks", METHOD, RANDOM),
     Question("reverse", "choosing by conflict beats the reverse choice", METHOD, "reverse"),
@@ -50,8 +50,9 @@ QUESTIONS = (
     Question("joint-frozen", "with a frozen backbone, TM + TE beats joint training", "frozen", "joint-frozen"),
     Question("grouped", "modules per task beat modules per group of tasks", METHOD, "grouped"),
     Question("imtl", "TM + TE beats IMTL", METHOD, "imtl", ("taskonomy",)),
-    Question("imtl-expanded", "with IMTL on the shared part, TM + TE beats IMTL alone", "imtl+tm+te", "imtl"),
-    Question("imtl-added", "TM + TE with IMTL on the shared part beats TM + TE alone", "imtl+tm+te", METHOD),
+    Question("imtl-late", "TM + TE beats IMTL from half of the training on", METHOD, "imtl-after-50"),
+    Question("imtl-expanded", "with IMTL, TM + TE beats the plain model", "imtl-tm+te", "imtl-after-50"),
+    Question("imtl-added", "TM + TE with IMTL beats TM + TE alone", "imtl-tm+te", METHOD),
 )
 
 

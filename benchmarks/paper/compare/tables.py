@@ -21,13 +21,13 @@ from .questions import NOT_PRINTED
 
 def claims_table(findings: Findings) -> str:
     """One row per claim and setting; settings without the runs of a claim share its last row."""
-    rows = [row for claim in findings.claims for row in _rows(claim)]
+    rows = [row for claim in findings.claims for row in _rows(claim, len(findings.settings))]
     rows += list(_prediction_rows(findings))
     head = ["claim", "the paper's Δm", "setting", "our Δm", "difference, points [95 %]", "seeds", "verdict"]
     return table(head, rows, left=3)
 
 
-def _rows(claim: Claim) -> Iterator[list[str]]:
+def _rows(claim: Claim, settings: int) -> Iterator[list[str]]:
     first = [claim.text, claim.paper]
     for one in claim.evidence:
         e = one.estimate
@@ -36,8 +36,12 @@ def _rows(claim: Claim) -> Iterator[list[str]]:
         yield [*first, one.setting, sides, difference, str(e.n), verdict_text(one)]
         first = ["", ""]
     if claim.untested or not claim.evidence:
-        where = "; ".join(claim.untested) if claim.untested else "no two settings for it"
+        where = _listed(claim.untested, settings) if claim.untested else "no two settings for it"
         yield [*first, where, DASH, DASH, DASH, UNTESTED]
+
+
+def _listed(titles: list[str], settings: int) -> str:
+    return "all settings" if len(titles) == settings > 1 else "; ".join(titles)
 
 
 def verdict_text(one: Evidence) -> str:
@@ -66,7 +70,7 @@ def _prediction_rows(findings: Findings) -> Iterator[list[str]]:
             yield [*first, title, DASH, correlation, str(len(found.seeds)), bold(said, word != OPEN)]
             first = ["", ""]
         if untested:
-            yield [*first, "; ".join(untested), DASH, DASH, DASH, UNTESTED]
+            yield [*first, _listed(untested, len(findings.settings)), DASH, DASH, DASH, UNTESTED]
 
 
 # --- chance -----------------------------------------------------------------------------------------------------------
