@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from scipy import stats
 
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.compare import figures
@@ -19,7 +20,7 @@ from benchmarks.paper.compare.folders import METHOD, RANDOM, read_settings
 from benchmarks.paper.compare.numbers import numbers
 from benchmarks.paper.compare.page import page
 from benchmarks.paper.compare.prediction import OVERALL, reached_by_chance
-from benchmarks.paper.compare.questions import QUESTIONS, printed_shares
+from benchmarks.paper.compare.questions import QUESTIONS, printed_pairs, printed_shares
 from benchmarks.paper.runner.command import add_arguments
 from tests.paper.compare_folders import BLOCKS, RANGE, compared, edit, one_block
 from tests.paper.result_folders import TASKS, rows, section
@@ -46,7 +47,7 @@ def planted(path, **options):
     """Conflict gains 3 points over joint training, random plans 1, and rivals more or less."""
     gains = {
         "tm+te": noisy(3.0),
-        "longer": noisy(2.9, 1.1),
+        "longer": noisy(2.95, 1.1),
         "random": noisy(1.5),
         "random-2": noisy(0.5),
         "reverse": noisy(5.0),
@@ -82,13 +83,10 @@ def test_planted_differences_have_their_verdicts_and_intervals(tmp_path):
 def test_what_is_not_settled_says_how_many_seeds_would(tmp_path):
     findings = found(planted(tmp_path).path)
     lora = claim(findings, "lora").evidence[0]
-    sd, n = 3 * SD, 2  # differences are 3 times NOISE, and half a point is the margin
-    quantiles = {  # of Student's t: 97.5 % and 80 % at n - 1 degrees of freedom, far out nearly normal
-        True: lambda n: 1.959964 + 2.3719 / (n - 1) + 0.841621 + 0.3593 / (n - 1)
-    }[True]
-    while quantiles(n) * sd / math.sqrt(n) > 0.5 or n < 30:
+    n = 2  # differences are 3 times NOISE around 0, so that half a point, the margin, is to be found
+    while stats.t.ppf([0.975, 0.8], n - 1).sum() * 3 * SD / math.sqrt(n) > 0.5:
         n += 1
-    assert lora.seeds == pytest.approx(n, abs=1)
+    assert lora.seeds == n and 150 < n < 200
     table = section(page(findings, []), "Claims")
     assert f"not settled: {int(lora.seeds)} seeds in all" in table
 
@@ -100,10 +98,8 @@ def test_one_seed_settles_nothing_and_has_no_interval(tmp_path):
     assert one.word == "not settled" and math.isnan(one.seeds) and one.estimate.mean == pytest.approx(2)
     text = page(findings, [])
     assert "not settled: one seed has no interval" in text and "is not settled against random blocks" in text
-    assert "nan" not in text.replace("dominant", "")
-    assert (
-        json.loads(json.dumps(numbers(findings), allow_nan=False))["claims"]["random"]["settings"][TITLE]["low"] is None
-    )
+    assert not re.search(r"\bnan\b", text)
+    assert numbers(findings)["claims"]["random"]["settings"][TITLE]["low"] is None
 
 
 def test_seeds_are_paired_and_missing_ones_left_out(tmp_path):
@@ -127,8 +123,6 @@ def test_gains_are_over_joint_training_though_there_are_single_task_runs(tmp_pat
 def test_paper_numbers_are_those_of_the_printed_tables():
     keys = {question.key: question for question in QUESTIONS}
     assert printed_shares() == pytest.approx({"NYUD-v2": 0.504, "PASCAL-Context": 0.689}, abs=1e-3)
-    from benchmarks.paper.compare.questions import printed_pairs
-
     assert printed_pairs(keys["swap"]) == [("NYUD-v2, ViT-T", -2.608, 0.044)]
     assert printed_pairs(keys["longer"]) == []
     assert [where for where, *_ in printed_pairs(keys["imtl"])] == [
@@ -141,9 +135,7 @@ def test_first_paragraph_follows_the_numbers(tmp_path):
     good = compared(tmp_path / "good", gains).path
     bad = compared(tmp_path / "bad", {"tm+te": noisy(1.0), "random": noisy(2.0)}).path
     text = answer(found(good, bad))
-    assert (
-        "beats chance in 1 of 2 settings (rooms, small, 2 tasks (good): +2.00 [+2.00, +2.00] points, 5 seeds)" in text
-    )
+    assert f"beats chance in 1 of 2 settings ({TITLE} (good): +2.00 [+2.00, +2.00] points, 5 seeds)" in text
     assert "does worse than chance in 1 of 2 settings (rooms, small, 2 tasks (bad): -1.00" in text
     assert "(good): beats lora, loses to shared; rooms, small, 2 tasks (bad): not tested." in text
     assert "is not tested against longer joint training in 2 of 2 settings" in text
@@ -378,21 +370,14 @@ def test_the_same_runs_make_the_same_bytes(tmp_path):
     outs = whole(tmp_path)
     written = []
     for to in (tmp_path / "one", tmp_path / "two"):
+        to.mkdir()
+        (to / "blocks-3.png").touch()  # of an earlier report on more settings
         main(["compare-report", *map(str, outs), "--to", str(to)])
         written.append({path.name: path.read_bytes() for path in to.iterdir()})
     assert written[0] == written[1]
-    assert written[0].keys() == {
-        "report.md",
-        "compare.json",
-        "questions.png",
-        "arms-1.png",
-        "arms-2.png",
-        "blocks-2.png",
-    } - {"arms-2.png"}
-    assert str(tmp_path) not in written[0]["report.md"].decode() + written[0]["compare.json"].decode()
-    assert "## Arms: rooms, small, 2 tasks (arms)" in written[0]["report.md"].decode()
-    main(["compare-report", str(outs[0]), "--to", str(tmp_path / "one")])
-    assert not (tmp_path / "one" / "blocks-2.png").exists()  # of a setting that is not in it any more
+    assert written[0].keys() == {"report.md", "compare.json", "questions.png", "arms-1.png", "blocks-2.png"}
+    text = written[0]["report.md"].decode() + written[0]["compare.json"].decode()
+    assert str(tmp_path) not in text and "## Arms: rooms, small, 2 tasks (arms)" in text
 
 
 def test_text_lies_in_the_figures(tmp_path):

@@ -88,7 +88,7 @@ def questions(findings: Findings) -> Any:
     for row, claim in enumerate(claims):
         for at, one in zip(_offsets(len(claim.evidence)), claim.evidence, strict=True):
             drawn.append(_line(row + at, one, *looks[one.setting]))
-            show(axes, drawn[-1], 0.0 if most > 2 else 0.12)
+            show(axes, drawn[-1], 0.3 / (most + 1))
         if row:
             axes.axhline(row - 0.5, color=EMPTY, linewidth=0.8, zorder=0)
     unit = f"difference of Δm in points; right: the claim holds\n{READING}"
