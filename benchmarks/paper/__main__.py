@@ -14,6 +14,7 @@ COMMANDS = {
     "fair": (".fair.command", "whether joint training was only tuned too little: run it, or go on with it"),
     "fair-report": (".fair.report", "turn what `fair` ran into tables and figures"),
     "signal-report": (".signal.report", "turn folders of conflict measurements into one page, its numbers and figures"),
+    "compare-report": (".compare.report", "whether conflict beats chance, and the method plain adapters: one page"),
     "parameters": (".parameters", "what the paper's method and its rivals add to a network"),
     "smoke": (".smoke", "try every data set and arm for a few steps"),
     "scenes": ("..rooms.show", "draw the rendered rooms"),

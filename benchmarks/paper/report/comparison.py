@@ -143,7 +143,7 @@ def compare(folder: Folder, baseline: str = BASELINE) -> Comparison:
         arm.delta_m, arm.terms = gains(arm, arms[reference], lower)
     notes += _undefined(arms.values(), arms[reference])
     base = arms[baseline]
-    differences = _tests(arms.values(), base, lambda arm: arm.delta_m, False)
+    differences = paired_tests(arms.values(), base, lambda arm: arm.delta_m)
     return Comparison(
         folder,
         baseline,
@@ -267,13 +267,17 @@ def _undefined(arms: Iterable[ArmResult], reference: ArmResult) -> list[str]:
 
 
 def _task_tests(arms: Iterable[ArmResult], baseline: ArmResult, task: str, lower_is_better: bool) -> dict[str, Test]:
-    return _tests(arms, baseline, lambda arm: arm.metrics[task], lower_is_better)
+    return paired_tests(arms, baseline, lambda arm: arm.metrics[task], lower_is_better)
 
 
-def _tests(
-    arms: Iterable[ArmResult], baseline: ArmResult, of: Callable[[ArmResult], BySeed], lower_is_better: bool
+def paired_tests(
+    arms: Iterable[ArmResult], baseline: ArmResult, of: Callable[[ArmResult], BySeed], lower_is_better: bool = False
 ) -> dict[str, Test]:
-    """Arm -> its paired comparison, for all arms but the baseline."""
+    """Arm -> its paired comparison, for all arms but the baseline; the p-values are adjusted over all of these.
+
+    Args:
+        of: the numbers of an arm that are compared.
+    """
     others = [arm for arm in arms if arm is not baseline]
     base = of(baseline)
     pairs = [{seed: value - base[seed] for seed, value in of(arm).items() if seed in base} for arm in others]
