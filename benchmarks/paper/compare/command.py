@@ -15,7 +15,9 @@ from functools import partial
 from ..experiments import EXPERIMENTS
 from ..results import read_runs
 from ..runner.command import add_options, is_together, run_apart, to_its_end
-from .report import write_report
+from .findings import find
+from .folders import read_settings
+from .report import write
 
 EXPERIMENT = "compare"
 PRESETS = {
@@ -63,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{args.minutes:g} minutes are over; the same command goes on")
     if next(read_runs(args.out), None) is None:
         raise ValueError("no run is done yet: give it more --minutes, or fewer --steps")
-    print(write_report([args.out], args.out / "report"))
+    print(write(find(read_settings([args.out])), args.out / "report"))
     return 0
 
 

@@ -51,8 +51,8 @@ QUESTIONS = (
     Question("grouped", "modules per task beat modules per group of tasks", METHOD, "grouped"),
     Question("imtl", "TM + TE beats IMTL", METHOD, "imtl", ("taskonomy",)),
     Question("imtl-late", "TM + TE beats IMTL from half of the training on", METHOD, "imtl-after-50"),
-    Question("imtl-expanded", "with IMTL, TM + TE beats the plain model", "imtl-tm+te", "imtl-after-50"),
-    Question("imtl-added", "TM + TE with IMTL beats TM + TE alone", "imtl-tm+te", METHOD),
+    Question("imtl-expanded", "with IMTL, TM + TE beats the plain model", "imtl+tm+te", "imtl-after-50"),
+    Question("imtl-added", "TM + TE with IMTL beats TM + TE alone", "imtl+tm+te", METHOD),
 )
 
 
