@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
         if main(command) or main(["report", str(out)]):
             return 1
         seconds[name] = time.perf_counter() - since
+    outs = [str(latest / name) for name in args.only]
+    if main(["compare-report", *outs, "--to", str(latest / "compare-report")]):
+        return 1
     if "rooms" in args.only:
         since = time.perf_counter()
         if any(main(command) for command in evidence(latest, args.out / "cache")):

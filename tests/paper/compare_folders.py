@@ -2,12 +2,26 @@
 
 import json
 
+from benchmarks.paper.compare.findings import find
+from benchmarks.paper.compare.folders import read_settings
 from tests.paper.result_folders import SEED_EFFECT, TASKS, ResultFolder
 
 BLOCKS = 6
 COMPUTE = {"joint": None, "tm+te": 3.5, "random": 4.0}
 RANGE = (0.50, 0.52, 0.54, 0.56, 0.58, 0.60)
 NULL = (0.45, 0.44, 0.43, 0.42, 0.41, 0.40)
+NOISE = (-1.0, -0.5, 0.0, 0.5, 1.0)
+"""Of the seeds; mean 0."""
+TITLE = "rooms, small, 2 tasks"
+
+
+def found(*paths):
+    return find(read_settings(list(paths)))
+
+
+def noisy(mean, times=1.0):
+    """A gain per seed."""
+    return [mean + times * value for value in NOISE]
 
 
 def compared(path, gains, seeds=range(5), tasks=TASKS, tuned=None, lr=1e-3, **settings):
@@ -67,3 +81,17 @@ def one_block(path, gain, seeds=range(5), kinds=("tm", "te"), **known):
                 structure = {"compute": 2.0, "report": {"blocks": [f"layer.{b}" for b in range(BLOCKS)], **report}}
                 folder.run(f"{kind}-at-{block}", seed, metrics=metrics, structure=structure)
     return folder
+
+
+def planted(path, **options):
+    """Conflict gains 3 points over joint training, random plans 1, and rivals more or less."""
+    gains = {
+        "tm+te": noisy(3.0),
+        "longer": noisy(2.95, 1.1),
+        "random": noisy(1.5),
+        "random-2": noisy(0.5),
+        "reverse": noisy(5.0),
+        "lora": noisy(3.0, 4.0),
+        "bitfit": noisy(1.0),
+    }
+    return compared(path, gains, **options)

@@ -1,9 +1,11 @@
 """The first paragraph: what came out, in sentences that say no more than the numbers do."""
 
+import math
+
 from dtme.comparison.verdict import EQUAL, OPEN
 
 from ..fair.tables import names
-from ..report.text import bracket
+from ..report.text import bracket, percent
 from .claims import FAILS, HOLDS, UNTESTED, Claim, Evidence
 from .findings import Findings
 from .questions import ADAPTERS
@@ -25,7 +27,14 @@ LEADS = (
 def answer(findings: Findings) -> str:
     claims = {claim.key: claim for claim in findings.claims}
     leads = [_lead(claims[key], *words, len(findings.settings)) for key, *words in LEADS]
-    return " ".join([leads[0], _adapters(findings), *leads[1:]])
+    return " ".join(part for part in (leads[0], _shares(findings), _adapters(findings), *leads[1:]) if part)
+
+
+def _shares(findings: Findings) -> str:
+    """What random blocks reach of the gain by conflict, where there is one."""
+    shares = {title: found.share for title, found in findings.chances.items() if not math.isnan(found.share.value)}
+    parts = [f"{title}: {percent(share, 0)} %" for title, share in shares.items()]
+    return f"Random blocks alone reach a share of the gain by conflict: {'; '.join(parts)}." if parts else ""
 
 
 def seeds_text(count: int) -> str:

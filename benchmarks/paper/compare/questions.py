@@ -31,6 +31,7 @@ class Question:
 QUESTIONS = (
     Question("joint", "TM + TE beats joint training", METHOD, JOINT),
     Question("longer", "TM + TE beats joint training of equal compute", METHOD, "longer"),
+    Question("longer-joint", "longer joint training beats joint training", "longer", JOINT),
     Question("random-joint", "TM + TE in random blocks beats joint training", RANDOM, JOINT),
     Question("random", "choosing by conflict beats random blocks", METHOD, RANDOM),
     Question("reverse", "choosing by conflict beats the reverse choice", METHOD, "reverse"),
