@@ -103,6 +103,13 @@ def test_figures_show_means_intervals_and_every_random_run(tmp_path):
     assert len(axes.patches) == 1  # the band
 
 
+def test_an_arm_far_from_all_others_does_not_squeeze_them(tmp_path):
+    gains = {"longer": noisy(40.0), "tm+te": noisy(0.5), "random": noisy(0.2), "lora": noisy(0.1)}
+    axes = figures.arms(found(compared(tmp_path, gains).path), TITLE).axes[0]
+    assert axes.get_xlim()[1] < 3
+    assert [text.get_text() for text in axes.texts] == ["+40.0 [+39.0, +41.0]"]
+
+
 def test_the_printed_command_is_the_one_that_ran(tmp_path):
     options = {"root": "/some/where", "tasks": ["semseg", "depth"], "seed": 3, "size": [64, 48]}
     folder = compared(tmp_path / "out", {"tm+te": noisy(1.0)}, options=options, expand_at=0.5, conflicts=False)

@@ -62,13 +62,13 @@ def tuning(setting: Setting) -> Tuning:
         return Tuning(tried, _untuned(rates, setting.lr), _other_rates(setting, rates))
     counts = sorted(set(tried.values()))
     said = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    sentence = f"The learning rate of every arm was chosen among {said} rates, on seeds and items of their own."
+    sentence = f"The learning rate of every arm was chosen among {said} rates, on seeds and items of their own"
     if len(counts) == 1:
-        return Tuning(tried, sentence, "")
+        return Tuning(tried, f"{sentence}: none was tuned more than another.", "")
     groups = [f"{listed([arm for arm, n in tried.items() if n == count])} at {count}" for count in reversed(counts)]
     return Tuning(
         tried,
-        sentence,
+        f"{sentence}.",
         f"ARMS WERE NOT TUNED ALIKE: {'; '.join(groups)} learning rates. What was tuned more may be better for that "
         "alone. (The runner tries one rate more where the best of three is at an end.)",
     )
@@ -76,7 +76,7 @@ def tuning(setting: Setting) -> Tuning:
 
 def _untuned(rates: list[float], default: float) -> str:
     if len(rates) == 1 and rates[0] is not None:
-        return f"No learning rate was tuned in this folder: every arm has {rates[0]:g}."
+        return f"No learning rate was tuned in this folder: every arm has {rates[0]:g}, and none was tuned more."
     shown = listed([f"{rate:g}" if isinstance(rate, float) else "one that is not known" for rate in rates])
     return f"No learning rate was tuned in this folder, whose default is {default:g}; the runs have {shown}."
 

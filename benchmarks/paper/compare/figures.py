@@ -12,8 +12,8 @@ from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
 from ..report.figures import COLOURS, WIDTH, draw_each, label
 from ..report.forest import Line, limit, show, style
+from ..report.text import bracket
 from ..runner.tune import JOINT
-from ..signal.statistics import Interval
 from .claims import Evidence
 from .findings import Findings
 from .folders import RANDOM, Setting
@@ -21,8 +21,10 @@ from .prediction import KINDS, OVERALL, SPACES, Prediction, by_block
 
 RATES = {"tm": RANGE, "te": NULL}
 MOST_SETTINGS = len(COLOURS)
+FAR = 4
+"""How many times farther from 0 than the median of the lines a mean has to be for the axis to leave it out."""
 MARKS = ("o", "s", "D", "^", "v", "P", "X")
-READING = "mean, 95 % interval (filled: without 0), small dots: seeds"
+READING = "mean, 95 % interval (filled: without 0), small dots: seeds; arrow with numbers: beyond the axis"
 
 
 def draw(findings: Findings, to: Path) -> list[str]:
@@ -48,22 +50,45 @@ def arms(findings: Findings, title: str) -> Any:
     rows = [arm for arm in setting.shown if arm.name != JOINT and arm.delta_m]
     if not rows:
         return None
-    figure = _figure(WIDTH, 1.2 + 0.36 * len(rows))
+    figure = _figure(WIDTH, 1.35 + 0.36 * len(rows))
     axes = figure.subplots()
     drawn = []
     for row, arm in enumerate(rows):
         e = setting.against_joint[arm.name].difference
         colour = COLOURS[1] if arm.name == RANDOM else COLOURS[0]
         drawn.append(Line(row, _dots(setting, arm.name), e, colour, e.low > 0 or e.high < 0))
-        show(axes, drawn[-1], 0.22)
     reading = READING
     if RANDOM in setting.arms and not math.isnan((random := setting.against_joint[RANDOM].difference).half_width):
         axes.axvspan(random.low, random.high, color=COLOURS[1], alpha=0.13, zorder=0, linewidth=0)
-        reading += "; of random plans, each run. Band: mean of the random plans"
+        reading += "\nrandom plans: a dot per run, the band is the interval of their mean"
     unit = f"Δm over joint training of the seed in %, right is better\n{reading}"
     style(axes, [label(arm.title) for arm in rows], label(title, 80), unit)
-    limit(axes, drawn)
+    _show(axes, drawn, 0.22)
     return figure
+
+
+def _show(axes: Any, lines: Sequence[Line], dots: float) -> None:
+    """Draw the lines; those whose mean is far from all others are an arrow with their numbers, lest they squeeze
+    these."""
+    usual = float(np.median([_reach(line) for line in lines]))
+    far = [line for line in lines if abs(line.estimate.mean) > FAR * usual]
+    near = [line for line in lines if line not in far]
+    for line in near:
+        show(axes, line, dots)
+    limit(axes, near)
+    low, high = axes.get_xlim()
+    for line in far:
+        e, is_right = line.estimate, line.estimate.mean > 0
+        end, inside = (high, -1) if is_right else (low, 1)
+        axes.plot([end], [line.row], ">" if is_right else "<", color=line.colour, markersize=6, clip_on=False)
+        text = {"va": "center", "ha": "right" if is_right else "left", "fontsize": 7.5, "color": line.colour}
+        numbers = bracket((e.mean, e.low, e.high), 1, sign=True)
+        axes.text(end + inside * 0.02 * (high - low), line.row, numbers, **text)
+
+
+def _reach(line: Line) -> float:
+    e = line.estimate
+    return max(abs(x) for x in (e.mean, e.low, e.high) if not math.isnan(x))
 
 
 def _dots(setting: Setting, name: str) -> list[float]:
@@ -88,12 +113,11 @@ def questions(findings: Findings) -> Any:
     for row, claim in enumerate(claims):
         for at, one in zip(_offsets(len(claim.evidence)), claim.evidence, strict=True):
             drawn.append(_line(row + at, one, *looks[one.setting]))
-            show(axes, drawn[-1], 0.3 / (most + 1))
         if row:
             axes.axhline(row - 0.5, color=EMPTY, linewidth=0.8, zorder=0)
     unit = f"difference of Δm in points; right: the claim holds\n{READING}"
     style(axes, [label(claim.text, 44) for claim in claims], "Every claim, by setting", unit)
-    limit(axes, drawn)
+    _show(axes, drawn, 0.3 / (most + 1))
     handles = [
         Line2D([], [], color=colour, marker=mark, markersize=5, label=label(title, 60))
         for title, (colour, mark) in looks.items()
@@ -149,13 +173,8 @@ def _gains(axes: Any, found: Prediction) -> None:
     known = found.correlations.get(SPACES[kind], {}).get(OVERALL)
     text = KINDS[kind]
     if known is not None and known.seeds:
-        text += f": rank correlation {_bracket(known.best)}"
+        text += f": rank correlation {bracket(known.best, 2, sign=True)}"
     axes.set_title(text, loc="left", fontsize=9, color=TEXT)
-
-
-def _bracket(of: Interval) -> str:
-    ends = "" if math.isnan(of.low) else f" [{of.low:+.2f}, {of.high:+.2f}]"
-    return f"{of.value:+.2f}{ends}"
 
 
 def _with_seeds(axes: Any, found: Prediction, values: np.ndarray, colour: str) -> None:
