@@ -214,7 +214,11 @@ def test_unequal_tuning_is_said_loudly(tmp_path):
     gains = {"tm+te": noisy(1.0), "lora": noisy(0.5)}
     alike = found(compared(tmp_path / "a", gains, tuned=tuned).path)
     assert not alike.tunings[TITLE].warning and "chosen among 3 rates" in page(alike, [])
-    tuned["lora"] = {"lr": 1e-3, "tried": {**tried, "0.027": 0.5}}
+    tuned["lora"] = {"lr": 1e-3, "tried": {**tried, "0.027": -9.0}, "is_at_edge": False}
+    beyond = found(compared(tmp_path / "d", gains, tuned=tuned).path)
+    assert not beyond.tunings[TITLE].warning
+    assert "at an end for lora, where one beyond it was tried as well, and not chosen" in page(beyond, [])
+    tuned["lora"] = {"lr": 0.027, "tried": {**tried, "0.027": 2.0}, "is_at_edge": True}
     other = found(compared(tmp_path / "b", gains, tuned=tuned).path)
     assert "ARMS WERE NOT TUNED ALIKE: lora at 4; joint, tm+te at 3 learning rates" in page(other, [])
     assert other.notes[0].startswith(f"{TITLE}: ARMS WERE NOT TUNED ALIKE")

@@ -66,6 +66,10 @@ def tuning(setting: Setting) -> Tuning:
     if len(counts) == 1:
         return Tuning(tried, f"{sentence}: none was tuned more than another.", "")
     groups = [f"{listed([arm for arm, n in tried.items() if n == count])} at {count}" for count in reversed(counts)]
+    further = [arm for arm, count in tried.items() if count > counts[0]]
+    if counts[0] and not any(setting.tuned[key].get("is_at_edge", True) for arm in further for key in labels[arm]):
+        beyond = f"the best was at an end for {listed(further)}, where one beyond it was tried as well, and not chosen"
+        return Tuning(tried, f"{sentence}: {beyond}, so that no arm had a choice that others had not.", "")
     return Tuning(
         tried,
         f"{sentence}.",

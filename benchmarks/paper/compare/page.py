@@ -26,9 +26,9 @@ READING = (
 VERDICTS = (
     "*Holds*: the whole interval is above 0. *Does not hold (contradicted)*: it is below 0. *No difference*: it lies "
     f"within ± {MARGIN:g} points. *Not settled*: else, with the number of seeds in all at which a paired t-test finds "
-    f"a difference as large as the mean, or {MARGIN:g} points if that is more, with a power of 80 %. *Not tested*: no "
-    "seed has both sides. A prediction holds if the interval of the rank correlation is above 0 and the correlation "
-    "beyond what 5 % of random orders of the blocks reach."
+    f"a difference as large as the mean, or {MARGIN:g} points if that is more, with a power of 80 %. A setting that a "
+    "claim has no row of does not have its runs. A prediction holds if the interval of the rank correlation is above 0 "
+    "and the correlation beyond what 5 % of random orders of the blocks reach."
 )
 CHANCE = (
     "Share of the gain: the Δm of random plans over that of the plan by conflict, with Fieller's interval; in the "
@@ -76,6 +76,7 @@ def page(findings: Findings, pictures: Iterable[str]) -> str:
         "## Claims",
         tables.claims_table(findings),
         VERDICTS + _by_luck(len(tested)),
+        tables.untested_text(findings),
         _picture(pictures, "questions.png"),
         *_chance(findings),
         *_arms(findings, pictures),

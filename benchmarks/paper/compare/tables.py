@@ -20,14 +20,14 @@ from .questions import NOT_PRINTED
 
 
 def claims_table(findings: Findings) -> str:
-    """One row per claim and setting; settings without the runs of a claim share its last row."""
-    rows = [row for claim in findings.claims for row in _rows(claim, len(findings.settings))]
+    """One row per claim and setting that has the runs of it."""
+    rows = [row for claim in findings.claims for row in _rows(claim)]
     rows += list(_prediction_rows(findings))
     head = ["claim", "the paper's Δm", "setting", "our Δm", "difference, points [95 %]", "seeds", "verdict"]
     return table(head, rows, left=3)
 
 
-def _rows(claim: Claim, settings: int) -> Iterator[list[str]]:
+def _rows(claim: Claim) -> Iterator[list[str]]:
     first = [claim.text, claim.paper]
     for one in claim.evidence:
         e = one.estimate
@@ -35,13 +35,14 @@ def _rows(claim: Claim, settings: int) -> Iterator[list[str]]:
         difference = bracket((e.mean, e.low, e.high), 2, sign=True)
         yield [*first, one.setting, sides, difference, str(e.n), verdict_text(one)]
         first = ["", ""]
-    if claim.untested or not claim.evidence:
-        where = _listed(claim.untested, settings) if claim.untested else "no two settings for it"
-        yield [*first, where, DASH, DASH, DASH, UNTESTED]
 
 
-def _listed(titles: list[str], settings: int) -> str:
-    return "all settings" if len(titles) == settings > 1 else "; ".join(titles)
+def untested_text(findings: Findings) -> str:
+    """The claims that no setting has the runs of."""
+    rows = {row[0] for row in _prediction_rows(findings)}
+    predicted = [text for text in map(_prediction, KINDS) if text not in rows]
+    claims = [*(claim.text for claim in findings.claims if not claim.evidence), *predicted]
+    return f"{UNTESTED.capitalize()} in any setting: {'; '.join(claims)}." if claims else ""
 
 
 def verdict_text(one: Evidence) -> str:
@@ -55,22 +56,22 @@ def verdict_text(one: Evidence) -> str:
 
 def _prediction_rows(findings: Findings) -> Iterator[list[str]]:
     """Whether the gain of a block goes with its rate, which the paper takes for granted."""
-    for kind, name in KINDS.items():
-        first = [f"the gain of {name} in a block goes with the block's {SPACES[kind]} rate", NOT_PRINTED]
-        untested = []
+    for kind in KINDS:
+        first = [_prediction(kind), NOT_PRINTED]
         for title in findings.settings:
             one = findings.predictions.get(title, {}).get(kind)
             found = None if one is None else one.correlations.get(SPACES[kind], {}).get(OVERALL)
             if one is None or found is None or not found.seeds:
-                untested.append(title)
                 continue
             correlation = f"rank correlation {bracket(found.best, 2, sign=True)}"
             word = found.word(len(one.blocks))
             said = f"{word}{' (contradicted)' if word == FAILS else ''}"
             yield [*first, title, DASH, correlation, str(len(found.seeds)), bold(said, word != OPEN)]
             first = ["", ""]
-        if untested:
-            yield [*first, _listed(untested, len(findings.settings)), DASH, DASH, DASH, UNTESTED]
+
+
+def _prediction(kind: str) -> str:
+    return f"the gain of {KINDS[kind]} in a block goes with the block's {SPACES[kind]} rate"
 
 
 # --- chance -----------------------------------------------------------------------------------------------------------
