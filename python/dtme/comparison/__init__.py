@@ -129,7 +129,7 @@ def _compare(problem: Problem, options: Options, store: Memory, progress: bool) 
     loop = Loop(problem, options, store)
     store.check(settings)
     if missing := loop.missing(options.seeds):
-        rehearse(problem, options)
+        rehearse(problem, options, model)
     store.open(settings)
     tuning: dict[str, dict[float, float | None]] = {}
     loop.bar = _bar(problem, options, len(missing)) if progress and missing else None

@@ -11,7 +11,7 @@ from torch import nn
 from ..analysis import analyze
 from ..model import MultiTaskModel
 from ..report import ConflictReport
-from .arms import BY_ANALYSIS, JOINT, LONGER, Built, Setting, build
+from .arms import BY_ANALYSIS, JOINT, Built, Setting, build
 from .batches import Batches, Marks, repeated, seed_everything, seed_of
 from .metrics import HIGHER, Metric, evaluate, is_known
 from .options import TUNING_SEED, Options
@@ -159,7 +159,9 @@ class Loop:
         model.load_state_dict(start.weights)
         names, plain = dict(model.named_parameters()), count_parameters(model)
         built = build(arm, self.problem.arms[arm], model, setting and setting[0])
-        steps = setting[0].steps(arm) if arm == LONGER and setting is not None else options.budget
+        steps = setting[0].steps(arm) if setting is not None else options.budget
+        if self.bar is not None:
+            self.bar.total += steps - options.budget
         batches = Batches(self._train, seed, start.epoch, start.index, start.checksum)
         training = self._training(built.model.to(device), device, seed, lr, steps, batches, start.marks)
         take_up(training.optimizer, start.moments, names)

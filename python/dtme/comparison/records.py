@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .result import Comparison
 
 COST = Record(
-    {"added": at_least(0), "compute": or_null(positive), "steps": at_least(1), "seconds": number},
+    {"added": at_least(-(2**62)), "compute": or_null(positive), "steps": at_least(1), "seconds": number},
 )
 FIELDS = Record(
     {

@@ -15,7 +15,7 @@ from ..streams import is_expanded
 from ..trees import leaves, to_device
 from .arms import JOINT, Setting, build
 from .batches import check_repeats, repeated
-from .loop import MOST_READ, Problem, read_conflicts
+from .loop import MOST_READ, Problem, device_of, read_conflicts
 from .metrics import evaluate
 from .options import TUNING_SEED, Options
 from .training import Diverged, losses_of, optimizer_of
@@ -24,17 +24,16 @@ LEAST_READ = 2
 """Batches that gains take."""
 
 
-def rehearse(problem: Problem, options: Options) -> None:
-    """Build every arm once, take a step with it, and evaluate the plain model; nothing is kept.
+def rehearse(problem: Problem, options: Options, model: MultiTaskModel) -> None:
+    """Build every arm of ``model`` once, take a step with it, and evaluate the plain one; nothing is kept.
 
     Raises:
         TypeError, ValueError: something is not what it has to be; the message names it.
     """
-    model, device = problem.model(TUNING_SEED)
+    device = device_of(model)
     check_repeats(problem.loaders["train"], "train", TUNING_SEED)
     batches = _until_all_tasks(problem, options)
-    metrics = {split for split in problem.loaders if split != "train"}
-    for split in sorted(metrics):
+    for split in problem.loaders.keys() - {"train"}:
         _check_batch(_first(problem.loaders[split], split), split, problem)
         evaluate(model, repeated(problem.loaders[split], TUNING_SEED), problem.metrics, device)
     setting = None

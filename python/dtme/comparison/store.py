@@ -48,7 +48,7 @@ RUN = Record(
         "lr": positive,
         "metrics": or_null(mapping_of(number)),
         "diverged": or_null(text),
-        "added": at_least(0),
+        "added": at_least(-(2**62)),
         "compute": or_null(positive),
         "steps": at_least(1),
         "seconds": number,

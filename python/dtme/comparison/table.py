@@ -85,7 +85,7 @@ def _legend(count: int) -> str:
     what = "Δm: the mean gain of the tasks over joint training of the same seed"
     if count == 1:
         return f"{what}; of one seed there are no intervals, and it cannot decide anything"
-    return f"{what}; ± is half of the {LEVEL:.0%} interval of a mean over the seeds"
+    return f"{what}; ± is half of the {LEVEL:.0%} interval of a mean over the seeds, each by itself"
 
 
 def _learning_rates(comparison: "Comparison") -> list[str]:
