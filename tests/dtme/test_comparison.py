@@ -24,8 +24,13 @@ def unchanged(model, report, seed):
 
 @pytest.fixture(scope="module")
 def everything():
+    return compared(arms=(*EVERY_ARM, "random*2"), seeds=1, budget=8)
+
+
+@pytest.fixture(scope="module")
+def paired():
     before = torch.get_rng_state()
-    found = compared(arms=(*EVERY_ARM, "random*2", {"same": unchanged}), seeds=2, budget=8, share=0.25)
+    found = compared(arms=("joint", {"same": unchanged}, "conflict"), seeds=2, budget=8)
     assert torch.equal(torch.get_rng_state(), before)
     return found
 
@@ -33,27 +38,27 @@ def everything():
 # --- what is paired ---------------------------------------------------------------------------------------------------
 
 
-def test_every_arm_trains_and_an_arm_that_is_joint_training_is_so_to_the_bit(everything):
-    assert everything.arms == (*EVERY_ARM, "random-1", "random-2", "same") and not everything.diverged
-    assert everything.metrics["same"] == everything.metrics["joint"]
+def test_every_arm_trains_and_each_is_something_else(everything):
+    assert everything.arms == (*EVERY_ARM, "random-1", "random-2") and not everything.diverged
     ways = {arm: tuple(map(tuple, everything.metrics[arm].values())) for arm in everything.arms}
-    assert len(set(ways.values())) > 10  # and the others are something else
-    same = everything.difference("same")
+    # the plans of two tasks' pairs are those of the blocks, and of so few blocks some are drawn twice
+    assert ways["pairs"] == ways["conflict"] and len(set(ways.values())) >= len(ways) - 4
+
+
+def test_an_arm_that_is_joint_training_is_so_to_the_bit(paired):
+    assert paired.metrics["same"] == paired.metrics["joint"] != paired.metrics["conflict"]
+    same = paired.difference("same")
     assert (same.word, same.difference.mean, same.difference.half_width, same.more) == ("no difference", 0, 0, 0)
-    assert everything.delta_m("joint") == (0, 0)
+    assert paired.delta_m("joint") == (0, 0)
 
 
-def test_alone_or_among_others_an_arm_is_the_same(everything):
-    for arms in (("joint",), ("conflict", "joint")):
-        again = compared(arms=arms, seeds=2, budget=8, share=0.25)
-        for arm in arms:
-            assert again.metrics[arm] == everything.metrics[arm]
-
-
-def test_seeds_differ_in_their_models_and_batches(everything):
-    assert len(set(everything.metrics["joint"]["sum"])) == 2
-    swapped = compared(arms=("joint",), seeds=(1, 0), budget=8, share=0.25)
-    assert swapped.metrics["joint"]["sum"] == everything.metrics["joint"]["sum"][::-1]
+def test_alone_or_among_others_and_in_whatever_order_an_arm_of_a_seed_is_the_same(everything, paired):
+    for arm in ("joint", "conflict"):
+        assert {task: values[:1] for task, values in paired.metrics[arm].items()} == everything.metrics[arm]
+    swapped = compared(arms=("conflict", "joint"), seeds=(1, 0), budget=8)
+    for arm in ("joint", "conflict"):
+        assert {task: values[::-1] for task, values in swapped.metrics[arm].items()} == paired.metrics[arm]
+    assert len(set(paired.metrics["joint"]["sum"])) == 2
 
 
 def test_the_learning_rate_falls_to_zero_and_is_stretched_for_longer_training():
@@ -98,21 +103,17 @@ def test_a_loader_that_does_not_repeat_is_named(loader, said, tmp_path):
 def test_plans_are_of_their_strategy_and_of_one_size(everything):
     plans = everything.plans
     blocks = tuple(f"layers.{i}" for i in range(4))
-    for i in range(2):
-        conflict = plans["conflict"][i]
-        assert len(conflict.modulation) == len(conflict.expansion) == 2 and conflict.num_tokens == 2
-        for arm in ("gain", "pairs", "reverse", "random-1", "random-2", "first", "last"):
-            assert arm == "gain" or plans[arm][i].added_parameters() == conflict.added_parameters(), arm
-        assert set(plans["reverse"][i].modulation) == set(blocks) - set(conflict.modulation)
-        assert tuple(plans["first"][i].modulation) == tuple(plans["first"][i].expansion) == blocks[:2]
-        assert tuple(plans["last"][i].modulation) == blocks[2:]
-        assert plans["all"][i].blocks == blocks == tuple(plans["all"][i].expansion)
-        shared = plans["shared"][i]
-        assert dict(shared.modulation) == dict(conflict.modulation) and len(shared.groups) == 1
-        assert 2 * shared.added_parameters() == conflict.added_parameters()
-        assert everything.costs["shared"][i].compute == 1
-    drawn = [dict(plans[arm][i].modulation) for arm in ("random-1", "random-2") for i in range(2)]
-    assert any(one != drawn[0] for one in drawn)
+    conflict, shared = plans["conflict"][0], plans["shared"][0]
+    assert len(conflict.modulation) == len(conflict.expansion) == 2 and conflict.num_tokens == 2
+    for arm in ("pairs", "reverse", "random-1", "random-2", "first", "last"):
+        assert plans[arm][0].added_parameters() == conflict.added_parameters(), arm
+    assert set(plans["reverse"][0].modulation) == set(blocks) - set(conflict.modulation)
+    assert tuple(plans["first"][0].modulation) == tuple(plans["first"][0].expansion) == blocks[:2]
+    assert tuple(plans["last"][0].modulation) == blocks[2:]
+    assert plans["all"][0].blocks == blocks == tuple(plans["all"][0].expansion)
+    assert dict(shared.modulation) == dict(conflict.modulation) and len(shared.groups) == 1
+    assert 2 * shared.added_parameters() == conflict.added_parameters() and everything.costs["shared"][0].compute == 1
+    assert plans["random-1"] != plans["random-2"]
 
 
 def test_longer_training_takes_the_compute_of_the_conflict_plan(everything):

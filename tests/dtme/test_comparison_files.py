@@ -40,12 +40,12 @@ def whole():
 
 def test_one_that_is_ended_early_goes_on_to_the_same_bits(whole, tmp_path):
     counts = []
-    for calls in (23, 41, 29):  # the first checks take some; within a joint part, an arm, the second seed
+    for calls in (9, 23, 26):  # the rehearsal takes 7: in the joint part, in "longer", and in the second seed
         CALLS["left"] = calls
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
         counts.append(len(list(tmp_path.glob("runs/*.json"))))
-    assert counts == sorted(counts) and 0 < counts[-1] < 6
+    assert counts == [0, 1, 3]
     assert bits(run(tmp_path)) == bits(whole)
     assert len(list(tmp_path.glob("runs/*.json"))) == 6 and not list(tmp_path.glob("starts/*"))
 

@@ -156,7 +156,7 @@ def test_hosts_with_one_fused_projection_and_no_config_have_every_rival(name):
     x = make_input("timm ViT").float() if name == "timm ViT" else torch.randn(3, 5, WIDTH)
     plain = dtme.MultiTaskModel(make(), {task: nn.Linear(WIDTH, 1) for task in "ab"}).eval()
     assert width_of(plain.backbone) == WIDTH
-    want, budget = plain(x), 2 * WIDTH * 8 * 2
+    want, budget = plain(x), 2 * WIDTH * 12
     for rival, kind in RIVALS.items():
         model, facts = kind().fit(copy.deepcopy(plain), budget, 0)
         added = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
@@ -174,7 +174,7 @@ def test_unknown_layers_are_refused():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.attn, self.mlp = nn.Identity(), nn.Sequential(nn.Linear(8, 8)), nn.Identity()
+            self.attn, self.mlp = nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)
 
     unknown = dtme.MultiTaskModel(nn.Sequential(Block()), {"a": nn.Linear(8, 1)})
     with pytest.raises(ValueError, match=r"block '0' of Sequential has no linear layers of queries.*attn\.0"):

@@ -31,7 +31,8 @@ def rehearse(problem: Problem, options: Options, model: MultiTaskModel) -> None:
         TypeError, ValueError: something is not what it has to be; the message names it.
     """
     device = device_of(model)
-    check_repeats(problem.loaders["train"], "train", TUNING_SEED)
+    for name, loader in problem.loaders.items():
+        check_repeats(loader, name, TUNING_SEED)
     batches = _until_all_tasks(problem, options)
     for split in problem.loaders.keys() - {"train"}:
         _check_batch(_first(problem.loaders[split], split), split, problem)
