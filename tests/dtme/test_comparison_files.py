@@ -161,7 +161,7 @@ ADVICE = {
     "better": ({"conflict": [3.0, 3.1, 3.2]}, "Expand by conflict: it is better than everything"),
     "worse": ({"conflict": [-3.0, -3.1, -3.2]}, "Keep joint training: expanding by conflict is worse than it"),
     "equal": ({"conflict": [0.0, 0.1, -0.1]}, "Keep joint training: expanding by conflict is no better"),
-    "open": ({"conflict": [1.0, -0.5, 2.0]}, "Run .* more seeds, seeds=.*, which should settle the open question"),
+    "open": ({"conflict": [1.0, -0.5, 2.0]}, "Run .* more seeds, seeds=.*, which should settle the first question"),
     "hopeless": ({"conflict": [40.0, -40.0, 1.0]}, "Take it as undecided"),
     "longer": ({"conflict": [3.0, 3.1, 3.2], "longer": [3.0, 3.2, 3.1]}, "Train jointly for longer"),
     "adapter": ({"conflict": [3.0, 3.1, 3.2], "lora": [6.0, 6.1, 6.3]}, "Use lora"),

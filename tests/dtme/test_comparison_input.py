@@ -77,7 +77,10 @@ CASES = {
     "iterator": ({"loaders": {**loaders(), "val": iter(VAL)}}, re.escape("loaders['val'] must be a DataLoader")),
     "empty": ({"loaders": {**loaders(), "train": []}}, re.escape("loaders['train'] yields no batches")),
     "no pairs": ({"loaders": {**loaders(), "train": [X]}}, re.escape("loaders['train'] must yield pairs")),
-    "other targets": ({"loaders": {**loaders(), "val": [(X, {"depth": Y})]}}, "yields targets of ['depth']"),
+    "other targets": (
+        {"loaders": {**loaders(), "val": [(X, {"depth": Y})]}},
+        re.escape("yields targets of ['depth'], none of"),
+    ),
     "a task without targets": ({"loaders": {**loaders(), "train": [(X, {"sum": Y})] * 2}}, "no target of task 'sign'"),
     "nothing to choose by": ({"lr": (1e-3, 1e-2)}, "must have the key 'tune', with held-out items"),
     "lr": ({"lr": 0.0}, "lr must be a positive number"),

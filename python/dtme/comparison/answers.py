@@ -129,14 +129,15 @@ def next_step(comparison: "Comparison") -> str:
         how = "worse than it" if first.word == WORSE else "no better"
         return f"Keep joint training: expanding by conflict is {how} at equal steps."
     if (open_ones := [answer for answer in found if not answer.verdict.is_settled]) and not first.is_settled:
-        return _run_more(count, [found[0]])
+        return _run_more(count, [found[0]], "the first question")
     for answer in found[1:]:
         if answer.kind == AGAINST_LONGER and answer.verdict.word in (WORSE, EQUAL):
             return "Train jointly for longer: expanding by conflict is better at equal steps, but not at equal compute."
         if answer.kind == ADAPTER and answer.verdict.word == WORSE:
             return f"Use {answer.others[0]}: with as many parameters, it is better than expanding by conflict."
     if open_ones:
-        return _run_more(count, open_ones)
+        what = "the open question" if len(open_ones) == 1 else "the open questions"
+        return _run_more(count, open_ones, what)
     if any(answer.kind == PLACEMENT and answer.verdict.word != BETTER for answer in found):
         return (
             "Expand: it is better than joint training. Which blocks get the modules matters little here: other places "
@@ -149,7 +150,7 @@ def next_step(comparison: "Comparison") -> str:
     )
 
 
-def _run_more(count: int, open_ones: list[Answer]) -> str:
+def _run_more(count: int, open_ones: list[Answer], what: str) -> str:
     known = [answer.more for answer in open_ones if not math.isnan(answer.more)]
     reach = [more for more in known if more <= MOST_MORE]
     if not reach:
@@ -159,5 +160,4 @@ def _run_more(count: int, open_ones: list[Answer]) -> str:
         )
     more = math.ceil(max(reach))
     rest = "" if len(reach) == len(known) else f", though some would take more than {MOST_MORE}"
-    what = "the open question" if len(open_ones) == 1 else "the open questions"
     return f"Run {more} more seed{'s' if more != 1 else ''}, seeds={count + more}, which should settle {what}{rest}."

@@ -67,8 +67,8 @@ class Batches:
 
     def __init__(self, loader: Iterable[Any], seed: int, epoch: int = 0, index: int = 0, checksum: int = 0) -> None:
         self.loader, self.seed, self.epoch, self.index, self.checksum = loader, seed, epoch, index, checksum
-        self._iterator: Iterator[Any] | None = None
-        self._state: State | None = None
+        self._iterator: Iterator[Any] = iter(())
+        self._state: State | None = None  # of the loader's random numbers, once it has begun
 
     def next(self) -> Any:
         """The next batch. Random numbers are then where the loader left them.
@@ -76,19 +76,19 @@ class Batches:
         Raises:
             ValueError: the loader yields nothing.
         """
-        if self._iterator is None:
+        if self._state is None:
             self._begin()
             for _ in range(self.index):
-                next(self._iterator, _END)  # type: ignore[call-overload]
+                next(self._iterator, _END)
         else:
             wind_back(self._state)
-        batch: Any = next(self._iterator, _END)  # type: ignore[call-overload]
+        batch = next(self._iterator, _END)
         if batch is _END:
             if self.index == 0:
                 raise ValueError("loaders['train'] yields no batches")
             self.epoch, self.index = self.epoch + 1, 0
             self._begin()
-            batch = next(self._iterator, _END)  # type: ignore[call-overload]
+            batch = next(self._iterator, _END)
             if batch is _END:
                 raise ValueError("loaders['train'] can be iterated once only: give a DataLoader or a list")
         self.index += 1

@@ -59,9 +59,9 @@ class Options:
 
 def seeds_of(seeds: Any) -> tuple[int, ...]:
     """0 to n - 1 for a number n, or the seeds themselves."""
-    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
         _check_integer("seeds", seeds, 1, "a sequence of seeds, or ")
-        return tuple(range(seeds))
+        return tuple(range(int(seeds)))
     for seed in seeds:
         _check_integer("seeds", seed, 0, "a number of seeds, or a sequence of ")
     if not seeds or len(set(seeds)) != len(seeds) or TUNING_SEED in seeds:

@@ -22,7 +22,7 @@ def summary(comparison: "Comparison") -> str:
         f"{comparison.start:,} joint",
         "",
         *ruled(arm_rows(comparison)),
-        _legend(count),
+        *_legend(count),
         *_learning_rates(comparison),
         *comparison.notes,
     ]
@@ -81,11 +81,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _legend(count: int) -> str:
+def _legend(count: int) -> list[str]:
     what = "Δm: the mean gain of the tasks over joint training of the same seed"
     if count == 1:
-        return f"{what}; of one seed there are no intervals, and it cannot decide anything"
-    return f"{what}; ± is half of the {LEVEL:.0%} interval of a mean over the seeds, each by itself"
+        return [what, "one seed has no intervals, and cannot decide anything"]
+    return [what, f"±: half of the {LEVEL:.0%} interval of a mean over the seeds, each by itself"]
 
 
 def _learning_rates(comparison: "Comparison") -> list[str]:

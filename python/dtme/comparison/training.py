@@ -67,7 +67,7 @@ class Schedule:
 def optimizer_of(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam:
     """Adam for all that is trained; by the model's ``parameter_groups`` where it has them."""
     if hasattr(model, "parameter_groups"):
-        groups = [group for group in model.parameter_groups(lr, weight_decay) if group["params"]]
+        groups = [group for group in model.parameter_groups(lr, weight_decay) if group["params"]]  # type: ignore[operator]
     else:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [{"params": trained, "lr": lr, "weight_decay": weight_decay}]
