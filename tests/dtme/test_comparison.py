@@ -1,6 +1,7 @@
 """``dtme.compare`` end to end on toy tasks: what is paired, what each arm is, and what comes out by construction."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -228,6 +229,14 @@ def test_batches_may_lack_targets_of_a_task():
         assert not found.diverged
         results.append(found.metrics)
     assert results[0] == results[1]
+
+
+def test_progress_counts_the_steps_of_longer_training_too(capsys):
+    found = compared(arms=("joint", "longer", "conflict"), seeds=1, budget=4, progress=True)
+    shown = capsys.readouterr().err
+    done, total = map(int, re.findall(r"(\d+)/(\d+)", shown)[-1])
+    assert done == total == 1 + 3 + (found.costs["longer"][0].steps - 1) + 3
+    assert "seed 0, conflict" in shown
 
 
 # --- learning rates ---------------------------------------------------------------------------------------------------
