@@ -97,6 +97,7 @@ def test_every_example_is_run():
         *LIKE,
         "accelerate_loop",
         "callbacks",
+        "compare",
         "export",
         "fsdp2",
         "lightning_module",
@@ -105,6 +106,12 @@ def test_every_example_is_run():
         "torchjd_aggregators",
         "trainer",
     }
+
+
+def test_a_comparison_says_what_to_do_next(capsys):
+    out = printed("compare", capsys)
+    assert re.findall(r"^(\w+) .* ×  ", out, re.MULTILINE) == ["joint", "longer", "conflict", "random", "lora"]
+    assert out.count("Is conflict better than") == 4 and out.splitlines()[-1].startswith("Next: ")
 
 
 def test_a_task_leaves(capfd):

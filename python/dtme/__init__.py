@@ -3,6 +3,7 @@
 from .add_task import add_task
 from .analysis import analyze
 from .choices import tasks
+from .comparison import Comparison, compare
 from .conflict_map import conflict_map
 from .expansion import collapse, expand
 from .expansion_state import expansion_state, load_expansion_state
@@ -20,6 +21,7 @@ from .verification import verify
 from .written_out import attention
 
 __all__ = [
+    "Comparison",
     "ConflictMonitor",
     "ConflictReport",
     "ExpansionPlan",
@@ -28,6 +30,7 @@ __all__ = [
     "analyze",
     "attention",
     "collapse",
+    "compare",
     "conflict_map",
     "expand",
     "expansion_state",

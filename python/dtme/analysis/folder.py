@@ -59,7 +59,9 @@ class Folder:
         if self.path is None:
             return
         content = {"analysis": self.analysis, "pass": number, "batches": batches, **state}
-        write_beside(self.path / f"{self.prefix}{number}-{batches:09}.pt", lambda beside: _write(beside, content))
+        write_beside(
+            self.path / f"{self.prefix}{number}-{batches:09}.pt", lambda beside: write_checked(beside, content)
+        )
         for old in self.files()[:-2]:
             old.unlink(missing_ok=True)
         self._written = time.monotonic()
@@ -77,7 +79,7 @@ class Folder:
         assert self.path is not None
         file = self.path / f"{self.prefix}{name}"
         try:
-            content = _read(file)
+            content = read_checked(file)
             saved = content["analysis"]
         except Exception as error:  # whatever torch finds wrong with it
             raise ValueError(f"{file} is damaged: {error}. Delete it to begin anew") from error
@@ -90,13 +92,15 @@ class Folder:
         return content
 
 
-def _write(file: Path, content: Mapping[str, Any]) -> None:
+def write_checked(file: Path, content: Mapping[str, Any]) -> None:
+    """Tensors, and what else a file of weights may hold, with a checksum."""
     torch.save(content, buffer := io.BytesIO())
     data = buffer.getvalue()
     file.write_bytes(HEAD + hashlib.sha256(data).digest() + data)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_checked(file: Path) -> dict[str, Any]:
+    """What ``write_checked`` wrote; ValueError, or whatever torch raises, where the file is damaged."""
     data = file.read_bytes()
     if not data.startswith(HEAD):
         raise ValueError(f"it does not begin with {HEAD!r}, as files of this release do")

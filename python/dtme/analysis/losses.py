@@ -135,11 +135,9 @@ class ByTask:
             raise ValueError(said)
         if not all(bool(leaf.isfinite().all()) for leaf in tensors(prediction)):
             raise ValueError(f"{said}, and so is its prediction")
-        for number in (0.0, 1.0):
-            with torch.no_grad():
-                other = self.losses[task](map_tensors(partial(torch.full_like, fill_value=number), prediction), target)
-            if bool(torch.as_tensor(other).isfinite().all()):
-                raise ValueError(f"{said}, though it is {float(other)} where {number} is predicted everywhere")
+        if (mended := mended_loss(self.losses[task], prediction, target)) is not None:
+            number, other = mended
+            raise ValueError(f"{said}, though it is {other} where {number} is predicted everywhere")
 
 
 class ByStep:
@@ -191,6 +189,19 @@ class ByStep:
             before = f"in the first batch of {list(self.tasks)}"
             raise ValueError(f"step returned losses of {list(tasks)}, {before}{_NO_LABELS}")
         self.tasks = self.tasks or tasks
+
+
+def mended_loss(loss: Callable[[Any, Any], Tensor], prediction: Any, target: Any) -> tuple[float, float] | None:
+    """A number that makes a loss finite where it is predicted everywhere, and that loss.
+
+    None where there is no such number, because all labels are ignored: the loss is a mean over none.
+    """
+    for number in (0.0, 1.0):
+        with torch.no_grad():
+            other = loss(map_tensors(partial(torch.full_like, fill_value=number), prediction), target)
+        if bool(torch.as_tensor(other).isfinite().all()):
+            return number, float(other)
+    return None
 
 
 def _not_finite(task: str, value: float) -> str:

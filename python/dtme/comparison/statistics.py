@@ -8,9 +8,9 @@ seeds, which both have, drops out.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
 ALPHA = 0.05
 """Level of every test; all are two-sided."""
@@ -19,6 +19,19 @@ LEVEL = 1 - ALPHA
 POWER = 0.8
 """With which the number of seeds of ``seeds_needed`` would find the effect."""
 MOST_SEEDS = 10**9
+
+
+def distributions() -> Any:
+    """``scipy.stats``, which is imported when it is first needed.
+
+    Raises:
+        ImportError: scipy is not installed; the message says how to install it.
+    """
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError('intervals and tests need scipy: pip install "dtme-kernels[compare]"') from error
+    return stats
 
 
 @dataclass(frozen=True)
@@ -62,10 +75,10 @@ def estimate(values: Sequence[float]) -> Estimate:
     # equal numbers differ from their mean by rounding, which is no spread
     sd = 0.0 if (array == array[0]).all() else float(array.std(ddof=1))
     error = sd / math.sqrt(n)
-    half_width = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * error
+    half_width = float(distributions().t.ppf(0.5 + LEVEL / 2, n - 1)) * error
     if error == 0:
         return Estimate(n, mean, sd, half_width, 1.0 if mean == 0 else 0.0)
-    return Estimate(n, mean, sd, half_width, float(2 * stats.t.sf(abs(mean) / error, n - 1)))
+    return Estimate(n, mean, sd, half_width, float(2 * distributions().t.sf(abs(mean) / error, n - 1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -87,7 +100,7 @@ def deviation_interval(sd: float, n: int) -> tuple[float, float]:
     if n < 2:
         return math.nan, math.nan
     tail = (1 - LEVEL) / 2
-    most, least = stats.chi2.ppf([1 - tail, tail], n - 1)
+    most, least = distributions().chi2.ppf([1 - tail, tail], n - 1)
     return sd * math.sqrt((n - 1) / most), sd * math.sqrt((n - 1) / least)
 
 
@@ -99,7 +112,7 @@ def detectable(sd: float, n: int) -> float:
     """
     if n < 2:
         return math.nan
-    return float(stats.t.ppf((0.5 + LEVEL / 2, POWER), n - 1).sum()) * sd / math.sqrt(n)
+    return float(distributions().t.ppf((0.5 + LEVEL / 2, POWER), n - 1).sum()) * sd / math.sqrt(n)
 
 
 def seeds_needed(sd: float, effect: float) -> float:
@@ -118,7 +131,7 @@ def seeds_needed(sd: float, effect: float) -> float:
     if sd < 0:
         raise ValueError(f"sd must not be negative, got {sd!r}")
     # Student's quantiles are wider than the normal ones, so that no smaller n can do
-    start = ((stats.norm.ppf(0.5 + LEVEL / 2) + stats.norm.ppf(POWER)) * sd / effect) ** 2
+    start = (distributions().norm.ppf((0.5 + LEVEL / 2, POWER)).sum() * sd / effect) ** 2
     if start > MOST_SEEDS:
         return math.inf
     n = max(2, math.ceil(start))

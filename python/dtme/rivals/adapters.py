@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..blocks import find_blocks
+from ..blocks import block_widths, find_blocks
 from ..expansion import expand
 from ..model import MultiTaskModel
 from ..plan import ExpansionPlan
@@ -21,6 +21,10 @@ from .versions import PerTask, with_copies, with_low_rank
 
 QUERY, KEY, VALUE = ("q_proj", "query", "q"), ("k_proj", "key", "k"), ("v_proj", "value", "v")
 """What libraries call an attention's linear layers."""
+FUSED = ("qkv", "qkv_proj", "in_proj", "Wqkv", "query_key_value", "c_attn")
+"""What they call one linear layer of queries, keys and values together."""
+IN_PROJ = {"weight": "in_proj_weight", "bias": "in_proj_bias"}
+"""What ``nn.MultiheadAttention`` calls the parameters of its fused projection, which is no layer."""
 MOST_RANK = 64
 
 Facts = dict[str, Any]
@@ -43,11 +47,32 @@ class Rival(Protocol):
 
 
 class LoRA:
-    """W + B_i A_i for task i: rank 1 or more in the queries and values, then in the block's other linear layers."""
+    """A change of low rank per task, W + B_i A_i for task i (Hu et al., ICLR 2022).
+
+    It goes to the queries and values first, with rank 1 or more, and then to the block's other linear layers. Where
+    queries, keys and values are one layer, or the one matrix of ``nn.MultiheadAttention``, the change is of that.
+    """
 
     def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
-        lanes = _lanes(_blocks(model), nn.Linear, "weight")
-        attention = {name: units for name, units in lanes.items() if _layer(name) in QUERY + VALUE}
+        """Give the tasks changes with about ``budget`` parameters in all; A is drawn by ``seed``, B starts at zero.
+
+        Returns:
+            the model, which starts as ``model``, and facts: ``"added"``, ``"budget"``, ``"deviation"`` (a share of it),
+            ``"unmatched"`` (what to say where it is 2 % or more, else None), ``"retired"``, and ``"chosen"``
+            ``{weight: rank}``.
+
+        Raises:
+            ValueError: no block has projections that are known by their names.
+        """
+        blocks = find_blocks(model.backbone)
+        lanes = _lanes(blocks, nn.Linear, "weight")
+        attention = {name: units for name, units in lanes.items() if _is_attention(name)}
+        if not attention:
+            name = next(iter(blocks))
+            raise ValueError(
+                f"block {name!r} of {type(model.backbone).__name__} has no linear layers of queries and values, or of "
+                f"both and keys, that are known by their names, as LoRA needs them: it has {', '.join(lanes)}"
+            )
         others = {name: units for name, units in lanes.items() if name not in attention}
         kinds = [
             kind
@@ -61,11 +86,20 @@ class LoRA:
 class BitFit:
     """A task's own biases of a block's linear layers and norms (Ben Zaken et al., ACL 2022) in place of shared ones.
 
-    Those of the keys are left out: they add the same to all scores of a query, and so change nothing.
+    Those of the keys are left out: they add the same to all scores of a query, and so change nothing. Where queries,
+    keys and values are one layer they cannot be, and a third of such a bias is spent on nothing.
     """
 
     def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
-        lanes = _lanes(_blocks(model), (nn.Linear, nn.LayerNorm), "bias")
+        """Give the tasks biases with about ``budget`` parameters in all.
+
+        Returns:
+            the model, which starts as ``model``, and facts as of ``LoRA.fit``, ``"chosen"`` being ``{bias: 1}``.
+
+        Raises:
+            ValueError: no block has a linear layer or a layer norm with a bias.
+        """
+        lanes = _lanes(find_blocks(model.backbone), (nn.Linear, nn.LayerNorm), "bias")
         lanes = {name: units for name, units in lanes.items() if _layer(name) not in KEY}
         chosen = choose_units(_kinds(lanes, lambda name: len(model.tasks) * sum(_shape(model, name))), budget)
         return _fitted("BitFit", with_copies(model, chosen), budget, chosen)
@@ -75,7 +109,15 @@ class NormAffine:
     """A task's own weight and bias of a block's layer norms in place of the shared ones."""
 
     def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
-        lanes = _lanes(_blocks(model), nn.LayerNorm, "weight", "bias")
+        """Give the tasks weights and biases with about ``budget`` parameters in all.
+
+        Returns:
+            the model, which starts as ``model``, and facts as of ``LoRA.fit``, ``"chosen"`` being ``{parameter: 1}``.
+
+        Raises:
+            ValueError: no block has a layer norm with weight and bias.
+        """
+        lanes = _lanes(find_blocks(model.backbone), nn.LayerNorm, "weight", "bias")
         pairs = _kinds(lanes, lambda name: 2 * len(model.tasks) * sum(_shape(model, name)))
         # where pairs alone do not come near enough, one norm more has a weight of the task's own and no bias
         weight = Kind(tuple(tuple(unit[:1] for unit in lane) for lane in pairs[0].lanes), pairs[0].cost // 2, 1)
@@ -90,63 +132,77 @@ class Prompts:
     """
 
     def fit(self, model: MultiTaskModel, budget: int, seed: int) -> tuple[nn.Module, Facts]:
+        """Expand ``model`` in place by task tokens with about ``budget`` parameters in all, drawn as others are.
+
+        Returns:
+            the model, and facts as of ``LoRA.fit``, with ``"plan"`` in place of ``"retired"`` and ``"chosen"``.
+
+        Raises:
+            ValueError: no blocks are recognised, or task tokens cannot join their attention.
+        """
         plan = self.plan(model, budget)
         facts = _facts("prompts", plan.added_parameters(), budget) | {"plan": plan.as_dict()}
         return expand(model, plan), facts
 
     def plan(self, model: MultiTaskModel, budget: int) -> ExpansionPlan:
         """The plan of task tokens alone that adds as nearly ``budget`` parameters as can be."""
-        blocks, width = tuple(find_blocks(model.backbone)), width_of(model.backbone)
-        cost = width * len(model.tasks)
-        options = [
-            (count, max(1, int(budget / (count * cost)) + more))
+        widths = {name: _width(name, block) for name, block in find_blocks(model.backbone).items()}
+        blocks = tuple(widths)
+        costs = {
+            count: len(model.tasks) * sum(widths[blocks[index]] for index in spread(count, len(blocks)))
             for count in range(1, len(blocks) + 1)
-            for more in (0, 1)
-        ]
+        }
+        options = [(count, max(1, budget // cost + more)) for count, cost in costs.items() for more in (0, 1)]
 
         def worth(option: tuple[int, int]) -> tuple[bool, float, float]:
-            off = abs(deviation(option[0] * option[1] * cost, budget))
+            off = abs(deviation(option[1] * costs[option[0]], budget))
             return off < TOLERANCE, option[0] if off < TOLERANCE else 0, -off
 
         count, tokens = max(options, key=worth)
         chosen = dict.fromkeys((blocks[index] for index in spread(count, len(blocks))), model.tasks)
-        return ExpansionPlan(model.tasks, tokens, {}, chosen, dict.fromkeys(blocks, width))
+        return ExpansionPlan(model.tasks, tokens, {}, chosen, widths)
 
 
 def width_of(backbone: nn.Module) -> int:
-    """p of a transformers model."""
-    config: Any = backbone.config
-    return int(config.hidden_size)
-
-
-def _blocks(model: MultiTaskModel) -> dict[str, nn.Module]:
-    """The backbone's blocks.
+    """p of a backbone's first block, by the layers that it has.
 
     Raises:
-        ValueError: queries, keys and values of a block are not layers of their own.
+        ValueError: no blocks are recognised, or nothing in the first tells its width.
     """
-    blocks = find_blocks(model.backbone)
-    for name, block in blocks.items():
-        linear = [inner for inner, module in block.named_modules() if isinstance(module, nn.Linear)]
-        last = {inner.rpartition(".")[2] for inner in linear}
-        if any(last.isdisjoint(names) for names in (QUERY, KEY, VALUE)):
-            raise ValueError(
-                f"block {name!r} of {type(model.backbone).__name__} has no linear layers of queries, keys and values "
-                f"that are known by their names, as LoRA and BitFit need them: it has {', '.join(linear) or 'none'}"
-            )
-    return blocks
+    return _width(*next(iter(find_blocks(backbone).items())))
+
+
+def _width(name: str, block: nn.Module) -> int:
+    widths = block_widths(block)
+    if not widths:
+        raise ValueError(f"the width of block {name!r} ({type(block).__name__}) is not known from its layers")
+    return widths[0]
+
+
+def _is_attention(parameter: str) -> bool:
+    """Whether it projects to queries or values, by its name within its block."""
+    return _layer(parameter) in QUERY + VALUE + FUSED or parameter.rpartition(".")[2] in IN_PROJ.values()
 
 
 def _lanes(
     blocks: Mapping[str, nn.Module], kinds: type[nn.Module] | tuple[type[nn.Module], ...], *parameters: str
 ) -> Lanes:
-    """Units of the parameters of that name, together, of all modules of these kinds in the blocks."""
+    """Units of the parameters of that name, together, of all modules of these kinds in the blocks.
+
+    Where linear layers are among the kinds, ``nn.MultiheadAttention``'s fused projection is one too.
+    """
+    with_fused = issubclass(nn.Linear, kinds)
     lanes: dict[str, list[Unit]] = {}
     for name, block in blocks.items():
         for inner, module in block.named_modules():
-            if isinstance(module, kinds) and all(getattr(module, each, None) is not None for each in parameters):
-                unit = tuple(f"{name}.{inner}.{each}" for each in parameters)
-                lanes.setdefault(f"{inner}.{parameters[0]}", []).append(unit)
+            named = parameters
+            if with_fused and isinstance(module, nn.MultiheadAttention):
+                named = tuple(IN_PROJ[each] for each in parameters)
+            elif not isinstance(module, kinds):
+                continue
+            if all(getattr(module, each, None) is not None for each in named):
+                unit = tuple(f"{name}.{inner}.{each}" for each in named)
+                lanes.setdefault(f"{inner}.{named[0]}", []).append(unit)
     if not lanes:
         raise ValueError(f"no block has a layer with {' and '.join(parameters)}: {', '.join(blocks)}")
     return {inner: tuple(units) for inner, units in lanes.items()}
