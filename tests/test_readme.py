@@ -212,3 +212,23 @@ def test_rows_text_and_leaving(printed):
 def test_pictures_and_paths_it_names_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
         assert (README.parent / path).is_file(), path
+
+
+def test_whether_it_pays(printed, tmp_path, capsys):
+    def make_model(seed):
+        return dtme.MultiTaskModel(OwnTransformer(), {task: nn.Linear(WIDTH, c) for task, c in CHANNELS.items()})
+
+    names = printed(
+        "Does it pay on your tasks",
+        make_model=make_model,
+        train_loader=batches(5, WIDTH),
+        val_loader=batches(5, WIDTH),
+        losses=dict.fromkeys(CHANNELS, F.mse_loss),
+        mean_iou=lambda predictions, targets: 1 / F.mse_loss(predictions, targets),
+        rmse=F.mse_loss,
+        steps=4,
+    )
+    out = capsys.readouterr().out
+    assert "Is conflict better than joint training" in out and "\nNext: " in out
+    assert names["comparison"].seeds == (0, 1, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"compared", "compared.png"}

@@ -100,3 +100,11 @@ def group_names(groups: Sequence[Sequence[str]], tasks: Sequence[str]) -> list[s
             name, number = f"{wanted}_{number}", number + 1
         names.append(name)
     return names
+
+
+def group_of_all(tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Groups of which one holds all tasks, under a name that none of them has."""
+    name = "all"
+    while name in tasks:
+        name += "_tasks"
+    return {name: tuple(tasks)}

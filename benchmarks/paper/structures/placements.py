@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import dtme
+from dtme.grouping import group_of_all
 
 from ..arms import Facts, Setting
 
@@ -74,7 +75,7 @@ class Placement:
         tasks = setting.model.tasks
         modulation, expansion = self._shares(setting)
         num_tokens = setting.num_tokens if self.num_tokens is None else self.num_tokens
-        groups = {_free_name(tasks): tasks} if self.shared else {}
+        groups = group_of_all(tasks) if self.shared else {}
         if self.strategy in BY_REPORT:
             report = setting.report.at(self.ratio)
             if self.max_groups is not None:
@@ -111,14 +112,6 @@ class Placement:
             taken = set(random.Random(f"{setting.seed}{draw} {what}").sample(blocks, count))
             return [block for block in blocks if block in taken]
         return blocks[:count] if self.strategy == "first" else blocks[len(blocks) - count :]
-
-
-def _free_name(tasks: tuple[str, ...]) -> str:
-    """A name for the group of all tasks that none of them has."""
-    name = "all"
-    while name in tasks:
-        name += "_tasks"
-    return name
 
 
 def rates_of(report: dtme.ConflictReport) -> Facts:

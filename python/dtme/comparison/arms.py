@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..expansion import expand
+from ..grouping import group_of_all
 from ..model import MultiTaskModel
 from ..plan import ExpansionPlan
 from ..report import ConflictReport
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from .options import Options
 
 JOINT, LONGER, CONFLICT = "joint", "longer", "conflict"
-BY_REPORT = (CONFLICT, "gain", "pairs", "reverse")
-"""Strategies of ``ConflictReport.plan``."""
-BY_ANALYSIS = (*BY_REPORT, "shared")
-"""Arms that could not be without an analysis; the others only take a number of blocks or of parameters from it."""
+BY_RATES = (CONFLICT, "gain", "pairs", "reverse")
 BY_PLACE = ("first", "last")
+"""Strategies of ``ConflictReport.plan``, as are random ones."""
+BY_ANALYSIS = (*BY_RATES, "shared")
+"""Arms that could not be without an analysis; the others only take a number of blocks or of parameters from it."""
 ADAPTERS: dict[str, type[Rival]] = {"lora": LoRA, "bitfit": BitFit, "norm-affine": NormAffine, "prompts": Prompts}
-ARMS = (JOINT, LONGER, *BY_REPORT, "random", *BY_PLACE, "all", "shared", *ADAPTERS)
+ARMS = (JOINT, LONGER, *BY_RATES, "random", *BY_PLACE, "all", "shared", *ADAPTERS)
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,16 @@ class Setting:
         """The plan of a built-in arm; None where it has none."""
         if arm == CONFLICT:
             return self.reference
-        if arm in BY_REPORT:
+        if arm in BY_RATES + BY_PLACE:
             return self._by_report(arm)
         if is_random(arm):
             return self._by_report("random", seed=seed_of(self.seed, "random-1" if arm == "random" else arm))
         if arm == "shared":
-            tasks = self.report.tasks
-            return self._by_report(CONFLICT, groups={_free_name(tasks): tasks})
+            return self._by_report(CONFLICT, groups=group_of_all(self.report.tasks))
         if arm == "all":
             shares = {name: float(getattr(self.options, name) > 0) for name in ("modulation", "expansion")}
             return self._by_report(CONFLICT, **shares)
-        return self._by_place(arm) if arm in BY_PLACE else None
+        return None
 
     def steps(self, arm: str) -> int:
         """Of its whole training: the budget, but of longer joint training as many as the conflict plan's compute."""
@@ -78,15 +78,6 @@ class Setting:
     def _by_report(self, strategy: str, **more: Any) -> ExpansionPlan:
         given = {"modulation": self.options.modulation, "expansion": self.options.expansion}
         return self.report.plan(strategy=strategy, num_tokens=self.options.num_tokens, **{**given, **more})
-
-    def _by_place(self, arm: str) -> ExpansionPlan:
-        """As many blocks as the conflict plan chooses, at one end."""
-        blocks, like = self.report.shared_blocks, self.reference
-        modulated, expanded = (
-            dict.fromkeys(blocks[:count] if arm == "first" else blocks[len(blocks) - count :], like.tasks)
-            for count in (len(like.modulation), len(like.expansion))
-        )
-        return replace(like, modulation=modulated, expansion=expanded)
 
 
 def build(arm: str, own: Any, model: MultiTaskModel, setting: Setting | None) -> Built:
@@ -138,14 +129,6 @@ def _build_own(arm: str, own: Any, model: MultiTaskModel, setting: Setting) -> B
 
 def is_random(arm: str) -> bool:
     return re.fullmatch(r"random(-[1-9]\d?)?", arm) is not None
-
-
-def _free_name(tasks: tuple[str, ...]) -> str:
-    """A name for the group of all tasks that none of them has."""
-    name = "all"
-    while name in tasks:
-        name += "_tasks"
-    return name
 
 
 OwnArm = ExpansionPlan | Callable[[MultiTaskModel, ConflictReport, int], Any]
