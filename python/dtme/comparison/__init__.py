@@ -27,7 +27,7 @@ def compare(
     losses: Mapping[str, Callable[[Any, Any], Tensor]],
     metrics: Mapping[str, tuple[Any, str]],
     *,
-    arms: Sequence[str | Mapping[str, OwnArm]] = ("joint", "longer", "conflict", "random"),
+    arms: Sequence[str | Mapping[str, OwnArm]] = ("joint", "longer", "conflict", "random", "last"),
     seeds: int | Sequence[int] = 5,
     budget: int = 600,
     share: float = 0.25,

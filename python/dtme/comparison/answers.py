@@ -141,7 +141,7 @@ def next_step(comparison: "Comparison") -> str:
     if any(answer.kind == PLACEMENT and answer.verdict.word != BETTER for answer in found):
         return (
             "Expand: it is better than joint training. Which blocks get the modules matters little here: other places "
-            "do as well as those of the conflicts."
+            'do as well as those of the conflicts, and the last blocks cost the least compute: plan(strategy="last").'
         )
     return (
         "Expand by conflict: it is better than everything that it was compared with."
