@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 import dtme
 from dtme.comparison.result import Cost
+from dtme.comparison.statistics import seeds_needed
+from dtme.comparison.verdict import verdict
 from tests.dtme.comparing import LOSSES, compared, loaders
 
 ARMS = ("joint", "longer", "conflict")
@@ -195,6 +197,69 @@ def test_a_diverged_arm_is_never_better_nor_what_it_is_measured_by_worse():
     assert found.difference("conflict").word == "not settled" and found.difference("conflict").difference.n == 3
     assert found.difference("longer", "conflict").word == "not settled"
     assert "Runs of conflict diverged" in found.next_step and "seed 3: the loss of 'acc'" in str(found)
+
+
+def test_what_a_divergence_leaves_open():
+    reason = "the loss of 'acc' is nan at step 7"
+    nan = math.nan
+    alike = {"conflict": [0.0, 0.1, -0.1, 0.0]}
+    assert made(alike).difference("conflict").word == "no difference"
+    lost = made({"conflict": [0.0, 0.1, -0.1, nan]}, diverged={"conflict": {3: reason}})
+    assert lost.difference("conflict").word == "not settled"
+    joint = made({"conflict": [3.0, 3.1, 3.2, nan]}, diverged={"joint": {3: reason}})
+    assert "Runs of joint diverged" in joint.next_step
+
+
+def test_seeds_without_a_delta_m_are_not_left_out_by_their_result():
+    found = made({"conflict": [3.0, 3.1, 3.2, 3.0]})
+    assert found.difference("conflict").word == "better"
+    metrics = {arm: {**values, "acc": (*values["acc"][:3], -1.0)} for arm, values in found.metrics.items()}
+    found = dtme.Comparison(**{**vars(found), "metrics": metrics})
+    assert found.difference("conflict").word == "not settled" and "More seeds do not settle" in found.next_step
+
+
+def test_costs_are_those_of_the_runs_that_did_not_diverge():
+    found = made({"conflict": [3.0, math.nan], "lora": [math.nan] * 2})
+    costs = {**found.costs, "conflict": (Cost(100, 1.5, 600, 90.0), Cost(0, math.nan, 3, 0.0))}
+    diverged = {"conflict": {1: "why"}, "lora": {0: "why", 1: "why"}}
+    text = str(dtme.Comparison(**{**vars(found), "costs": costs, "diverged": diverged}))
+    (row,) = [line for line in text.splitlines() if line.startswith("conflict ")]
+    assert row.split()[-5:] == ["100", "1.50", "×", "90.0", "s"]
+    (row,) = [line for line in text.splitlines() if line.startswith("lora ")]
+    assert row.split()[-3:] == ["-", "-", "-"]
+
+
+def test_seeds_that_do_not_count_from_zero_are_added_to():
+    found = made({"conflict": [1.0, -0.5, 2.0]})
+    found = dtme.Comparison(**{**vars(found), "seeds": (10, 11, 15)})
+    assert "more seeds, other than 10, 11, 15, which" in found.next_step
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [
+        ([1.0, 1.1, 1.2], "better"),
+        ([-1.0, -1.1, -1.2], "worse"),
+        ([0.0, 0.1, -0.1], "no difference"),
+        ([0.0, 0.0], "no difference"),
+        ([2.0, 2.0, 2.0], "not settled"),
+        ([0.1, 0.1], "no difference"),
+        ([3.0, -1.0, 2.0], "not settled"),
+        ([3.0], "not settled"),
+        ([], "not settled"),
+    ],
+)
+def test_verdicts(differences, word):
+    assert verdict(differences).word == word
+
+
+def test_the_seeds_of_a_verdict_settle_it_by_either_end():
+    spread = [math.sqrt(1.5) * x for x in (-1, 0, 1)]  # of standard deviation 1.22
+    for mean, effect in ((0.45, 0.45), (0.25, 0.25), (0.05, 0.45), (-0.4, 0.4), (2.0, 2.0)):
+        found = verdict([mean + x for x in spread])
+        assert found.seeds == seeds_needed(found.difference.sd, effect) and found.more == max(1, found.seeds - 3)
+    with pytest.raises(ValueError, match="margin must be a positive number of points, got 0"):
+        verdict([1.0], 0)
 
 
 def test_one_seed_has_no_intervals():

@@ -119,17 +119,19 @@ def next_step(comparison: "Comparison") -> str:
     count = len(comparison.seeds)
     if count < 2:
         return f"One seed cannot decide anything: run {FEWEST - 1} more, seeds={FEWEST}."
-    if CONFLICT in comparison.diverged:
-        return (
-            "Runs of conflict diverged, so that it cannot be called better: lower lr, or give several to choose from."
-        )
+    for arm in (CONFLICT, JOINT, LONGER):
+        if arm in comparison.diverged:
+            return (
+                f"Runs of {arm} diverged, so that not everything can be settled: lower lr, or give several to choose "
+                "from."
+            )
     found = comparison.answers
     first = found[0].verdict
     if first.word in (WORSE, EQUAL):
         how = "worse than it" if first.word == WORSE else "no better"
         return f"Keep joint training: expanding by conflict is {how} at equal steps."
     if (open_ones := [answer for answer in found if not answer.verdict.is_settled]) and not first.is_settled:
-        return _run_more(count, [found[0]], "the first question")
+        return _run_more(comparison.seeds, [found[0]], "the first question")
     for answer in found[1:]:
         if answer.kind == AGAINST_LONGER and answer.verdict.word in (WORSE, EQUAL):
             return "Train jointly for longer: expanding by conflict is better at equal steps, but not at equal compute."
@@ -137,7 +139,7 @@ def next_step(comparison: "Comparison") -> str:
             return f"Use {answer.others[0]}: with as many parameters, it is better than expanding by conflict."
     if open_ones:
         what = "the open question" if len(open_ones) == 1 else "the open questions"
-        return _run_more(count, open_ones, what)
+        return _run_more(comparison.seeds, open_ones, what)
     if any(answer.kind == PLACEMENT and answer.verdict.word != BETTER for answer in found):
         return (
             "Expand: it is better than joint training. Which blocks get the modules matters little here: other places "
@@ -150,7 +152,12 @@ def next_step(comparison: "Comparison") -> str:
     )
 
 
-def _run_more(count: int, open_ones: list[Answer], what: str) -> str:
+def _run_more(seeds: tuple[int, ...], open_ones: list[Answer], what: str) -> str:
+    if any(answer.n < len(seeds) for answer in open_ones):
+        return (
+            "More seeds do not settle what lacks a Δm in some of them: give metrics that joint training has above "
+            "zero, as errors."
+        )
     known = [answer.more for answer in open_ones if not math.isnan(answer.more)]
     reach = [more for more in known if more <= MOST_MORE]
     if not reach:
@@ -160,4 +167,6 @@ def _run_more(count: int, open_ones: list[Answer], what: str) -> str:
         )
     more = math.ceil(max(reach))
     rest = "" if len(reach) == len(known) else f", though some would take more than {MOST_MORE}"
-    return f"Run {more} more seed{'s' if more != 1 else ''}, seeds={count + more}, which should settle {what}{rest}."
+    plural, count = "s" if more != 1 else "", len(seeds)
+    how = f"seeds={count + more}" if seeds == tuple(range(count)) else f"other than {', '.join(map(str, seeds))}"
+    return f"Run {more} more seed{plural}, {how}, which should settle {what}{rest}."

@@ -14,7 +14,7 @@ from .answers import Answer
 from .arms import JOINT
 from .delta import delta_m
 from .metrics import DIRECTIONS, LOWER
-from .verdict import BETTER, MARGIN, OPEN, WORSE, Verdict, verdict
+from .verdict import BETTER, EQUAL, MARGIN, OPEN, WORSE, Verdict, verdict
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ class Comparison(Stamped):
             other: an arm, or several, whose mean of the seed is taken.
 
         Returns:
-            the verdict over the seeds of which both are known. An arm that diverged in any seed is never better.
+            the verdict over the seeds of which both are known. An arm that diverged in any seed is never better, nor
+            one that others are called no different from; and nothing is settled while a seed lacks a Δm though none of
+            its runs diverged, which leaves seeds out by their result.
 
         Raises:
             ValueError: an unknown arm, or none.
@@ -120,10 +122,17 @@ class Comparison(Stamped):
         ours, theirs = self.delta_m(arm), [self.delta_m(one) for one in others]
         differences = [mine - math.fsum(values) / len(others) for mine, *values in zip(ours, *theirs, strict=True)]
         found = verdict([value for value in differences if math.isfinite(value)], self.margin)
-        barred = (found.word == BETTER and self.diverged.get(arm)) or (
-            found.word == WORSE and any(self.diverged.get(one) for one in others)
+        diverged = {seed for one in (arm, JOINT, *others) for seed in self.diverged.get(one, ())}
+        undefined = any(
+            not math.isfinite(value) and seed not in diverged
+            for seed, value in zip(self.seeds, differences, strict=True)
         )
-        return replace(found, word=OPEN) if barred else found
+        barred = {
+            BETTER: bool(self.diverged.get(arm)),
+            WORSE: any(self.diverged.get(one) for one in others),
+            EQUAL: bool(diverged),
+        }
+        return replace(found, word=OPEN) if undefined or barred.get(found.word) else found
 
     @property
     def answers(self) -> tuple[Answer, ...]:

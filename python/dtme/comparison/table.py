@@ -42,16 +42,17 @@ def arm_rows(comparison: "Comparison") -> list[str]:
     arrows = {task: "↑" if direction == HIGHER else "↓" for task, direction in comparison.tasks.items()}
     rows = [["arm", *(f"{task} {arrows[task]}" for task in comparison.tasks), "Δm %", "added", "compute", "time"]]
     for arm in comparison.arms:
-        costs = comparison.costs[arm]
+        lost = comparison.diverged.get(arm, ())
+        costs = [c for c, seed in zip(comparison.costs[arm], comparison.seeds, strict=True) if seed not in lost]
         delta = "0" if arm == JOINT else with_interval(known(comparison.delta_m(arm)), signed=True)
         rows.append(
             [
                 arm,
                 *(with_interval(known(comparison.metrics[arm][task])) for task in comparison.tasks),
                 delta,
-                f"{_mean([cost.added for cost in costs]):,.0f}",
+                f"{_mean([cost.added for cost in costs]):,.0f}" if costs else "-",
                 _times(_mean([cost.compute for cost in costs])),
-                duration(_mean([cost.seconds for cost in costs])),
+                duration(_mean([cost.seconds for cost in costs])) if costs else "-",
             ]
         )
     return aligned(rows, "<" + ">" * (len(rows[0]) - 1))
@@ -101,7 +102,7 @@ def _learning_rates(comparison: "Comparison") -> list[str]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan
 
 
 def _times(compute: float) -> str:

@@ -17,11 +17,13 @@ class Verdict:
 
     Attributes:
         word: ``BETTER`` or ``WORSE`` where the interval is on one side of zero, ``EQUAL`` where it lies within the
-            margin on both, else ``OPEN``.
+            margin on both, else ``OPEN``. Differences that are all the same, and not zero, leave it open: a spread of
+            zero is that of a coarse metric or of one run under several seeds.
         difference: the mean difference over the seeds, in points, higher is better.
         margin: of ``EQUAL``, in points.
-        seeds: in all, with which a paired t-test finds, at a power of 80 %, a difference as large as the mean, or as
-            the margin if that is larger; NaN where the spread is not known, which takes two seeds.
+        seeds: in all, with which a paired t-test settles it at a power of 80 % if the mean stays what it is: by finding
+            that mean, or what is between it and the margin, whichever is larger; NaN where the spread is not known,
+            which takes two seeds.
     """
 
     word: str
@@ -50,11 +52,11 @@ def verdict(differences: Sequence[float], margin: float = MARGIN) -> Verdict:
     if not (margin > 0 and math.isfinite(margin)):
         raise ValueError(f"margin must be a positive number of points, got {margin!r}")
     found = estimate(differences)
-    needed = seeds_needed(found.sd, max(margin, abs(found.mean))) if found.n > 1 else math.nan
+    needed = seeds_needed(found.sd, max(abs(found.mean), margin - abs(found.mean))) if found.n > 1 else math.nan
     word = OPEN
-    if found.low > 0:
+    if found.low > 0 and found.sd > 0:
         word = BETTER
-    elif found.high < 0:
+    elif found.high < 0 and found.sd > 0:
         word = WORSE
     elif -margin < found.low and found.high < margin:
         word = EQUAL
