@@ -25,8 +25,8 @@ READING = (
 )
 VERDICTS = (
     "*Holds*: the whole interval is above 0. *Does not hold (contradicted)*: it is below 0. *No difference*: it lies "
-    f"within ± {MARGIN:g} points. *Not settled*: else, with the number of seeds in all at which a paired t-test settles "
-    "it, with a power of 80 %, if the mean stays what it is: by finding it, or what lies between it and "
+    f"within ± {MARGIN:g} points. *Not settled*: else, with the number of seeds in all at which a paired t-test "
+    "settles it, with a power of 80 %, if the mean stays what it is: by finding it, or what lies between it and "
     f"{MARGIN:g} points, whichever is more. A setting that a claim has no row of does not have its runs. A prediction "
     "holds if the interval of the rank correlation is above 0 and the correlation beyond what 5 % of random orders of "
     "the blocks reach."
