@@ -1,5 +1,6 @@
 """The sums of an analysis in a folder, so that one that was killed goes on where it was."""
 
+import functools
 import hashlib
 import io
 import os
@@ -7,9 +8,10 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import CodeType
+from types import CellType, CodeType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,17 +132,51 @@ def model_name(model: nn.Module) -> str:
 
 
 def function_name(function: Any) -> str | None:
-    """Tells functions apart, as far as their names, code and constants do."""
+    """Tells functions apart, as far as their names, code, defaults and the values that they close over do.
+
+    What they look up elsewhere, such as a module's global variables, is not looked into. The same in every process.
+    """
     if function is None:
         return None
     if isinstance(function, nn.Module):
         return model_name(function)
-    code = getattr(function, "__code__", None)
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    if not isinstance(code, CodeType):
+    if not isinstance(function, functools.partial) and not isinstance(getattr(function, "__code__", None), CodeType):
         return name
-    constants = [constant for constant in code.co_consts if not isinstance(constant, CodeType)]
-    return f"{name} {zlib.crc32(code.co_code + repr(constants).encode()):08x}"
+    return f"{name} {zlib.crc32(_written(function, ()).encode()):08x}"
+
+
+def _written(value: Any, above: tuple[int, ...]) -> str:
+    """A value of a function as text without addresses; ``above`` are those that it is part of, which may be itself."""
+    if id(value) in above:
+        return "itself"
+    above = (*above, id(value))
+    if isinstance(value, (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"tensor {value.dtype} {checksum([torch.as_tensor(value)])}"
+    if isinstance(value, nn.Module):
+        return model_name(value)
+    if isinstance(value, Mapping):
+        return _written([list(pair) for pair in value.items()], above)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [_written(one, above) for one in value]
+        return f"{type(value).__name__} {sorted(parts) if isinstance(value, (set, frozenset)) else parts}"
+    if isinstance(value, CodeType):
+        return f"{value.co_code!r} {value.co_names} {_written(value.co_consts, above)}"
+    if isinstance(value, functools.partial):
+        return f"partial {_written([value.func, value.args, value.keywords], above)}"
+    if isinstance(code := getattr(value, "__code__", None), CodeType):
+        held = [_held(cell) for cell in value.__closure__ or ()]
+        return f"{value.__qualname__} {_written([code, value.__defaults__, value.__kwdefaults__, held], above)}"
+    return f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}"
+
+
+def _held(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is filled later, or was emptied
+        return None
 
 
 def random_as_saved(loader: Any = None) -> dict[str, Any]:

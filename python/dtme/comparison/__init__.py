@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model import MultiTaskModel
 from ..randomness import random_state, wind_back
-from .arms import OwnArm
+from .arms import OwnArm, is_random
 from .loop import Loop, Problem, tuned
 from .options import Options, arms_of, check_loaders, check_losses_and_metrics, rates_of, seeds_of
 from .rehearsal import check_model, rehearse, settings_of
@@ -207,4 +207,23 @@ def _notes(runs: Mapping[str, tuple[Run, ...]], options: Options) -> list[str]:
                 f"warning: the arms of seed {seed} did not begin at the same weights, because the joint part was "
                 "trained again and came out differently: delete its runs, or the folder"
             )
+    return notes + _same_seeds(runs, options)
+
+
+def _same_seeds(runs: Mapping[str, tuple[Run, ...]], options: Options) -> list[str]:
+    """A warning for every seed whose runs are those of one before it, but for plans that are drawn by the seed."""
+    told, notes = [those for arm, those in runs.items() if not is_random(arm)], []
+    for i, seed in enumerate(options.seeds):
+        for j in range(i):
+            if all(
+                those[i].metrics is not None
+                and (those[i].start, those[i].metrics) == (those[j].start, those[j].metrics)
+                for those in told
+            ):
+                notes.append(
+                    f"warning: seeds {options.seeds[j]} and {seed} are the same run: make_model ignores its seed, and "
+                    "the training loader does not shuffle, so that an interval over seeds means nothing. Draw the "
+                    "heads by the seed"
+                )
+                break
     return notes

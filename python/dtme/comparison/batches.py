@@ -52,6 +52,19 @@ def repeated(loader: Iterable[Any], seed: int) -> Repeated:
     return Repeated(loader, seed) if length_of(loader) is None else SizedRepeated(loader, seed)
 
 
+class Summed:
+    """Batches whose checksum is known once they were iterated."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches, self.checksum = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.checksum = 0
+        for batch in self.batches:
+            self.checksum = checksum([self.checksum, *leaves(batch)])
+            yield batch
+
+
 class Batches:
     """The training batches of a seed, from one step on: a function of the loader, the seed and the step alone.
 

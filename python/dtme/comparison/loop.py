@@ -12,7 +12,7 @@ from ..analysis import analyze
 from ..model import MultiTaskModel
 from ..report import ConflictReport
 from .arms import BY_ANALYSIS, JOINT, Built, Setting, build
-from .batches import Batches, Marks, repeated, seed_everything, seed_of
+from .batches import Batches, Marks, Summed, not_repeating, repeated, seed_everything, seed_of
 from .metrics import HIGHER, Metric, evaluate, is_known
 from .options import TUNING_SEED, Options
 from .store import Memory, Run
@@ -29,6 +29,8 @@ from .training import (
 
 MOST_READ = 64
 """Batches that an analysis reads where nothing else is said."""
+NOT_FINITE = ("not finite", "NaN or Inf")
+"""What an analysis says of a model that diverged; nothing else that it refuses does."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Loop:
         self.problem, self.options, self.store, self.bar = problem, options, store, bar
         self._marks: dict[int, dict[int, int]] = {}
         """Checksums of the batches of every seed, which all of its runs must have."""
+        self._held_out: dict[tuple[int, str], int] = {}
+        """The same of the batches that they are scored on, by seed and split."""
 
     def missing(self, seeds: Sequence[int]) -> list[str]:
         """Names of the compared runs that are still to be done."""
@@ -138,15 +142,21 @@ class Loop:
 
     def _setting(self, name: str, seed: int, start: Start) -> tuple[Setting, float]:
         """The analysis at the end of the joint part, and the seconds that it took."""
+        if (known := self.store.report(name)) is not None:
+            return Setting(known[0], self.options, seed), known[1]
+        self._say(f"seed {seed}, analysis")
         began = time.perf_counter()
-        report = self.store.report(name)
-        if report is None:
-            self._say(f"seed {seed}, analysis")
-            model, device = self.problem.model(seed)
-            model.load_state_dict(start.weights)
+        model, device = self.problem.model(seed)
+        model.load_state_dict(start.weights)
+        try:
             report = read_conflicts(model, self.problem, self.options, seed, device)
-            self.store.keep_report(name, report)
-        return Setting(report, self.options, seed), time.perf_counter() - began
+        except ValueError as error:
+            if not any(said in str(error) for said in NOT_FINITE):
+                raise
+            raise Diverged(f"its analysis fails: {error}") from error
+        seconds = time.perf_counter() - began
+        self.store.keep_report(name, report, seconds)
+        return Setting(report, self.options, seed), seconds
 
     # --- an arm -------------------------------------------------------------------------------------------------------
 
@@ -164,7 +174,14 @@ class Loop:
             self.bar.total += steps - options.budget
         batches = Batches(self._train, seed, start.epoch, start.index, start.checksum)
         training = self._training(built.model.to(device), device, seed, lr, steps, batches, start.marks)
-        take_up(training.optimizer, start.moments, names)
+        left = take_up(training.optimizer, start.moments, names, built.model)
+        note = built.note
+        if left and self.problem.arms[arm] is not None:
+            note = (
+                f"the model of arm {arm!r} has no parameter {left[0]!r} of that name and shape"
+                + (f", nor {len(left) - 1} others" if len(left) > 1 else "")
+                + ": what it has instead begins without moments of the optimizer"
+            )
         training.step = options.start
         run = Run(
             arm=arm,
@@ -178,7 +195,7 @@ class Loop:
             seconds=0.0,
             start=start.name,
             plan=built.plan,
-            note=built.note,
+            note=note,
         )
         try:
             training.run(steps, self._step)
@@ -187,8 +204,14 @@ class Loop:
         seconds = start.seconds + time.perf_counter() - began
         if setting is not None and arm in BY_ANALYSIS:
             seconds += setting[1]
-        metrics = evaluate(built.model, repeated(self.problem.loaders[split], seed), self.problem.metrics, device)
         run = replace(run, seconds=seconds, marks=training.marks.noted)
+        held_out = Summed(repeated(self.problem.loaders[split], seed))
+        try:
+            metrics = evaluate(built.model, held_out, self.problem.metrics, device)
+        except Diverged as error:
+            return replace(run, diverged=str(error))
+        self._check_held_out(seed, split, held_out.checksum)
+        run = replace(run, held_out=held_out.checksum)
         if not is_known(metrics):
             return replace(run, diverged=f"its metrics are {metrics}")
         return replace(run, metrics=metrics)
@@ -220,6 +243,18 @@ class Loop:
     def _marks_in_store(self, seed: int) -> dict[int, int]:
         runs = (self.store.run(name_of(arm, seed)) for arm in self.problem.arms)
         return next((dict(run.marks) for run in runs if run is not None and run.marks), {})
+
+    def _check_held_out(self, seed: int, split: str, checksum: int) -> None:
+        """ValueError where a run is scored on other batches than those before it of the seed."""
+        if (seed, split) not in self._held_out:
+            runs = (self.store.run(name_of(arm, seed)) for arm in self.problem.arms if split == "val")
+            known = (run.held_out for run in runs if run is not None and run.held_out is not None)
+            self._held_out[seed, split] = next(known, checksum)
+        if self._held_out[seed, split] != checksum:
+            raise ValueError(
+                f"{not_repeating(self.problem.loaders[split], split)}, whose tensors neither the model nor a loss nor "
+                "a metric changes in place"
+            )
 
     @property
     def _train(self) -> Iterable[Any]:

@@ -4,13 +4,15 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..trees import map_tensors, to_device
+from ..trees import map_tensors, tensors, to_device
+from .training import Diverged
 
 HIGHER, LOWER = "higher", "lower"
 DIRECTIONS = (HIGHER, LOWER)
@@ -62,10 +64,12 @@ def evaluate(
     """Every task's metric in evaluation mode.
 
     Raises:
-        ValueError: a task has no target in any batch, or its metric is no number.
+        Diverged: predictions hold NaN, or a metric fails on infinite ones; the message names the task.
+        ValueError: a task has no target in any batch; its metric is no number, or changes what it is given in place.
     """
     meters = {task: metric.meter(device) for task, metric in metrics.items()}
     seen = dict.fromkeys(metrics, False)
+    infinite: set[str] = set()
     model.eval()
     with torch.no_grad():
         for x, targets in batches:
@@ -76,10 +80,47 @@ def evaluate(
                     continue
                 seen[task] = True
                 place = device if isinstance(meter, nn.Module) else torch.device("cpu")
-                meter.update(to_device(map_tensors(Tensor.detach, predictions[task]), place), to_device(target, place))
+                prediction = to_device(map_tensors(Tensor.detach, predictions[task]), place)
+                if _has(torch.isnan, prediction):
+                    raise Diverged(f"the predictions of {task!r} hold NaN")
+                if task not in infinite and _has(torch.isinf, prediction):
+                    infinite.add(task)
+                with _failing(task, infinite):
+                    _update(task, meter, prediction, to_device(target, place))
     if unseen := [task for task, was in seen.items() if not was]:
         raise ValueError(f"no batch of the held-out data has a target of task {unseen[0]!r}")
-    return {task: _number(task, meter.compute()) for task, meter in meters.items()}
+    values = {}
+    for task, meter in meters.items():
+        with _failing(task, infinite):
+            values[task] = _number(task, meter.compute())
+    return values
+
+
+def _has(test: Callable[[Tensor], Tensor], prediction: Any) -> bool:
+    return any(bool(test(leaf).any()) for leaf in tensors(prediction))
+
+
+@contextmanager
+def _failing(task: str, infinite: Collection[str]) -> Iterator[None]:
+    """What a metric raises on infinite predictions, as many do, is that the run diverged."""
+    try:
+        yield
+    except Exception as error:
+        if task not in infinite:
+            raise
+        raise Diverged(f"the predictions of {task!r} are infinite, on which its metric fails ({error})") from error
+
+
+def _update(task: str, meter: Any, prediction: Any, target: Any) -> None:
+    """ValueError where the meter changes the tensors that it is given, which may be the loader's own."""
+    given = [leaf for leaf in tensors([prediction, target]) if not leaf.is_inference()]
+    versions = [leaf._version for leaf in given]
+    meter.update(prediction, target)
+    if [leaf._version for leaf in given] != versions:
+        raise ValueError(
+            f"metrics[{task!r}] changes the predictions or targets that it is given in place, so that what is "
+            "evaluated next would be measured by others: let it change a copy"
+        )
 
 
 class _All:

@@ -1,6 +1,7 @@
 """Whether everything that a comparison was given works together, before any of it is trained."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,9 +35,13 @@ def rehearse(problem: Problem, options: Options, model: MultiTaskModel) -> None:
     for name, loader in problem.loaders.items():
         check_repeats(loader, name, TUNING_SEED)
     batches = _until_all_tasks(problem, options)
+    _check_losses(problem, model, to_device(batches[-1], device))
     for split in problem.loaders.keys() - {"train"}:
         _check_batch(_first(problem.loaders[split], split), split, problem)
-        evaluate(model, repeated(problem.loaders[split], TUNING_SEED), problem.metrics, device)
+        try:
+            evaluate(model, repeated(problem.loaders[split], TUNING_SEED), problem.metrics, device)
+        except Diverged as error:
+            raise ValueError(f"before any training, {error} (loaders[{split!r}])") from error
     setting = None
     if any(arm != JOINT for arm in problem.arms):
         with warnings.catch_warnings():
@@ -54,6 +59,23 @@ def rehearse(problem: Problem, options: Options, model: MultiTaskModel) -> None:
                 torch.stack([loss.reshape(()) for loss in losses.values()]).sum().backward()
         except Diverged as error:
             raise ValueError(f"before any training, {error} (arm {arm!r})") from error
+
+
+def _check_losses(problem: Problem, model: MultiTaskModel, batch: Any) -> None:
+    """ValueError naming a task whose loss is a module that changes its own state in one call."""
+    names = {task: model_name(loss) for task, loss in problem.losses.items() if isinstance(loss, torch.nn.Module)}
+    if not names:
+        return
+    try:
+        losses_of(copy.deepcopy(model).train(), batch, problem.losses, 0)
+    except Diverged as error:
+        raise ValueError(f"before any training, {error}") from error
+    for task, name in names.items():
+        if model_name(problem.losses[task]) != name:  # type: ignore[arg-type]  # it is a module
+            raise ValueError(
+                f"losses[{task!r}] changes its own state when it is called, such as a running mean, which would carry "
+                "over from arm to arm, so that they could not be compared in pairs: give a loss without such state"
+            )
 
 
 def check_model(problem: Problem) -> MultiTaskModel:
@@ -97,14 +119,28 @@ def settings_of(problem: Problem, options: Options, model: MultiTaskModel) -> di
         "tasks": list(problem.losses),
         **{name: getattr(options, name) for name in numbers},
         "lr": list(options.rates),
-        "model": model_name(model),
+        "model": f"{model_name(model)} {_layout(model):08x}",
         "losses": {task: function_name(loss) for task, loss in problem.losses.items()},
         "metrics": {task: [function_name(m.given), m.direction] for task, m in problem.metrics.items()},
-        "data": {name: [length_of(loader), checksum(leaves(_first(loader, name)))] for name, loader in loaders.items()},
+        "data": {name: [length_of(loader), _data_checksum(loader, name)] for name, loader in loaders.items()},
         "own arms": {
             name: arm.as_dict() if isinstance(arm, ExpansionPlan) else function_name(arm) for name, arm in own.items()
         },
     }
+
+
+def _layout(model: torch.nn.Module) -> int:
+    """A checksum of how the model is written, which tells rates of dropout and other options apart."""
+    return checksum([re.sub(r"0x[0-9a-f]+", "", repr(model))])  # an address is another one in every process
+
+
+def _data_checksum(loader: Iterable[Any], name: str) -> int:
+    """Of all batches that are held out; of the training data the first, as the others are checked while they train."""
+    total = checksum(leaves(_first(loader, name)))
+    if name != "train":
+        for batch in repeated(loader, TUNING_SEED):
+            total = checksum([total, *leaves(batch)])
+    return total
 
 
 def _first(loader: Iterable[Any], name: str) -> Any:

@@ -39,6 +39,8 @@ class Run:
     note: str | None = None
     marks: Mapping[int, int] = field(default_factory=dict)
     """Checksums of all batches so far after some of the steps."""
+    held_out: int | None = None
+    """A checksum of the batches that it was scored on; None of one that diverged before."""
 
 
 RUN = Record(
@@ -56,6 +58,7 @@ RUN = Record(
         "plan": or_null(check_plan),
         "note": or_null(text),
         "marks": list_of(list_of(at_least(0))),
+        "held_out": or_null(at_least(0)),
     }
 )
 RUN_FORMAT = Format("dtme.comparison.Run", RUN)
@@ -90,10 +93,11 @@ class Memory:
     def keep_start(self, name: str, start: Start) -> None:
         """Until ``forget``."""
 
-    def report(self, name: str) -> ConflictReport | None:
+    def report(self, name: str) -> tuple[ConflictReport, float] | None:
+        """And the seconds that it took."""
         return None
 
-    def keep_report(self, name: str, report: ConflictReport) -> None:
+    def keep_report(self, name: str, report: ConflictReport, seconds: float) -> None:
         """Until the folder is deleted: it is small."""
 
     def forget(self, name: str) -> None:
@@ -119,11 +123,13 @@ class Folder(Memory):
             _check_same(self.path, document.content["settings"], settings)
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Write the settings down; ValueError where that cannot be."""
-        if self._settings.exists():
+        """Write the settings down, beside arms of one's own that are there already; ValueError where that cannot be."""
+        known = SETTINGS_FORMAT.load(self._settings).content["settings"] if self._settings.exists() else {}
+        merged = {**settings, "own arms": {**known.get("own arms", {}), **settings["own arms"]}}
+        if merged == known:
             return
         try:
-            SETTINGS_FORMAT.save(self._settings, {"settings": dict(settings)})
+            SETTINGS_FORMAT.save(self._settings, {"settings": merged})
         except OSError as error:
             raise ValueError(f"folder {self.path} cannot be written to: {error}") from error
 
@@ -159,11 +165,17 @@ class Folder(Memory):
     def keep_start(self, name: str, start: Start) -> None:
         write_beside(self._start(name), lambda beside: write_checked(beside, vars(start)))
 
-    def report(self, name: str) -> ConflictReport | None:
+    def report(self, name: str) -> tuple[ConflictReport, float] | None:
         file = self._report(name)
-        return ConflictReport.load(file) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            return ConflictReport.load(file), float(self._seconds(name).read_text())
+        except OSError:  # the report was copied without its seconds
+            return None
 
-    def keep_report(self, name: str, report: ConflictReport) -> None:
+    def keep_report(self, name: str, report: ConflictReport, seconds: float) -> None:
+        write_beside(self._seconds(name), lambda beside: beside.write_text(repr(seconds)))
         report.save(self._report(name))
 
     def forget(self, name: str) -> None:
@@ -178,6 +190,9 @@ class Folder(Memory):
 
     def _report(self, name: str) -> Path:
         return self.path / "reports" / f"{name}.json"
+
+    def _seconds(self, name: str) -> Path:
+        return self.path / "reports" / f"{name}.seconds"
 
 
 def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

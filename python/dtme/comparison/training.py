@@ -86,15 +86,32 @@ def moments_of(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Paramete
     }
 
 
-def take_up(optimizer: torch.optim.Optimizer, moments: Moments, names: Mapping[str, nn.Parameter]) -> None:
-    """Give the optimizer what was kept for those of its parameters that are named; others begin anew."""
+def take_up(
+    optimizer: torch.optim.Optimizer, moments: Moments, names: Mapping[str, nn.Parameter], model: nn.Module
+) -> list[str]:
+    """Give the optimizer what was kept for those of its parameters that are named; others begin anew.
+
+    A model that is a copy has parameters of its own: they take over by name and shape.
+
+    Returns:
+        names of which the model has neither the parameter nor one of that name and shape.
+    """
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    held, own = set(model.parameters()), dict(model.named_parameters())
+    left = []
     for name, kept in moments.items():
-        if (parameter := names[name]) in trained:
+        parameter = names[name]
+        if parameter not in held:
+            if name not in own or own[name].shape != parameter.shape:
+                left.append(name)
+                continue
+            parameter = own[name]
+        if parameter in trained:
             optimizer.state[parameter] = {
                 key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
                 for key, value in kept.items()
             }
+    return left
 
 
 @dataclass

@@ -61,8 +61,10 @@ class PerTask(nn.Module):
     """A multi-task model whose backbone has a version of some parameters for every task.
 
     It takes and returns what a ``MultiTaskModel`` does, and predicts at first exactly what the given one predicts,
-    in training too: every task's run draws the same random numbers. A parameter that all tasks have a copy of is used
-    by none of them any more: it is *retired*, which is to say frozen, and neither shared nor any task's.
+    in training too: every task's run draws the same random numbers. Where heads draw some, as those with dropout do,
+    every head draws as the first one, and in training only the first task's predictions are those of the given model.
+    A parameter that all tasks have a copy of is used by none of them any more: it is *retired*, which is to say frozen,
+    and neither shared nor any task's.
 
     Args:
         model: with a head per task, which this one keeps and trains.
