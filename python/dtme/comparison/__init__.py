@@ -98,9 +98,9 @@ def compare(
     Raises:
         ImportError: scipy is not installed: ``pip install "dtme-kernels[compare]"``.
         TypeError, ValueError: an argument is not what it has to be, which is found before anything is trained or
-            written; the training loader does not repeat its batches, so that nothing is paired; joint training, or an
-            arm, diverges at all of several learning rates; the folder holds another comparison, and the message says
-            what differs.
+            written; a loader does not repeat its batches, a metric changes them in place or a loss that is a module
+            changes its own state, so that nothing is paired; joint training, or an arm, diverges at all of several
+            learning rates; the folder holds another comparison, and the message says what differs.
     """
     distributions()
     options = Options(
