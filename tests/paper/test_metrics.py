@@ -21,7 +21,6 @@ from benchmarks.paper.metrics import (
     MeanIoU,
     NormalsError,
     RootMeanSquareError,
-    delta_m,
 )
 from benchmarks.paper.tasks import lower_is_better
 from benchmarks.rooms.labels import IGNORE
@@ -325,28 +324,3 @@ def test_a_target_that_is_no_number_is_an_error(case, value):
 def test_as_many_classes_as_labels_can_name(classes):
     with pytest.raises(ValueError, match=f"classes must be 2 to 255.*got {classes}"):
         MeanIoU(classes)
-
-
-# --- Δm ---------------------------------------------------------------------------------------------------------------
-
-
-def test_delta_m():
-    total, terms = delta_m({"semseg": 44.0, "depth": 0.55}, {"semseg": 40.0, "depth": 0.5}, {"depth"})
-    assert terms == {"semseg": pytest.approx(10), "depth": pytest.approx(-10)}
-    assert total == pytest.approx(0)
-
-
-@pytest.mark.parametrize(
-    ("results", "baseline", "says"),
-    [
-        ({"a": 1.0}, {"b": 1.0}, "same tasks"),
-        ({}, {}, "same tasks"),
-        ({"a": 1.0}, {"a": 0.0}, "baseline must be above zero.*'a'"),
-        ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": -1.0}, "baseline must be above zero.*'b'"),
-        ({"a": math.nan, "b": 1.0}, {"a": 1.0, "b": 1.0}, "results must be finite.*'a'"),
-        ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": math.inf}, "baseline must be finite.*'b'"),
-    ],
-)
-def test_delta_m_names_the_culprit(results, baseline, says):
-    with pytest.raises(ValueError, match=says):
-        delta_m(results, baseline, LOWER_IS_BETTER)
