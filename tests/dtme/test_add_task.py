@@ -68,7 +68,7 @@ def test_without_another_it_has_no_modules_until_the_next_plan(tmp_path):
         tokens = model.backbone(x)
     twin = copy.deepcopy(model)
     dtme.collapse(twin)
-    torch.testing.assert_close(tokens, twin.backbone(x), rtol=0, atol=0)
+    torch.testing.assert_close(tokens, twin.backbone(x), rtol=0, atol=1e-12)  # its attention is another kernel
     model.save_pretrained(tmp_path)
     again = dtme.MultiTaskModel.from_pretrained(
         tmp_path, OwnTransformer().double(), {task: head() for task in model.tasks}
