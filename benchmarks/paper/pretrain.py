@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from dtme.comparison.training import POWER
+
 from ..clients import import_torchvision
 from .data import DATA_SETS, Options, open_data
 from .models import OWN_IMAGE, SMALL_PATCH, image_config
 from .runner.batches import training_batches
 from .runner.config import Config
-from .runner.training import POWER
 
 HIDDEN = 0.6
 """Share of the patches."""

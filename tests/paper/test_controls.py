@@ -13,10 +13,10 @@ from benchmarks.paper.experiments import ARMS, EXPERIMENTS, RANDOM
 from benchmarks.paper.results import run_path
 from benchmarks.paper.runner.config import Config
 from benchmarks.paper.runner.one import RunOfArm, Stopped, Workplace
-from benchmarks.paper.runner.training import POWER
 from benchmarks.paper.smoke import figures
 from benchmarks.paper.structures.one_block import BATCHES, gradient_norms
 from dtme.blocks import find_blocks
+from dtme.comparison.training import POWER
 from tests.paper.small import NAMES, TASKS, backward, batches, small_model, small_setting
 
 BLOCKS = [f"layers.{index}" for index in range(6)]

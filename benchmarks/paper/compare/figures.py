@@ -10,7 +10,7 @@ import numpy as np
 
 from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
-from ..report.figures import COLOURS, WIDTH, draw_each, label
+from ..report.figures import COLOURS, WIDTH, blank, draw_each, label
 from ..report.forest import Line, limit, show, style
 from ..report.text import bracket
 from ..runner.tune import JOINT
@@ -38,19 +38,13 @@ def draw(findings: Findings, to: Path) -> list[str]:
     return draw_each(makers, findings, to, dpi=110)
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def arms(findings: Findings, title: str) -> Any:
     """Δm over joint training by arm, the mean of the random plans as a band; None where no arm has it."""
     setting = findings.settings[title]
     rows = [arm for arm in setting.shown if arm.name != JOINT and arm.delta_m]
     if not rows:
         return None
-    figure = _figure(WIDTH, 1.35 + 0.36 * len(rows))
+    figure = blank(WIDTH, 1.35 + 0.36 * len(rows))
     axes = figure.subplots()
     drawn = []
     for row, arm in enumerate(rows):
@@ -107,7 +101,7 @@ def questions(findings: Findings) -> Any:
     titles = list(dict.fromkeys(one.setting for claim in claims for one in claim.evidence))
     looks = {title: (COLOURS[i % MOST_SETTINGS], MARKS[i % len(MARKS)]) for i, title in enumerate(titles)}
     most = max(len(claim.evidence) for claim in claims)
-    figure = _figure(1.15 * WIDTH, 1.4 + len(claims) * (0.26 + 0.15 * most) + 0.2 * -(-len(titles) // 2))
+    figure = blank(1.15 * WIDTH, 1.4 + len(claims) * (0.26 + 0.15 * most) + 0.2 * -(-len(titles) // 2))
     axes = figure.subplots()
     drawn = []
     for row, claim in enumerate(claims):
@@ -141,7 +135,7 @@ def blocks(findings: Findings, title: str) -> Any:
     kinds = {kind: one for kind, one in findings.predictions.get(title, {}).items() if one.seeds}
     if not kinds:
         return None
-    figure = _figure(max(5.0, 0.5 * WIDTH * len(kinds)), 4.8)
+    figure = blank(max(5.0, 0.5 * WIDTH * len(kinds)), 4.8)
     grid = figure.subplots(2, len(kinds), squeeze=False, sharex="col")
     for (above, below), (kind, found) in zip(grid.T, kinds.items(), strict=True):
         _gains(above, found)

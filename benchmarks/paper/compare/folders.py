@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..fair.comparison import cpu_seconds, tell_apart
-from ..report.comparison import ArmResult, BySeed, Comparison, Cost, Test, compare, gains, paired_tests
-from ..report.folder import Folder, number, read_folder
+from ..report.comparison import ArmResult, BySeed, Comparison, Cost, Test, compare, gains, known, paired_tests
+from ..report.folder import Folder, number, read_folder, refuse_twice
 from ..report.text import setting as said
 from ..results import Run, read_experiment, read_runs
 from ..runner.tune import JOINT
@@ -81,7 +81,7 @@ class Setting:
     def _of_runs(self, of: Callable[[Run], float]) -> dict[str, BySeed]:
         """Arm -> seed -> the sum over its runs, where it is known; of ``RANDOM`` the mean over the plans."""
         found = {
-            name: _known({seed: sum(map(of, runs)) for seed, runs in self.folder.complete(arm).items()})
+            name: known({seed: sum(map(of, runs)) for seed, runs in self.folder.complete(arm).items()})
             for name, arm in self.folder.arms.items()
         }
         if self.random:
@@ -109,8 +109,7 @@ def read_settings(outs: Sequence[Path]) -> list[Setting]:
         ValueError: a folder is named twice, cannot be told from another, has no joint training, or holds a file that is
             not as the runner writes it; the message names it.
     """
-    if twice := [out for at, out in enumerate(outs) if out.resolve() in [o.resolve() for o in outs[:at]]]:
-        raise ValueError(f"{twice[0]} is named twice")
+    refuse_twice(outs)
     settings = [_read(out) for out in outs]
     return [replace(one, title=title) for one, title in zip(settings, _apart(settings), strict=True)]
 
@@ -195,7 +194,3 @@ def mean_by_seed(of: Iterable[Mapping[int, float]]) -> BySeed:
     several = list(of)
     seeds = sorted({seed for one in several for seed in one})
     return {seed: float(np.mean([one[seed] for one in several if seed in one])) for seed in seeds}
-
-
-def _known(values: BySeed) -> BySeed:
-    return {seed: value for seed, value in values.items() if not np.isnan(value)}

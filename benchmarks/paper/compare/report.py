@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from dtme.files import write_beside
-
 from ..fair.numbers import as_text
+from ..report.folder import write_texts
 from .figures import draw
 from .findings import Findings, find
 from .folders import read_settings
@@ -28,8 +27,4 @@ def run(args: argparse.Namespace) -> None:
 def write(findings: Findings, to: Path) -> Path:
     """Write ``report.md``, ``compare.json`` and the figures, the same for the same runs; returns the page's path."""
     pictures = draw(findings, to)
-    content = as_text(numbers(findings)) + "\n"
-    write_beside(to / "compare.json", lambda path: path.write_text(content, encoding="utf-8"))
-    text = page(findings, pictures)
-    write_beside(to / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
-    return to / "report.md"
+    return write_texts(to, {"compare.json": as_text(numbers(findings)) + "\n", "report.md": page(findings, pictures)})

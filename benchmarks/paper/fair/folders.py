@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.comparison import compare
-from ..report.folder import read_folder
+from ..report.folder import read_folder, refuse_twice
 from ..results import read_experiment, read_runs
 from ..runner.config import differences
 from ..runner.tune import JOINT, label
@@ -20,8 +20,7 @@ def read_studies(outs: Sequence[Path]) -> list[Study]:
     Raises:
         ValueError: as ``read_study``, or two cannot be told apart.
     """
-    if twice := [out for at, out in enumerate(outs) if out.resolve() in [o.resolve() for o in outs[:at]]]:
-        raise ValueError(f"{twice[0]} is named twice")
+    refuse_twice(outs)
     studies = [read_study(out) for out in outs]
     titles = tell_apart([study.title for study in studies], [study.path.resolve().name for study in studies])
     return [replace(study, title=title) for study, title in zip(studies, titles, strict=True)]

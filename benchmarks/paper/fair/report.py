@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dtme.files import write_beside
-
+from ..report.folder import write_texts
 from .comparison import Study
 from .figures import draw
 from .folders import read_studies
@@ -27,8 +26,4 @@ def run(args: argparse.Namespace) -> None:
 def write(studies: list[Study], to: Path) -> Path:
     """Write ``report.md``, ``fair.json`` and the figures, the same for the same runs; returns the page's path."""
     pictures = draw(studies, to)
-    content = as_text(numbers(studies)) + "\n"
-    write_beside(to / "fair.json", lambda path: path.write_text(content, encoding="utf-8"))
-    text = page(studies, pictures)
-    write_beside(to / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
-    return to / "report.md"
+    return write_texts(to, {"fair.json": as_text(numbers(studies)) + "\n", "report.md": page(studies, pictures)})

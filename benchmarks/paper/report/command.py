@@ -3,11 +3,9 @@
 import argparse
 from pathlib import Path
 
-from dtme.files import write_beside
-
 from .comparison import BASELINE, Comparison, compare
 from .figures import draw
-from .folder import read_folder
+from .folder import read_folder, write_texts
 from .numbers import as_text, numbers
 from .page import page
 from .tables import main_table
@@ -34,8 +32,4 @@ def run(args: argparse.Namespace) -> None:
 def write(comparison: Comparison, to: Path) -> Path:
     """Write ``report.md``, ``report.json`` and the figures, the same for the same runs; returns the page's path."""
     pictures = draw(comparison, to)
-    content = as_text(numbers(comparison))
-    write_beside(to / "report.json", lambda path: path.write_text(content, encoding="utf-8"))
-    text = page(comparison, pictures)
-    write_beside(to / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
-    return to / "report.md"
+    return write_texts(to, {"report.json": as_text(numbers(comparison)), "report.md": page(comparison, pictures)})

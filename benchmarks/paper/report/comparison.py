@@ -172,7 +172,7 @@ def _result(folder: Folder, arm: ArmRuns) -> ArmResult:
         arm.title,
         tuple(complete),
         tuple(seed for seed in sorted(arm.runs) if any(r["status"] == "diverged" for r in arm.runs[seed].values())),
-        {task: _known({s: _value(runs, "metrics", task) for s, runs in complete.items()}) for task in folder.tasks},
+        {task: known({s: _value(runs, "metrics", task) for s, runs in complete.items()}) for task in folder.tasks},
         {seed: _cost(runs) for seed, runs in complete.items()},
         moments,
         {
@@ -191,7 +191,8 @@ def _value(runs: list[Run], key: str, task: str) -> float:
     return next((number(run[key][task]) for run in runs if task in run[key]), math.nan)
 
 
-def _known(values: BySeed) -> BySeed:
+def known(values: BySeed) -> BySeed:
+    """Without those that are NaN."""
     return {seed: value for seed, value in values.items() if not math.isnan(value)}
 
 

@@ -15,6 +15,7 @@ from dtme.map_plots import INK
 from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
 from .comparison import ArmResult, Comparison
+from .forest import style
 from .text import plain
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -58,7 +59,8 @@ def draw_each(makers: Mapping[str, Callable[[Any], Any]], of: Any, to: Path, dpi
     return drawn
 
 
-def _figure(width: float, height: float) -> Any:
+def blank(width: float, height: float) -> Any:
+    """A figure of so many inches that finds room for its labels by itself."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -81,9 +83,8 @@ def differences(comparison: Comparison) -> Any:
     tests = {name: test for name, test in comparison.differences.items() if test.by_seed}
     if not tests:
         return None
-    figure = _figure(WIDTH, 1.3 + 0.36 * len(tests))
+    figure = blank(WIDTH, 1.3 + 0.36 * len(tests))
     axes = figure.subplots()
-    axes.axvline(0, color=CHANCE, linewidth=1, linestyle="--", zorder=0)
     for row, test in enumerate(tests.values()):
         values = list(test.by_seed.values())
         # dots of seeds lie on a line of their own, under the interval, so that neither hides the other
@@ -93,20 +94,12 @@ def differences(comparison: Comparison) -> Any:
             axes.plot([e.low, e.high], [row, row], color=RANGE, linewidth=1.8, solid_capstyle="butt")
         filled = {"markerfacecolor": RANGE if test.is_better else "white", "markeredgecolor": RANGE}
         axes.plot([e.mean], [row], "D", markersize=5.5, **filled)
-    axes.set_yticks(range(len(tests)), [label(comparison.arms[name].title) for name in tests], fontsize=8)
     _limit(axes, list(tests.values()))
-    axes.set_ylim(len(tests) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0, pad=8)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(axis="x", color=EMPTY)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    base = comparison.arms[comparison.baseline].title
-    axes.set_xlabel(
-        "points of Δm, right is better; diamond: mean with 95 % interval, filled if significantly better; dots: seeds",
-        fontsize=8,
+    unit = (
+        "points of Δm, right is better; diamond: mean with 95 % interval, filled if significantly better; dots: seeds"
     )
-    _title(axes, f"Δm minus that of {label(base, 60)}, paired by seed")
+    title = f"Δm minus that of {label(comparison.arms[comparison.baseline].title, 60)}, paired by seed"
+    style(axes, [label(comparison.arms[name].title) for name in tests], title, unit)
     return figure
 
 
@@ -134,7 +127,7 @@ def tasks(comparison: Comparison) -> Any:
     names = comparison.tasks
     values = np.array([[_mean(arm.terms[task]) for task in names] for arm in arms])
     most = max(np.nanmax(np.abs(values)), 1e-6)
-    figure = _figure(max(6.5, min(16.0, 3.2 + 0.85 * len(names))), 1.7 + 0.3 * len(arms))
+    figure = blank(max(6.5, min(16.0, 3.2 + 0.85 * len(names))), 1.7 + 0.3 * len(arms))
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     axes.set_facecolor(EMPTY)
@@ -170,7 +163,7 @@ def conflicts(comparison: Comparison) -> Any:
     rows = -(-len(arms) // columns)
     width, height = (3.2, 2.2) if len(arms) <= MOST_LARGE else (2.4, 1.8)
     legend = {1: 2, 2: 3}.get(columns, 5)  # as many columns of it as the panels have room for
-    figure = _figure(width * columns + 0.4, height * rows + 0.3 + 0.2 * -(-5 // legend))
+    figure = blank(width * columns + 0.4, height * rows + 0.3 + 0.2 * -(-5 // legend))
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
@@ -214,7 +207,7 @@ def losses(comparison: Comparison) -> Any:
     rows = -(-len(names) // columns)
     chosen = coloured(comparison, arms)
     legend_rows = -(-(len(chosen) + 1) // 3)
-    figure = _figure(3.2 * columns + 0.4, 2.3 * rows + 0.25 * legend_rows + 0.3)
+    figure = blank(3.2 * columns + 0.4, 2.3 * rows + 0.25 * legend_rows + 0.3)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)

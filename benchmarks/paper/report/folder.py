@@ -2,10 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from dtme.files import write_beside
 
 from ..results import Run, read_experiment, read_runs, run_name, run_path
 
@@ -188,3 +191,17 @@ def number(value: Any) -> float:
     """A number of a run, NaN where it has none: null, infinite or missing."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else math.nan
+
+
+def refuse_twice(outs: Sequence[Path]) -> None:
+    """Raises: ValueError: one folder is named twice; the message names it."""
+    for at, out in enumerate(outs):
+        if out.resolve() in [other.resolve() for other in outs[:at]]:
+            raise ValueError(f"{out} is named twice")
+
+
+def write_texts(to: Path, texts: Mapping[str, str]) -> Path:
+    """Write a report's files into the folder ``to``, each whole or not at all; returns the path of ``report.md``."""
+    for name, text in texts.items():
+        write_beside(to / name, partial(Path.write_text, data=text, encoding="utf-8"))
+    return to / "report.md"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtme.comparison.training import POWER
 from dtme.files import write_beside
 
 from ..arms import Batch, Combination
@@ -19,8 +20,6 @@ from .batches import seed_at
 from .config import differences
 from .together import average_gradients, in_any_process
 
-POWER = 0.9
-"""Of the polynomial by which the learning rate falls to zero."""
 PARTS = 10
 """Of a training, whose mean losses a run keeps."""
 

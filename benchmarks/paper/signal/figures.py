@@ -9,7 +9,7 @@ import numpy as np
 from dtme.map_plots import INK
 from dtme.plots import CHANCE, EMPTY, NULL, RANGE, TEXT
 
-from ..report.figures import draw_each, label
+from ..report.figures import blank, draw_each, label
 from .measurement import SPACES
 from .reproducibility import AT_IMAGES, OWN
 from .tables import near, pair_names, share_name
@@ -38,17 +38,11 @@ def draw(settings: Sequence[Found], to: Path) -> list[str]:
     return draw_each(makers, settings, to)
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _panels(settings: Sequence[Found], height: float, width: float = 4.2) -> tuple[Any, list[Any]]:
     """A figure with a panel per setting, two abreast."""
     columns = min(2, len(settings))
     rows = -(-len(settings) // columns)
-    figure = _figure(2 * width, height * rows + 0.5)
+    figure = blank(2 * width, height * rows + 0.5)
     grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axes in grid[len(settings) :]:
         axes.set_visible(False)
@@ -96,7 +90,7 @@ def rates(settings: Sequence[Found]) -> Any:
 
 def samples(settings: Sequence[Found]) -> Any:
     """Agreement of two samples of one model against their size: a row per setting."""
-    figure = _figure(8.6, 2.2 * len(settings) + 0.5)
+    figure = blank(8.6, 2.2 * len(settings) + 0.5)
     grid = figure.subplots(len(settings), 2, squeeze=False)
     for (left, right), setting in zip(grid, settings, strict=True):
         found, random = near(setting)["samples"], setting["random"][BLOCKS]
@@ -171,7 +165,7 @@ def variance(settings: Sequence[Found]) -> Any:
 def cells(settings: Sequence[Found]) -> Any:
     """Heat maps of the rates, blocks by pairs: a row per setting, both spaces on one scale."""
     heights = [0.75 + 0.2 * len(setting["details"]["cells"]["range"][0]) for setting in settings]
-    figure = _figure(9.0, sum(heights) + 0.3)
+    figure = blank(9.0, sum(heights) + 0.3)
     grid = figure.subplots(len(settings), 2, squeeze=False, height_ratios=heights)
     for row, setting in zip(grid, settings, strict=True):
         tables = {space: 100 * np.array(setting["details"]["cells"][space], dtype=float).T for space in SPACES}

@@ -3,12 +3,10 @@
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtme.files import write_beside
-
+from ..report.folder import write_texts
 from ..report.numbers import clean
 from .figures import draw
 from .findings import DIGITS, NEAR, findings
@@ -41,11 +39,8 @@ def write(settings: Sequence[dict[str, Any]], to: Path) -> Path:
     The same folders give the same bytes.
     """
     pictures = draw(settings, to)
-    content = as_text(settings)
-    write_beside(to / "signal.json", lambda path: path.write_text(content, encoding="utf-8"))
-    for name, text in ((TABLES, appendix(settings)), ("report.md", page(settings, pictures))):
-        write_beside(to / name, partial(Path.write_text, data=text, encoding="utf-8"))
-    return to / "report.md"
+    texts = {"signal.json": as_text(settings), TABLES: appendix(settings), "report.md": page(settings, pictures)}
+    return write_texts(to, texts)
 
 
 def as_text(settings: Sequence[dict[str, Any]]) -> str:

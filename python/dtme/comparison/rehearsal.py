@@ -15,7 +15,7 @@ from ..plan import ExpansionPlan
 from ..streams import is_expanded
 from ..trees import leaves, to_device
 from .arms import JOINT, Setting, build
-from .batches import check_repeats, repeated
+from .batches import Summed, check_repeats, repeated
 from .loop import MOST_READ, Problem, device_of, read_conflicts
 from .metrics import evaluate
 from .options import TUNING_SEED, Options
@@ -136,17 +136,22 @@ def _layout(model: torch.nn.Module) -> int:
 
 def _data_checksum(loader: Iterable[Any], name: str) -> int:
     """Of all batches that are held out; of the training data the first, as the others are checked while they train."""
-    total = checksum(leaves(_first(loader, name)))
-    if name != "train":
-        for batch in repeated(loader, TUNING_SEED):
-            total = checksum([total, *leaves(batch)])
-    return total
+    if name == "train":
+        return checksum(leaves(_first(loader, name)))
+    held_out = Summed(repeated(loader, TUNING_SEED))
+    if not sum(1 for _ in held_out):
+        raise _empty(name)
+    return held_out.checksum
 
 
 def _first(loader: Iterable[Any], name: str) -> Any:
     for batch in repeated(loader, TUNING_SEED):
         return batch
-    raise ValueError(f"loaders[{name!r}] yields no batches")
+    raise _empty(name)
+
+
+def _empty(name: str) -> ValueError:
+    return ValueError(f"loaders[{name!r}] yields no batches")
 
 
 def _check_batch(batch: Any, name: str, problem: Problem) -> None:
@@ -171,7 +176,7 @@ def _until_all_tasks(problem: Problem, options: Options) -> list[Any]:
     if not missing:
         return batches
     if not batches:
-        raise ValueError("loaders['train'] yields no batches")
+        raise _empty("train")
     raise ValueError(
         f"loaders['train'] has no target of task {min(missing)!r} in its first {len(batches)} batches, which an "
         "analysis reads: check the names of the targets, or read more"
